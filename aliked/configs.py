@@ -1,0 +1,30 @@
+"""The published ALIKED variants as one table (arXiv 2304.03608, table I)."""
+
+from dataclasses import dataclass
+
+from aliked.errors import InputError
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of one variant."""
+
+    channels: tuple[int, int, int, int]  # c1..c4, after each block
+    dim: int  # D: descriptor length, also the channels of the aggregated feature map
+    kernel_size: int  # K: side of the patch that predicts the sample offsets
+    num_positions: int  # M: deformable sample positions per keypoint
+
+
+CONFIGS = {
+    "aliked-t16": Config((8, 16, 32, 64), dim=64, kernel_size=3, num_positions=16),
+    "aliked-n16": Config((16, 32, 64, 128), dim=128, kernel_size=3, num_positions=16),
+    "aliked-n16rot": Config((16, 32, 64, 128), dim=128, kernel_size=3, num_positions=16),
+    "aliked-n32": Config((16, 32, 64, 128), dim=128, kernel_size=3, num_positions=32),
+}
+
+
+def get_config(name: str) -> Config:
+    """The sizes of variant `name`; `InputError` when there is no such variant."""
+    if name not in CONFIGS:
+        raise InputError(f"unknown model {name!r}; choose one of {', '.join(CONFIGS)}")
+    return CONFIGS[name]
