@@ -1,0 +1,145 @@
+"""Downloads of files of known content: resumed where they broke off, checked, then renamed."""
+
+import contextlib
+import fcntl
+import http.client
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from tqdm import tqdm
+
+from aliked.errors import InputError
+from aliked.files import sha256, writable_folder
+
+TIMEOUT = 30  # seconds without a byte from the server
+CHUNK = 1 << 16  # bytes
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """One file and how to recognise it."""
+
+    name: str
+    size: int  # bytes
+    sha256: str
+
+
+@dataclass(frozen=True)
+class FileSet:
+    """Files that lie in one folder of a server and share a licence."""
+
+    title: str
+    licence: str
+    base_url: str
+    folder: str  # below `base_url`
+    files: tuple[RemoteFile, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files)
+
+    def url(self, file: RemoteFile) -> str:
+        """Where one file of the set is."""
+        return f"{self.base_url.rstrip('/')}/{self.folder}/{file.name}"
+
+
+def is_complete(path: Path, file: RemoteFile) -> bool:
+    """Whether `path` holds the content of `file`."""
+    return path.is_file() and path.stat().st_size == file.size and sha256(path) == file.sha256
+
+
+def fetch(files: FileSet, folder: Path) -> list[Path]:
+    """Download the files of a set that `folder` lacks, or holds with another content.
+
+    A download that breaks off leaves `.NAME.partial` in `folder`; the next call goes on from
+    there. A file gets its name only after its checksum has been found right. Returns the paths
+    of the downloaded files. Raises `InputError` where a file cannot be had or has a wrong checksum.
+    """
+    writable_folder(folder)
+    missing = [file for file in files.files if not is_complete(folder / file.name, file)]
+    if not missing:
+        return []
+    total = sum(file.size for file in missing)
+    with tqdm(total=total, desc=files.folder, unit="B", unit_scale=True) as bar:
+        for file in missing:
+            bar.set_postfix_str(file.name, refresh=False)
+            _fetch_file(files.url(file), folder / file.name, file, bar)
+    return [folder / file.name for file in missing]
+
+
+def _fetch_file(url: str, path: Path, file: RemoteFile, bar: tqdm) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    with _opened_alone(partial) as output:
+        if is_complete(path, file):  # another process was faster
+            partial.unlink()
+            bar.update(file.size)
+            return
+        try:
+            _append(url, output, file.size, bar)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            if output.tell() == 0:
+                partial.unlink()
+            raise InputError(
+                f"cannot download {path.name} from {url} ({_reason(error)}); run the same command "
+                f"again to go on, or put the file into the folder {path.parent.resolve()} yourself"
+            ) from error
+        _check(partial, file, url)
+        os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def _opened_alone(partial: Path) -> Iterator[BinaryIO]:
+    """Open `partial` for appending, once no other process downloads into it."""
+    while True:
+        with open(partial, "ab") as output:
+            fcntl.flock(output, fcntl.LOCK_EX)
+            # Its last holder may have renamed or deleted it: then a new one has to be opened.
+            if partial.exists() and os.path.samestat(os.fstat(output.fileno()), partial.stat()):
+                yield output
+                return
+
+
+def _append(url: str, output: BinaryIO, size: int, bar: tqdm) -> None:
+    """Append to a partial file what it lacks of `url`."""
+    start = output.seek(0, os.SEEK_END)
+    if start >= size:  # broke off between the last byte and the checksum
+        bar.update(size)
+        return
+    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+        if response.status != http.HTTPStatus.PARTIAL_CONTENT:
+            start = 0  # the server ignores ranges: begin again
+            output.truncate(start)
+            output.seek(start)
+        bar.update(start)
+        # As much as this server promises: a wrong size is for the checksum to find.
+        end = start + int(response.headers.get("Content-Length", size - start))
+        while chunk := response.read(CHUNK):
+            output.write(chunk)
+            bar.update(len(chunk))
+    output.flush()
+    if output.tell() < end:
+        raise ConnectionError(f"the connection closed after {output.tell()} of {end} bytes")
+
+
+def _check(partial: Path, file: RemoteFile, url: str) -> None:
+    found = sha256(partial)
+    if found != file.sha256:
+        partial.unlink()
+        raise InputError(
+            f"what {url} sent is not {file.name}: its SHA-256 should be {file.sha256} but is "
+            f"{found}; it has been deleted, so run the same command again or use another source"
+        )
+
+
+def _reason(error: Exception) -> str:
+    """Why a download failed, in the words of the innermost error."""
+    if isinstance(error, urllib.error.URLError) and not isinstance(error, urllib.error.HTTPError):
+        return str(error.reason)
+    return str(error) or type(error).__name__

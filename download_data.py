@@ -1,0 +1,68 @@
+"""Download the official weights and the image folders: checksums checked, resumable.
+
+Weights go into the user cache, where every script finds them; images into `assets/`.
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from aliked import cli
+from aliked.configs import CONFIGS
+from aliked.datasets import datasets
+from aliked.download import FileSet, fetch
+from aliked.errors import InputError
+from aliked.weights import WEIGHTS, cache_dir, files_of
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    names = ["weights", *datasets(), "all"]
+    parser.add_argument("names", nargs="+", choices=names, metavar="NAME", help=", ".join(names))
+    parser.add_argument(
+        "--model", metavar="NAME", help=f"weights of one model only: {', '.join(CONFIGS)}"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="folder for the files (default: the user cache for weights, assets/NAME for images)",
+    )
+    parser.add_argument(
+        "--base_url",
+        metavar="URL",
+        help="a mirror, with the same folders below it (default: each set's public home)",
+    )
+    return parser
+
+
+def file_sets(args: argparse.Namespace) -> dict[str, FileSet]:
+    """What the command line asks for, by name."""
+    weights = files_of(args.model) if args.model else WEIGHTS
+    known = {"weights": weights} | datasets()
+    wanted = known if "all" in args.names else {name: known[name] for name in args.names}
+    if args.model and "weights" not in wanted:
+        raise InputError("--model chooses among the weights; add `weights` or leave it out")
+    if args.output and len(wanted) > 1:
+        raise InputError("--output takes the files of one name; run the command once for each")
+    if args.base_url:
+        return {name: replace(files, base_url=args.base_url) for name, files in wanted.items()}
+    return wanted
+
+
+def main(args: argparse.Namespace) -> None:
+    """Download what is missing of everything asked for."""
+    for name, files in file_sets(args).items():
+        default = cache_dir() if name == "weights" else Path(files.folder)
+        folder = args.output or default
+        print(f"{name}: {files.title}, {files.size / 1e6:.1f} MB; licence {files.licence}")
+        downloaded = fetch(files, folder)
+        if downloaded:
+            print(f"{name}: downloaded {len(downloaded)} of {len(files.files)} files to {folder}")
+        else:
+            print(f"{name}: already complete in {folder}")
+
+
+if __name__ == "__main__":
+    cli.run(main, parser())
