@@ -1,0 +1,101 @@
+"""Convolutional blocks of ALIKED's encoder (arXiv 2304.03608, section III-A).
+
+Attribute names are those of the official state dicts.
+"""
+
+import torch
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torchvision.ops import deform_conv2d
+
+
+def longest_side(maps: torch.Tensor) -> int | torch.Tensor:
+    """max(H, W) of [..., H, W], kept symbolic where the model is traced or exported."""
+    height, width = maps.shape[-2:]
+    if torch.jit.is_tracing():  # the sizes are tensors then, and Python's max would freeze them
+        return torch.maximum(torch.as_tensor(height), torch.as_tensor(width))
+    return torch.sym_max(height, width)
+
+
+def conv3x3(in_channels: int, out_channels: int, bias: bool = False) -> nn.Conv2d:
+    """A 3x3 convolution that keeps the size."""
+    return nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=bias)
+
+
+def conv1x1(in_channels: int, out_channels: int, bias: bool = False) -> nn.Conv2d:
+    """A 1x1 convolution."""
+    return nn.Conv2d(in_channels, out_channels, kernel_size=1, bias=bias)
+
+
+class DeformableConv2d(nn.Module):
+    """A 3x3 convolution that samples at learned offsets (Dai et al., arXiv 1703.06211), no mask."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.offset_conv = conv3x3(in_channels, 2 * 3 * 3, bias=True)
+        self.regular_conv = conv3x3(in_channels, out_channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, in, H, W] to [B, out, H, W]; offsets are at most a quarter of the longer side.
+
+        The operator computes its sampling positions in the type of its inputs, so it runs in
+        float32 in a half-precision model too: `regular_conv` keeps float32 weights.
+        """
+        limit = longest_side(x) / 4
+        offsets = self.offset_conv(x).float()  # (dy, dx) interleaved per tap
+        offsets = offsets.clamp(-limit, limit)
+        conv = self.regular_conv
+        return deform_conv2d(x.float(), offsets, conv.weight, conv.bias, padding=1).to(x.dtype)
+
+
+def fold(conv: nn.Module, norm: nn.BatchNorm2d) -> nn.Module:
+    """`conv` followed by `norm` in evaluation mode, as one convolution of the same kind."""
+    if isinstance(conv, DeformableConv2d):
+        # The projection is linear in the samples, so the norm folds into it; the offsets stay.
+        conv.regular_conv = fuse_conv_bn_eval(conv.regular_conv, norm)
+        return conv
+    return fuse_conv_bn_eval(conv, norm)
+
+
+class ConvBlock(nn.Module):
+    """Two convolutions, each with batch norm and SELU."""
+
+    conv = staticmethod(conv3x3)
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.gate = nn.SELU(inplace=True)
+        self.conv1 = self.conv(in_channels, out_channels)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = self.conv(out_channels, out_channels)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, in, H, W] to [B, out, H, W]."""
+        x = self.gate(self.bn1(self.conv1(x)))
+        return self.gate(self.bn2(self.conv2(x)))
+
+    def fold_batch_norm(self) -> None:
+        """Fold both batch norms into their convolutions, for inference only."""
+        self.conv1, self.bn1 = fold(self.conv1, self.bn1), nn.Identity()
+        self.conv2, self.bn2 = fold(self.conv2, self.bn2), nn.Identity()
+
+
+class ResBlock(ConvBlock):
+    """A `ConvBlock` with a 1x1-projected shortcut added before the last SELU."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels)
+        self.downsample = conv1x1(in_channels, out_channels, bias=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, in, H, W] to [B, out, H, W]."""
+        out = self.gate(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        return self.gate(out + self.downsample(x))
+
+
+class DeformableResBlock(ResBlock):
+    """A `ResBlock` whose two 3x3 convolutions are deformable."""
+
+    conv = DeformableConv2d

@@ -1,0 +1,57 @@
+"""Sparse deformable descriptor head, SDDH (arXiv 2304.03608, section III-B).
+
+Attribute names are those of the official state dicts.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from aliked.backbone import conv1x1, longest_side
+from aliked.patches import get_patches
+from aliked.sampling import bilinear_sample
+
+
+def linear(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    """A convolution over windows of its own size, [..., C * k * k] to [..., out].
+
+    As a matrix product it also runs over no keypoints at all, which some runtimes' convolutions
+    refuse.
+    """
+    return F.linear(x, conv.weight.flatten(1), conv.bias)
+
+
+class SDDH(nn.Module):
+    """Describes each keypoint by features sampled at M positions predicted from its patch."""
+
+    def __init__(self, dim: int, kernel_size: int, num_positions: int):
+        super().__init__()
+        self.kernel_size = kernel_size
+        self.offset_conv = nn.Sequential(
+            nn.Conv2d(dim, 2 * num_positions, kernel_size),
+            nn.SELU(inplace=True),
+            conv1x1(2 * num_positions, 2 * num_positions, bias=True),
+        )
+        self.sf_conv = conv1x1(dim, dim)
+        self.agg_weights = nn.Parameter(torch.rand(num_positions, dim, dim))
+
+    def sample_offsets(self, features: torch.Tensor, keypoints: torch.Tensor) -> torch.Tensor:
+        """Offsets of the M sample positions from each keypoint: [B, K, M, 2] pixels, (x, y)."""
+        limit = longest_side(features) / 4
+        # The patch is centred at the sub-pixel keypoint, truncated.
+        patches = get_patches(features, keypoints.long(), self.kernel_size)
+        hidden = F.selu(linear(self.offset_conv[0], patches.flatten(2)))
+        offsets = linear(self.offset_conv[2], hidden).float().clamp(-limit, limit)
+        # The first M channels are dx, the last M are dy.
+        return offsets.unflatten(2, (2, -1)).transpose(2, 3)
+
+    def forward(self, features: torch.Tensor, keypoints: torch.Tensor) -> torch.Tensor:
+        """features [B, C, H, W], keypoints [B, K, 2] in pixels to unit-length [B, K, D]."""
+        offsets = self.sample_offsets(features, keypoints)
+        positions = keypoints[:, :, None] + offsets  # [B, K, M, 2]
+        sampled = bilinear_sample(features, positions.flatten(1, 2))  # [B, C, K * M]
+        sampled = F.selu(linear(self.sf_conv, sampled.transpose(1, 2)))
+        # Summing over positions and channels at once is one matrix product.
+        sampled = sampled.unflatten(1, positions.shape[1:3]).flatten(2)  # [B, K, M * C]
+        descriptors = sampled @ self.agg_weights.flatten(0, 1)
+        return F.normalize(descriptors.float(), dim=2)
