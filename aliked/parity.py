@@ -1,0 +1,215 @@
+"""Are two runtimes the same model? Features of one compared with those of another, and judged."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from aliked.errors import InputError
+from aliked.features import Features
+from aliked.matching import mutual_nearest_keypoints
+
+EDGE_PX = 1e-3  # rounding: 8 float32 steps of a coordinate in a 1241 px wide image
+# Where an image has no texture the score map is flat, at about 0.002, and rounding decides where
+# its maxima are. The 1000th keypoint of a photograph scores 0.02 to 0.04.
+FAINT = 0.01
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far the features of one image agree.
+
+    Pairs are keypoints that are each other's nearest and at most the radius apart. Over no pairs
+    at all, differences are 0 and cosines 1: `common` says that there are none.
+    """
+
+    reference: int  # keypoints in the reference
+    other: int  # keypoints in the other
+    common: int  # pairs
+    missing: int  # keypoints of the reference without partner, those that score below FAINT aside
+    extra: int  # the same of the other
+    max_shift_px: float
+    median_shift_px: float
+    mean_cosine: float  # this and the next of the pairs away from pixel edges
+    min_cosine: float
+    at_edge: int  # pairs at a pixel edge
+    min_cosine_at_edge: float
+    max_score_difference: float
+    max_length_error: float  # largest | |descriptor| - 1 | in the other
+    finite: bool  # no NaN or infinity in the other
+
+    @property
+    def fraction(self) -> float:
+        """Keypoints in common, of the larger of both numbers; 1 where both are empty."""
+        return self.common / self.total if self.total else 1.0
+
+    @property
+    def total(self) -> int:
+        """The larger number of keypoints, faint ones without partner not counted."""
+        return self.common + max(self.missing, self.extra)
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Limits within which two runtimes count as the same model."""
+
+    name: str
+    min_fraction: float  # of keypoints in common; one keypoint without partner is always allowed
+    max_shift_px: float
+    mean_cosine: float
+    min_cosine: float
+    min_cosine_at_edge: float
+    max_score_difference: float
+    max_length_error: float = 1e-3
+
+
+# Measured with the official network, four models on five photographs: float32 on one thread or two,
+# with other convolution kernels, with the batch normalisation folded, and float64. Every keypoint
+# was in common, shifts were at most 1.2e-4 px, cosines at least 1 - 1.1e-9 (0.9969 at pixel edges),
+# scores within 4.4e-5. The limits leave room for other hardware and still tell float32 from TF32,
+# whose rounding of the weights alone moves keypoints by up to 6.7e-3 px.
+FP32 = Tolerance(
+    name="FP32",
+    min_fraction=0.998,
+    max_shift_px=1e-3,
+    mean_cosine=0.999999,
+    min_cosine=0.99999,
+    min_cosine_at_edge=0.95,
+    max_score_difference=5e-4,
+)
+
+# Half-precision convolutions with coordinates and sampling kept in float32 keep 99.3 to 99.6 % of
+# the best 1000 keypoints within 0.5 px, at a mean cosine of 0.99996. A single keypoint may move to
+# a neighbouring maximum, so nothing is asked of the worst pair.
+FP16 = Tolerance(
+    name="FP16",
+    min_fraction=0.985,
+    max_shift_px=0.5,
+    mean_cosine=0.9995,
+    min_cosine=-1.0,
+    min_cosine_at_edge=-1.0,
+    max_score_difference=1.0,
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What `judge` found: no reasons means that it passed."""
+
+    reasons: list[str]
+    text: str  # the numbers and the outcome, several lines, to print
+
+    @property
+    def passed(self) -> bool:
+        return not self.reasons
+
+
+def compare_features(reference: Features, other: Features, radius_px: float = 0.5) -> Parity:
+    """Pair the keypoints of the same image by mutual nearest neighbour and measure the pairs.
+
+    `InputError` when the descriptors differ in length: these are two models, not two runtimes.
+    """
+    if reference.descriptors.shape[1] != other.descriptors.shape[1]:
+        raise InputError(
+            f"descriptors have {reference.descriptors.shape[1]} and {other.descriptors.shape[1]} "
+            "values; compare two runtimes of the same model"
+        )
+    i, j, shift = mutual_nearest_keypoints(reference.keypoints, other.keypoints, radius_px)
+    lengths = np.linalg.norm(other.descriptors.astype(np.float64), axis=1)
+    cosine = _cosine(reference.descriptors[i], other.descriptors[j])
+    at_edge = _at_pixel_edge(reference.keypoints[i], other.keypoints[j])
+    score_difference = np.abs(reference.scores[i].astype(np.float64) - other.scores[j])
+    return Parity(
+        reference=len(reference),
+        other=len(other),
+        common=len(i),
+        missing=int((np.delete(reference.scores, i) >= FAINT).sum()),
+        extra=int((np.delete(other.scores, j) >= FAINT).sum()),
+        max_shift_px=float(shift.max(initial=0)),
+        median_shift_px=float(np.median(shift)) if len(i) else 0.0,
+        mean_cosine=float(cosine[~at_edge].mean()) if not at_edge.all() else 1.0,
+        min_cosine=float(cosine[~at_edge].min(initial=1)),
+        at_edge=int(at_edge.sum()),
+        min_cosine_at_edge=float(cosine[at_edge].min(initial=1)),
+        max_score_difference=float(score_difference.max(initial=0)),
+        max_length_error=float(np.abs(lengths - 1).max(initial=0)),
+        finite=all(
+            bool(np.isfinite(values).all())
+            for values in (other.keypoints, other.descriptors, other.scores)
+        ),
+    )
+
+
+def judge(parities: Mapping[str, Parity], tolerance: Tolerance) -> Verdict:
+    """Judge the parities of several images, given by image name, each by itself."""
+    reasons = [
+        f"{name}: {reason}"
+        for name, parity in parities.items()
+        for reason in _violations(parity, tolerance)
+    ]
+    if not parities:
+        reasons = ["no image was compared"]
+    lines = _summary(list(parities.values())) if parities else []
+    lines.append(f"{'outside' if reasons else 'within'} the {tolerance.name} tolerance")
+    return Verdict(reasons, "\n".join(lines + [f"  {reason}" for reason in reasons]))
+
+
+def _cosine(descriptors0: np.ndarray, descriptors1: np.ndarray) -> np.ndarray:
+    """[P, D] twice to [P], in float64: float32 rounding would hide 1 - 1e-8."""
+    a, b = descriptors0.astype(np.float64), descriptors1.astype(np.float64)
+    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    return (a * b).sum(axis=1) / np.maximum(lengths, 1e-12)
+
+
+def _at_pixel_edge(keypoints0: np.ndarray, keypoints1: np.ndarray) -> np.ndarray:
+    """[P] bool: keypoints whose descriptors may come from neighbouring patches.
+
+    The patch that predicts a descriptor's sample positions is centred at the keypoint truncated
+    to whole pixels, so a rounding error across an integer moves the patch by a pixel.
+    """
+    near = np.abs(keypoints0 - np.rint(keypoints0)) <= EDGE_PX
+    crossed = np.floor(keypoints0) != np.floor(keypoints1)
+    return (near | crossed).any(axis=1)
+
+
+def _violations(parity: Parity, limit: Tolerance) -> list[str]:
+    one_missing = 1 - 1 / max(parity.total, 1)
+    at_least = {
+        "keypoints in common": (parity.fraction, min(limit.min_fraction, one_missing)),
+        "mean descriptor cosine": (parity.mean_cosine, limit.mean_cosine),
+        "min descriptor cosine": (parity.min_cosine, limit.min_cosine),
+        "min descriptor cosine at pixel edges": (
+            parity.min_cosine_at_edge,
+            limit.min_cosine_at_edge,
+        ),
+    }
+    at_most = {
+        "max |dxy| in px": (parity.max_shift_px, limit.max_shift_px),
+        "max |dscore|": (parity.max_score_difference, limit.max_score_difference),
+        "max |descriptor length - 1|": (parity.max_length_error, limit.max_length_error),
+    }
+    # "not": a NaN compares as false and is a violation.
+    return (
+        ([] if parity.finite else ["NaN or infinity in the outputs"])
+        + [f"{what} {v:.7g} < {least:g}" for what, (v, least) in at_least.items() if not v >= least]
+        + [f"{what} {v:.3g} > {most:g}" for what, (v, most) in at_most.items() if not v <= most]
+    )
+
+
+def _summary(parities: list[Parity]) -> list[str]:
+    """The sum of the counts, and the worst image of everything else."""
+    common, total = sum(p.common for p in parities), sum(p.total for p in parities)
+    return [
+        f"images               {len(parities)}",
+        f"keypoints            {sum(p.reference for p in parities)} in the reference, "
+        f"{sum(p.other for p in parities)} in the other",
+        f"keypoints in common  {common / total if total else 1:.3%}, "
+        f"worst image {min(p.fraction for p in parities):.3%}",
+        f"|dxy|                max {max(p.max_shift_px for p in parities):.2g} px, "
+        f"median {max(p.median_shift_px for p in parities):.2g} px",
+        f"descriptor cosine    min {min(p.min_cosine for p in parities):.7f}, "
+        f"mean {min(p.mean_cosine for p in parities):.7f}; "
+        f"min {min(p.min_cosine_at_edge for p in parities):.5f} of the "
+        f"{sum(p.at_edge for p in parities)} at pixel edges",
+        f"|dscore|             max {max(p.max_score_difference for p in parities):.2g}",
+    ]
