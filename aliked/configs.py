@@ -28,3 +28,13 @@ def get_config(name: str) -> Config:
     if name not in CONFIGS:
         raise InputError(f"unknown model {name!r}; choose one of {', '.join(CONFIGS)}")
     return CONFIGS[name]
+
+
+@dataclass(frozen=True)
+class Form:
+    """How the graph is written where runtimes differ. The features are the same in every form."""
+
+    sampling: str = "gridsample"  # or "gather": the method of `bilinear_sample`
+    # Threshold mode: rows in the official order, row by row of the image, which takes a sort that
+    # TensorRT has only up to 3840 elements. False: descending, as in top-k mode.
+    row_by_row: bool = True

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from aliked.backbone import conv1x1, longest_side
+from aliked.configs import Form
 from aliked.patches import get_patches
 from aliked.sampling import bilinear_sample
 
@@ -45,12 +46,12 @@ class SDDH(nn.Module):
         # The first M channels are dx, the last M are dy.
         return offsets.unflatten(2, (2, -1)).transpose(2, 3)
 
-    def forward(self, features: torch.Tensor, keypoints: torch.Tensor) -> torch.Tensor:
+    def forward(self, features: torch.Tensor, keypoints: torch.Tensor, form: Form) -> torch.Tensor:
         """features [B, C, H, W], keypoints [B, K, 2] in pixels to unit-length [B, K, D]."""
         offsets = self.sample_offsets(features, keypoints)
         positions = keypoints[:, :, None] + offsets  # [B, K, M, 2]
-        sampled = bilinear_sample(features, positions.flatten(1, 2))  # [B, C, K * M]
-        sampled = F.selu(linear(self.sf_conv, sampled.transpose(1, 2)))
+        sampled = bilinear_sample(features, positions.flatten(1, 2), form.sampling)
+        sampled = F.selu(linear(self.sf_conv, sampled.transpose(1, 2)))  # [B, K * M, C]
         # Summing over positions and channels at once is one matrix product.
         sampled = sampled.unflatten(1, positions.shape[1:3]).flatten(2)  # [B, K, M * C]
         descriptors = sampled @ self.agg_weights.flatten(0, 1)

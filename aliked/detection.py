@@ -5,11 +5,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from aliked.configs import Form
 from aliked.patches import get_patches
 from aliked.sampling import bilinear_sample
 
 RADIUS = 2  # of the suppression and refinement windows, and of the border that is dropped
 TEMPERATURE = 0.1  # of the soft-argmax
+MAX_TOP_K = 3840  # that one TopK of TensorRT can return
 
 
 class Detections(NamedTuple):
@@ -47,30 +49,43 @@ def select_top_k(nms_scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.
     """The k best of [B, N] (all of them where N < k): values and indices, descending."""
     count = nms_scores.shape[1]
     # A symbolic count, in an export, must be at least k: k stays a constant of the graph.
-    return nms_scores.topk(min(k, count) if isinstance(count, int) else k, dim=1)
+    k = min(k, count) if isinstance(count, int) else k
+    rounds = [nms_scores.topk(min(k, MAX_TOP_K), dim=1)]
+    for start in range(MAX_TOP_K, k, MAX_TOP_K):
+        # What one round found is out of the next: scores are not negative.
+        nms_scores = nms_scores.scatter(1, rounds[-1].indices, -1.0)
+        rounds.append(nms_scores.topk(min(k - start, MAX_TOP_K), dim=1))
+    values, indices = zip(*rounds, strict=True)
+    return torch.cat(values, dim=1), torch.cat(indices, dim=1)
+
+
+def above(nms_scores: torch.Tensor, mean_score: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Which of [B, N] are above `threshold`, or above the image's `mean_score` [B, 1].
+
+    The mean decides where `threshold` <= 0 and, unlike in the official code for each image of a
+    batch as if alone, where nothing passes.
+    """
+    if threshold <= 0:
+        return nms_scores > mean_score
+    passed = nms_scores > threshold
+    return passed | ((nms_scores > mean_score) & ~passed.any(dim=1, keepdim=True))
 
 
 def select_above(
-    nms_scores: torch.Tensor, mean_score: torch.Tensor, threshold: float, n_limit: int
+    nms_scores: torch.Tensor, passed: torch.Tensor, n_limit: int, row_by_row: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Those of [B, N] above `threshold`, at most `n_limit`, as fixed-size values and indices.
+    """The best `n_limit` that `passed` [B, N], as fixed-size values and indices of [B, N].
 
-    Where nothing passes, or `threshold` <= 0, the image's `mean_score` [B, 1] is the threshold.
-    The order is row by row where all fit, else descending (as in the official code, but every
-    image of a batch is treated as if alone). Rows beyond the selection have value 0.
+    In descending order, or, with `row_by_row`, so only where more than `n_limit` passed and else
+    in the order of [B, N], as in the official code. Rows beyond the selection have value 0.
     """
-    passed = nms_scores > threshold
-    if threshold > 0:
-        fall_back = (nms_scores > mean_score) & ~passed.any(dim=1, keepdim=True)
-        passed = passed | fall_back
-    else:
-        passed = nms_scores > mean_score
-    count = passed.sum(dim=1, keepdim=True)
     values, indices = select_top_k(torch.where(passed, nms_scores, 0.0), n_limit)
-    last = nms_scores.shape[1]
-    raster = torch.where(values > 0, indices, last).argsort(dim=1)
-    best_first = torch.arange(values.shape[1], device=values.device)
-    order = torch.where(count > n_limit, best_first, raster)
+    if not row_by_row:
+        return values, indices
+    beyond = nms_scores.shape[1]
+    raster = torch.where(values > 0, indices, beyond).argsort(dim=1)
+    descending = torch.arange(values.shape[1], device=values.device)
+    order = torch.where(passed.sum(dim=1, keepdim=True) > n_limit, descending, raster)
     return values.gather(1, order), indices.gather(1, order)
 
 
@@ -88,25 +103,31 @@ def soft_argmax(score_map: torch.Tensor, maxima: torch.Tensor) -> tuple[torch.Te
     return shift, (weights * distance2).sum(dim=2)
 
 
-def refine(score_map: torch.Tensor, nms_scores: torch.Tensor, index: torch.Tensor) -> Detections:
+def refine(
+    score_map: torch.Tensor, nms_scores: torch.Tensor, index: torch.Tensor, form: Form
+) -> Detections:
     """Selected maxima, [B, K] scores and flat indices into `inner`, to sub-pixel keypoints."""
     width = score_map.shape[-1] - 2 * RADIUS
     row = index // width  # on integers: a flat index can be beyond what a float holds exactly
     maxima = torch.stack((index - row * width, row), dim=2) + RADIUS  # [B, K, 2]
     shift, dispersity = soft_argmax(score_map, maxima)
     keypoints = maxima + shift
-    scores = bilinear_sample(score_map, keypoints)[:, 0]
+    scores = bilinear_sample(score_map, keypoints, form.sampling)[:, 0]
     scores = torch.where(nms_scores > 0, scores, 0.0)
     return Detections(keypoints, scores, nms_scores, dispersity)
 
 
-def detect(score_map: torch.Tensor, top_k: int, scores_th: float, n_limit: int) -> Detections:
+def detect(
+    score_map: torch.Tensor, top_k: int, scores_th: float, n_limit: int, form: Form
+) -> Detections:
     """Keypoints of a score map [B, 1, H, W] in float32, H and W at least 5.
 
     `top_k` > 0 selects the best `top_k`; otherwise those above `scores_th`, at most `n_limit`.
     """
     candidates = inner(suppress_non_maxima(score_map))
     if top_k > 0:
-        return refine(score_map, *select_top_k(candidates, top_k))
-    mean_score = score_map.mean(dim=(1, 2, 3))[:, None]
-    return refine(score_map, *select_above(candidates, mean_score, scores_th, n_limit))
+        selected = select_top_k(candidates, top_k)
+    else:
+        passed = above(candidates, score_map.mean(dim=(1, 2, 3))[:, None], scores_th)
+        selected = select_above(candidates, passed, n_limit, form.row_by_row)
+    return refine(score_map, *selected, form)

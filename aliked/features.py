@@ -14,8 +14,8 @@ MIN_SIDE = 5  # pixels: detection drops a border of 2, so a smaller image has no
 class Features:
     """Keypoints of one image, fill-ins removed.
 
-    Order: top-k mode, descending detection score (the score map at the maximum, before
-    sub-pixel refinement, so `scores` itself need not be sorted); threshold mode, row by row.
+    Order: descending detection score (the score map at the maximum, before sub-pixel refinement,
+    so `scores` itself need not be sorted). PyTorch in threshold mode: row by row of the image.
     """
 
     keypoints: np.ndarray  # [N, 2] float32, pixels, (x, y), centre of the top-left pixel = (0, 0)

@@ -16,7 +16,7 @@ from aliked.backbone import (
     conv1x1,
     conv3x3,
 )
-from aliked.configs import get_config
+from aliked.configs import Form, get_config
 from aliked.descriptors import SDDH
 from aliked.detection import Detections, detect
 from aliked.errors import InputError
@@ -77,6 +77,7 @@ class ALIKED(nn.Module):
             raise InputError(f"n_limit is {n_limit} in threshold mode; it must be at least 1")
         self.name, self.dim, self.precision = name, config.dim, "fp32"
         self.top_k, self.scores_th, self.n_limit = top_k, scores_th, n_limit
+        self.form = Form()
         c1, c2, c3, c4 = config.channels
         self.block1 = ConvBlock(3, c1)
         self.block2 = ResBlock(c1, c2)
@@ -167,21 +168,21 @@ class ALIKED(nn.Module):
 
     def detect(self, score_map: torch.Tensor) -> Detections:
         """Keypoints of a score map [B, 1, H, W] by this model's selection rule."""
-        return detect(score_map, self.top_k, self.scores_th, self.n_limit)
+        return detect(score_map, self.top_k, self.scores_th, self.n_limit, self.form)
 
     def forward(self, images: torch.Tensor) -> Output:
         """RGB float [B, 3, H, W] in [0, 1], H and W at least 5, to `Output`.
 
         K is `top_k` or `n_limit`, or (H - 4) * (W - 4) where that is smaller. Nothing here waits
         for the device. Rows come in descending order of `nms_scores`; in threshold mode row by
-        row of the image unless more than `n_limit` pass.
+        row of the image where no more than `n_limit` pass and `form` does not say otherwise.
         """
         features, score_map = self.dense(images)
         return self.describe(features, self.detect(score_map))
 
     def describe(self, features: torch.Tensor, found: Detections) -> Output:
         """Describe what was found by the unit-length features [B, D, H, W] around it."""
-        descriptors = self.desc_head(features, found.keypoints)
+        descriptors = self.desc_head(features, found.keypoints, self.form)
         return Output(
             found.keypoints, descriptors, found.scores, found.nms_scores, found.dispersity
         )

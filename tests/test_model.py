@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from aliked.configs import CONFIGS
+from aliked.configs import CONFIGS, Form
 from aliked.descriptors import SDDH
-from aliked.detection import detect
+from aliked.detection import MAX_TOP_K, detect, select_top_k
 from aliked.errors import InputError
 from aliked.model import ALIKED, Output, pad_to_stride
 from aliked.patches import get_patches
@@ -113,37 +113,53 @@ def test_top_k_larger_than_the_image_gives_fewer_rows():
 
 
 def test_top_k_comes_in_descending_order_of_the_score_at_the_maximum():
-    found = detect(spikes(20, 20, {(5, 5): 0.3, (12, 5): 0.9, (5, 12): 0.6}), 3, 0.0, 0)
+    found = detect(spikes(20, 20, {(5, 5): 0.3, (12, 5): 0.9, (5, 12): 0.6}), 3, 0.0, 0, Form())
     torch.testing.assert_close(found.nms_scores, torch.tensor([[0.9, 0.6, 0.3]]))
 
 
 def test_threshold_mode_goes_row_by_row():
     score_map = spikes(20, 20, {(12, 5): 0.6, (5, 5): 0.3, (3, 12): 0.9, (15, 15): 0.1})
-    found = detect(score_map, -1, 0.2, 10)
+    found = detect(score_map, -1, 0.2, 10, Form())
     torch.testing.assert_close(found.nms_scores[0, :4], torch.tensor([0.3, 0.6, 0.9, 0.0]))
 
 
 def test_threshold_mode_over_its_limit_keeps_the_best_in_descending_order():
     score_map = spikes(20, 20, {(12, 5): 0.6, (5, 5): 0.3, (3, 12): 0.9, (15, 15): 0.8})
-    found = detect(score_map, -1, 0.2, 3)
+    found = detect(score_map, -1, 0.2, 3, Form())
     torch.testing.assert_close(found.nms_scores, torch.tensor([[0.9, 0.8, 0.6]]))
+
+
+def test_threshold_mode_in_an_exported_form_is_in_descending_order():
+    score_map = spikes(20, 20, {(12, 5): 0.6, (5, 5): 0.3, (3, 12): 0.9})
+    found = detect(score_map, -1, 0.2, 4, Form(row_by_row=False))
+    torch.testing.assert_close(found.nms_scores, torch.tensor([[0.9, 0.6, 0.3, 0.0]]))
+
+
+def test_more_keypoints_than_one_selection_round_gives_are_still_the_best():
+    torch.manual_seed(0)
+    scores = torch.rand(2, 9000).round(decimals=3)  # with many ties
+    values, indices = select_top_k(scores, 2 * MAX_TOP_K + 100)
+    expected = scores.topk(2 * MAX_TOP_K + 100, dim=1).values
+    assert torch.equal(values, expected)
+    assert torch.equal(scores.gather(1, indices), expected)
+    assert all(len(row.unique()) == len(row) for row in indices)
 
 
 def test_threshold_falls_back_to_the_mean_score_for_each_image_alone():
     strong = spikes(20, 20, {(5, 5): 0.9})
     weak = spikes(20, 20, {(5, 5): 0.1, (12, 12): 0.15})
-    found = detect(torch.cat((strong, weak)), -1, 0.2, 10)
+    found = detect(torch.cat((strong, weak)), -1, 0.2, 10, Form())
     assert (found.nms_scores > 0).sum(dim=1).tolist() == [1, 2]
 
 
 def test_keypoints_of_the_outer_two_pixels_are_dropped():
-    found = detect(spikes(20, 20, {(1, 9): 0.9, (18, 3): 0.9, (2, 14): 0.8}), 1, 0.0, 0)
+    found = detect(spikes(20, 20, {(1, 9): 0.9, (18, 3): 0.9, (2, 14): 0.8}), 1, 0.0, 0, Form())
     torch.testing.assert_close(found.nms_scores, torch.tensor([[0.8]]))
 
 
 def test_refinement_is_the_soft_argmax_of_the_window():
     score_map = spikes(11, 11, {(5, 5): 0.9, (6, 5): 0.8})
-    found = detect(score_map, 1, 0.0, 0)
+    found = detect(score_map, 1, 0.0, 0, Form())
     window = score_map[0, 0, 3:8, 3:8].double()
     weights = (window / 0.1).exp() / (window / 0.1).exp().sum()
     steps = torch.arange(-2, 3).double()

@@ -1,0 +1,214 @@
+"""ONNX Runtime on an exported `.onnx` file, on the CPU or through its CUDA provider."""
+
+import importlib.util
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from aliked.backends import Spec
+from aliked.errors import InputError
+from aliked.features import Features, check_image, drop_fill_ins
+
+SUFFIX = ".onnx"
+OUTPUTS = ["keypoints", "descriptors", "scores"]
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+Providers = Sequence[tuple[str, dict[str, str]]]  # names and options, the preferred one first
+
+
+def unavailable() -> str | None:
+    """Why ONNX Runtime cannot run here, or None."""
+    if importlib.util.find_spec("onnxruntime") is None:
+        return "the package onnxruntime is not installed; pip install onnxruntime"
+    return None
+
+
+def provider_missing(provider: str) -> str | None:
+    """Why the installed ONNX Runtime cannot run on `provider`, or None."""
+    reason = unavailable()
+    if reason:
+        return reason
+    import onnxruntime
+
+    if provider in onnxruntime.get_available_providers():
+        return None
+    return (
+        f"this ONNX Runtime has no {provider}; pip install onnxruntime-gpu in place of onnxruntime"
+    )
+
+
+def cuda_device(device: str) -> str:
+    """The number N of "cuda:N", 0 of "cuda" and "auto"; `InputError` for anything else."""
+    kind, _, index = device.partition(":")
+    if kind not in ("auto", "cuda") or not (index or "0").isdigit():
+        raise InputError(f"device {device!r} is not CUDA's; give auto, cuda or cuda:N")
+    return index or "0"
+
+
+def cuda_provider(device: str) -> tuple[str, dict[str, str]]:
+    """The CUDA provider and its options for `device`."""
+    # TF32 would make "float32" rows something else than float32.
+    return CUDA, {"device_id": cuda_device(device), "use_tf32": "0"}
+
+
+def choose_providers(device: str) -> Providers:
+    """The provider for `device`: "auto" takes CUDA's where it is there."""
+    missing = provider_missing(CUDA)
+    if device == "cpu" or (device == "auto" and missing):
+        return [(CPU, {})]
+    chosen = cuda_provider(device)
+    if missing:
+        raise InputError(f"device {device} was asked for, but {missing}, or pass --device cpu")
+    return [chosen]
+
+
+def open_session(path: Path, provider: str, options: dict[str, str], others: Providers = ()):
+    """An inference session on `provider`; nodes that it does not take go to `others`, then the CPU.
+
+    `InputError` where `provider` does not load: ONNX Runtime itself would go on without it.
+    """
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 3  # errors only
+    settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    if not Path(path).is_file():
+        raise InputError(f"{path} does not exist; export it with convert_pytorch_to_onnx.py")
+    try:
+        session = onnxruntime.InferenceSession(str(path), settings, [(provider, options), *others])
+    except Exception as error:  # ONNX Runtime raises a class of its own for every status code
+        raise InputError(
+            f"{path} cannot be loaded by ONNX Runtime ({str(error).strip().splitlines()[0]}); "
+            "export it again with convert_pytorch_to_onnx.py"
+        ) from error
+    loaded = session.get_providers()[0]
+    if loaded != provider:
+        raise InputError(
+            f"{provider} did not load (ONNX Runtime would run on {loaded}); install the versions "
+            "of CUDA, cuDNN and TensorRT that this onnxruntime-gpu needs"
+        )
+    return session
+
+
+def build(spec: Spec, shape: tuple[int, int, int], path: Path) -> None:
+    """Export the model of `spec` for images of `shape` = (B, H, W) to `path`."""
+    from aliked.model import ALIKED
+    from aliked.onnx_export import ExportOptions, export_onnx
+
+    batch, height, width = shape
+    model = ALIKED.from_pretrained(
+        spec.model,
+        top_k=spec.top_k,
+        scores_th=spec.scores_th,
+        n_limit=spec.n_limit,
+        weights=spec.weights,
+        precision=spec.precision,
+    )
+    # A static file holds a batch of 1.
+    export_onnx(model, path, ExportOptions(height=height, width=width, dynamic=batch > 1))
+
+
+class ONNXRuntimeExtractor:
+    """One session on one exported file, by default on the provider that `spec.device` means."""
+
+    def __init__(self, spec: Spec, name: str | None = None, providers: Providers | None = None):
+        if spec.model_path is None:
+            raise InputError(
+                f"backend {name or 'onnxruntime'} needs a model file; pass --model_path FILE.onnx, as written by "
+                "convert_pytorch_to_onnx.py"
+            )
+        self.path = Path(spec.model_path)
+        (provider, options), *others = providers or choose_providers(spec.device)
+        self.session = open_session(self.path, provider, options, others)
+        self.device = "cpu" if provider == CPU else "cuda"
+        self.name = name or f"onnxruntime-{self.device}"
+        self.device_id = int(options.get("device_id", 0))
+        self.input = self._check_contract()
+        self.top_k = self._check_top_k(spec.top_k)
+
+    def _check_contract(self):
+        """The image input, after checking that the file is an export of this project."""
+        inputs = {tensor.name: tensor for tensor in self.session.get_inputs()}
+        missing = set(OUTPUTS) - {tensor.name for tensor in self.session.get_outputs()}
+        if set(inputs) != {"image"} or missing:
+            raise InputError(
+                f"{self.path} has inputs {sorted(inputs)} and lacks outputs {sorted(missing)}; "
+                "this backend runs files written by convert_pytorch_to_onnx.py with --io default"
+            )
+        return inputs["image"]
+
+    def _check_top_k(self, top_k: int) -> int | None:
+        """How many rows to keep: `top_k`, or None for all (threshold mode)."""
+        if top_k <= 0:
+            return None
+        (scores,) = (t for t in self.session.get_outputs() if t.name == "scores")
+        if isinstance(scores.shape[1], int) and top_k > scores.shape[1]:
+            raise InputError(
+                f"top_k {top_k} was asked for, but {self.path} gives {scores.shape[1]} keypoints; "
+                f"pass --top_k {scores.shape[1]} or export it again with --top_k {top_k}"
+            )
+        return top_k
+
+    def _check_size(self, images: np.ndarray) -> None:
+        """Refuse an image size that a static file was not exported for."""
+        uint8 = self.input.type == "tensor(uint8)"
+        expected = self.input.shape[1:3] if uint8 else self.input.shape[2:4]
+        for want, got in zip(expected, images.shape[1:3], strict=True):
+            if isinstance(want, int) and want != got:
+                raise InputError(
+                    f"the image is {images.shape[2]}x{images.shape[1]} pixels, but {self.path} was "
+                    f"exported for {expected[1]}x{expected[0]}; export it with --dynamic"
+                )
+
+    def _prepare(self, images: np.ndarray) -> np.ndarray:
+        """uint8 [B, H, W, 3] to what the file's input takes."""
+        self._check_size(images)
+        if self.input.type == "tensor(uint8)":
+            return np.ascontiguousarray(images)
+        return np.ascontiguousarray(images.transpose(0, 3, 1, 2), np.float32) / np.float32(255)
+
+    def __call__(self, image: np.ndarray) -> Features:
+        """uint8 [H, W, 3] RGB to `Features`."""
+        check_image(image)
+        return self.extract_batch(image[None])[0]
+
+    def extract_batch(self, images: np.ndarray) -> list[Features]:
+        """uint8 [B, H, W, 3] RGB to each image's `Features`, copies included."""
+        rows = self.session.run(OUTPUTS, {"image": self._prepare(images)})
+        return [
+            drop_fill_ins(*(values[: self.top_k] for values in image))
+            for image in zip(*rows, strict=True)
+        ]
+
+    def to_device(self, images: np.ndarray):
+        """uint8 [B, H, W, 3] RGB to the session's input, on its device."""
+        import onnxruntime
+
+        prepared = self._prepare(images)
+        return onnxruntime.OrtValue.ortvalue_from_numpy(prepared, self.device, self.device_id)
+
+    def infer(self, batch) -> dict:
+        """The session's input to its outputs, all `OrtValue`s on its device."""
+        binding = self.session.io_binding()
+        binding.bind_ortvalue_input("image", batch)
+        for name in OUTPUTS:
+            binding.bind_output(name, self.device, self.device_id)
+        self.session.run_with_iobinding(binding)
+        return dict(zip(OUTPUTS, binding.get_outputs(), strict=True))
+
+    def synchronize(self) -> None:
+        """Nothing to wait for: a session's run returns when its work is done."""
+
+    def placement(self) -> dict[str, Counter]:
+        """How many nodes of which operator each provider runs; empty before ONNX Runtime 1.24."""
+        if not hasattr(self.session, "get_provider_graph_assignment_info"):
+            return {}
+        placed: dict[str, Counter] = {}
+        for subgraph in self.session.get_provider_graph_assignment_info():
+            operators = Counter(node.op_type for node in subgraph.get_nodes())
+            placed.setdefault(subgraph.ep_name, Counter()).update(operators)
+        return placed
+
+
+create = ONNXRuntimeExtractor

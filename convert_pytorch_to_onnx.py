@@ -1,0 +1,182 @@
+#!/usr/bin/env python3
+"""Stage 1: export ALIKED to ONNX and prove on real images that the file is still the model."""
+
+import argparse
+import os
+import sys
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+
+from tqdm import tqdm
+
+from aliked import cli
+from aliked.configs import CONFIGS, Form
+from aliked.datasets import offer_download
+from aliked.errors import InputError
+from aliked.files import sha256, writable_folder, write_json
+from aliked.images import list_images, load_image, require_same_size
+from aliked.model import ALIKED
+from aliked.onnx_export import OPSETS, ExportOptions, export_onnx, versions
+from aliked.onnx_verify import verify
+from aliked.sampling import SAMPLERS
+from aliked.weights import find_weights
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    p.add_argument("images", type=Path, help="folder of images: gives the input size and the check")
+    p.add_argument("--model", default="aliked-n16rot", help=f"one of {', '.join(CONFIGS)}")
+    p.add_argument("--weights", type=Path, help="weights file or folder instead of the cache")
+    p.add_argument(
+        "--model_output",
+        type=Path,
+        help="file to write (default: converted_model/MODEL-topK-FOLDER.onnx)",
+    )
+    p.add_argument("--opset_version", type=int, default=19, help=f"one of {OPSETS}")
+    p.add_argument("--top_k", type=int, default=1000, help="keypoints; <= 0: threshold mode")
+    p.add_argument(
+        "--scores_th",
+        type=float,
+        default=0.2,
+        help="threshold mode: lowest score of a keypoint, 0 to 1. The file has n_limit rows; "
+        "those below the threshold have score 0, and the output nms_scores can be cut higher",
+    )
+    p.add_argument("--n_limit", type=int, default=5000, help="threshold mode: most keypoints")
+    p.add_argument("--precision", choices=("fp32", "fp16"), default="fp32", help="of the graph")
+    p.add_argument("--amp", action="store_true", help="the same as --precision fp16")
+    p.add_argument("--dynamic", action="store_true", help="batch, height and width symbolic")
+    p.add_argument("--uint8_input", action="store_true", help="input uint8 [B, H, W, 3] RGB")
+    p.add_argument(
+        "--io",
+        choices=("default", "colmap"),
+        default="default",
+        help="inputs and outputs; colmap: those that COLMAP's ALIKED extractor loads",
+    )
+    p.add_argument(
+        "--deform_conv",
+        choices=("native", "gather", "gridsample"),
+        help="operators for the deformable convolutions: native is DeformConv (opset 19), which "
+        "TensorRT runs by a plugin that needs cuBLAS; gridsample and gather are made of standard "
+        "operators, which version-compatible engines and older runtimes need (default: native at "
+        "opset 19, gridsample below)",
+    )
+    p.add_argument(
+        "--sampling",
+        choices=tuple(SAMPLERS),
+        default="gridsample",
+        help="operators for the sampling of scores and features: GridSample, or look-ups and "
+        "arithmetic for runtimes that lack it or run it wrongly",
+    )
+    p.add_argument(
+        "--portable",
+        action="store_true",
+        help="no DeformConv and no GridSample: --deform_conv gather --sampling gather",
+    )
+    p.add_argument("--num_images", type=int, default=10, help="images of the folder to check on")
+    p.add_argument("--verbose", action="store_true", help="the exporter's log, operators, shapes")
+    return p
+
+
+def export_options(args: argparse.Namespace, height: int, width: int) -> ExportOptions:
+    """The command line as `ExportOptions`."""
+    return ExportOptions(
+        height=height,
+        width=width,
+        opset=args.opset_version,
+        deform_conv=args.deform_conv or ("native" if args.opset_version >= 19 else "gridsample"),
+        dynamic=args.dynamic,
+        uint8_input=args.uint8_input,
+        io=args.io,
+    )
+
+
+def output_path(args: argparse.Namespace) -> Path:
+    """Where the file goes, after making sure that it can."""
+    rows = f"top{args.top_k}" if args.top_k > 0 else f"th{args.scores_th}"
+    name = f"{args.model}-{rows}-{args.precision}-{args.images.resolve().name}.onnx"
+    path = args.model_output or Path("converted_model") / name
+    if path.suffix != ".onnx" or path.is_dir():
+        raise InputError(f"--model_output {path} is not the name of an .onnx file; give one")
+    writable_folder(path.parent)
+    return path
+
+
+def load_models(args: argparse.Namespace) -> tuple[ALIKED, ALIKED]:
+    """The model to export and the float32 reference to judge it by."""
+    selection = (args.model, args.top_k, args.scores_th, args.n_limit, args.weights)
+    model = ALIKED.from_pretrained(*selection, precision=args.precision)
+    model.form = Form(args.sampling, row_by_row=False)
+    return model, ALIKED.from_pretrained(*selection)
+
+
+def print_graph(proto) -> None:
+    """The operators and the inputs and outputs of what was written."""
+    counts = Counter(node.op_type for node in proto.graph.node)
+    print("operators:", ", ".join(f"{name} {n}" for name, n in counts.most_common()))
+    for tensor in (*proto.graph.input, *proto.graph.output):
+        dims = [dim.dim_param or dim.dim_value for dim in tensor.type.tensor_type.shape.dim]
+        print(f"  {tensor.name} {dims}")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Export, check, judge, and only then give the file its name."""
+    if args.amp:
+        args.precision = "fp16"
+    if args.portable:
+        args.deform_conv = args.sampling = "gather"
+    offer_download(args.images)
+    paths = list_images(args.images)[: max(args.num_images, 1)]
+    images = [(path, load_image(path)) for path in paths]
+    if not args.dynamic and args.io == "default":
+        images = list(require_same_size(images))
+    options = export_options(args, *images[0][1].shape[:2])
+    path = output_path(args)
+    model, reference = load_models(args)
+
+    candidate = path.with_name(f".{path.stem}.{os.getpid()}.candidate.onnx")
+    try:
+        proto = export_onnx(model, candidate, options, args.verbose)
+        print(f"exported {args.model} to ONNX opset {options.opset}; ONNX's full check passed")
+        if args.verbose:
+            print_graph(proto)
+        progress = tqdm(images, desc="PyTorch fp32 and ONNX Runtime", unit="image")
+        named = ((image_path.name, image) for image_path, image in progress)
+        verdict = verify(candidate, reference, args.precision, options, named)
+        print(verdict.text)
+        if not verdict.passed:
+            path = path.with_name(f"{path.name}.rejected")
+        os.replace(candidate, path)
+    finally:
+        candidate.unlink(missing_ok=True)
+    manifest = path.with_name(f"{path.name}.json")
+    write_json(manifest, make_manifest(args, options, path, verdict))
+    print(f"{'wrote' if verdict.passed else 'kept the wrong file as'} {path} and {manifest}")
+    return 0 if verdict.passed else 1
+
+
+def make_manifest(args, options, path, verdict) -> dict:
+    """What the file is, what it was made from, and how it was judged."""
+    weights = find_weights(args.model, args.weights)
+    return {
+        "file": path.name,
+        "sha256": sha256(path),
+        "model": args.model,
+        "precision": args.precision,
+        "top_k": args.top_k,
+        "scores_th": args.scores_th,
+        "n_limit": args.n_limit,
+        "sampling": args.sampling,
+        **asdict(options),
+        "weights": {"file": weights.name, "sha256": sha256(weights)},
+        "verdict": {"passed": verdict.passed, "text": verdict.text.splitlines()},
+        "versions": versions(),
+        "command": " ".join(["python", *sys.argv]),
+    }
+
+
+if __name__ == "__main__":
+    cli.run(main, parser())
