@@ -8,17 +8,21 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
+import onnx
 from tqdm import tqdm
 
 from aliked import cli
-from aliked.configs import CONFIGS, Form
+from aliked.configs import Form
 from aliked.datasets import offer_download
 from aliked.errors import InputError
-from aliked.files import sha256, writable_folder, write_json
+from aliked.files import scratch_file, sha256, writable_folder, write_json
 from aliked.images import list_images, load_image, require_same_size
-from aliked.model import ALIKED
-from aliked.onnx_export import OPSETS, ExportOptions, export_onnx, versions
+from aliked.model import ALIKED, PRECISIONS
+from aliked.onnx_export import ExportOptions, export_onnx, versions
 from aliked.onnx_verify import verify
+from aliked.options import add_model_options, add_selection_options, check_selection
+from aliked.parity import Verdict
 from aliked.sampling import SAMPLERS
 from aliked.weights import find_weights
 
@@ -26,59 +30,84 @@ from aliked.weights import find_weights
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=__doc__,
+        epilog="In threshold mode (--top_k 0) the file has --n_limit rows per image in descending "
+        "order; those below the threshold have score 0, and its output nms_scores can be cut "
+        "higher.",
     )
-    p.add_argument("images", type=Path, help="folder of images: gives the input size and the check")
-    p.add_argument("--model", default="aliked-n16rot", help=f"one of {', '.join(CONFIGS)}")
-    p.add_argument("--weights", type=Path, help="weights file or folder instead of the cache")
+    p.add_argument(
+        "images", type=Path, metavar="FOLDER", help="images: give the input size and the check"
+    )
     p.add_argument(
         "--model_output",
         type=Path,
-        help="file to write (default: converted_model/MODEL-topK-FOLDER.onnx)",
+        metavar="FILE",
+        help="file to write (default: converted_model/MODEL-topK-PRECISION-FOLDER.onnx)",
     )
-    p.add_argument("--opset_version", type=int, default=19, help=f"one of {OPSETS}")
-    p.add_argument("--top_k", type=int, default=1000, help="keypoints; <= 0: threshold mode")
     p.add_argument(
-        "--scores_th",
-        type=float,
-        default=0.2,
-        help="threshold mode: lowest score of a keypoint, 0 to 1. The file has n_limit rows; "
-        "those below the threshold have score 0, and the output nms_scores can be cut higher",
+        "--num_images",
+        type=int,
+        default=10,
+        metavar="N",
+        help="check on the first N images of the folder (default: %(default)s)",
     )
-    p.add_argument("--n_limit", type=int, default=5000, help="threshold mode: most keypoints")
-    p.add_argument("--precision", choices=("fp32", "fp16"), default="fp32", help="of the graph")
-    p.add_argument("--amp", action="store_true", help="the same as --precision fp16")
-    p.add_argument("--dynamic", action="store_true", help="batch, height and width symbolic")
-    p.add_argument("--uint8_input", action="store_true", help="input uint8 [B, H, W, 3] RGB")
-    p.add_argument(
+    p.add_argument("--verbose", action="store_true", help="the exporter's log, operators, shapes")
+    model = p.add_argument_group("model")
+    add_model_options(model)
+    add_selection_options(model)
+    add_graph_options(p.add_argument_group("graph"))
+    return p
+
+
+def add_graph_options(group: argparse._ArgumentGroup) -> None:
+    """How the model is written."""
+    group.add_argument(
+        "--opset_version",
+        type=int,
+        default=19,
+        metavar="N",
+        help="17, 18 or 19; TensorRT misreads GridSample of 20 and later (default: %(default)s)",
+    )
+    group.add_argument(
+        "--precision",
+        choices=tuple(PRECISIONS),
+        default="fp32",
+        help="of convolutions, products and feature maps (default: %(default)s)",
+    )
+    group.add_argument("--amp", action="store_true", help="the same as --precision fp16")
+    group.add_argument("--dynamic", action="store_true", help="batch, height and width symbolic")
+    group.add_argument("--uint8_input", action="store_true", help="input uint8 [B, H, W, 3] RGB")
+    group.add_argument(
         "--io",
         choices=("default", "colmap"),
         default="default",
-        help="inputs and outputs; colmap: those that COLMAP's ALIKED extractor loads",
+        help="inputs and outputs: this project's, or those that COLMAP's ALIKED extractor loads "
+        "(default: %(default)s)",
     )
-    p.add_argument(
+    add_operator_options(group)
+
+
+def add_operator_options(group: argparse._ArgumentGroup) -> None:
+    """Which ONNX operators express deformable convolution and bilinear sampling."""
+    group.add_argument(
         "--deform_conv",
-        choices=("native", "gather", "gridsample"),
-        help="operators for the deformable convolutions: native is DeformConv (opset 19), which "
-        "TensorRT runs by a plugin that needs cuBLAS; gridsample and gather are made of standard "
-        "operators, which version-compatible engines and older runtimes need (default: native at "
-        "opset 19, gridsample below)",
+        choices=("native", "gridsample", "gather"),
+        help="native: DeformConv of opset 19, which TensorRT runs by a plugin that needs cuBLAS; "
+        "gridsample, gather: standard operators, which version-compatible engines and older "
+        "runtimes need (default: native at opset 19, gridsample below)",
     )
-    p.add_argument(
+    group.add_argument(
         "--sampling",
         choices=tuple(SAMPLERS),
         default="gridsample",
-        help="operators for the sampling of scores and features: GridSample, or look-ups and "
-        "arithmetic for runtimes that lack it or run it wrongly",
+        help="of scores and features: GridSample, or look-ups and arithmetic for runtimes that "
+        "lack it or run it wrongly (default: %(default)s)",
     )
-    p.add_argument(
+    group.add_argument(
         "--portable",
         action="store_true",
         help="no DeformConv and no GridSample: --deform_conv gather --sampling gather",
     )
-    p.add_argument("--num_images", type=int, default=10, help="images of the folder to check on")
-    p.add_argument("--verbose", action="store_true", help="the exporter's log, operators, shapes")
-    return p
 
 
 def export_options(args: argparse.Namespace, height: int, width: int) -> ExportOptions:
@@ -113,7 +142,7 @@ def load_models(args: argparse.Namespace) -> tuple[ALIKED, ALIKED]:
     return model, ALIKED.from_pretrained(*selection)
 
 
-def print_graph(proto) -> None:
+def print_graph(proto: onnx.ModelProto) -> None:
     """The operators and the inputs and outputs of what was written."""
     counts = Counter(node.op_type for node in proto.graph.node)
     print("operators:", ", ".join(f"{name} {n}" for name, n in counts.most_common()))
@@ -122,43 +151,56 @@ def print_graph(proto) -> None:
         print(f"  {tensor.name} {dims}")
 
 
-def main(args: argparse.Namespace) -> int:
-    """Export, check, judge, and only then give the file its name."""
+def resolve(args: argparse.Namespace) -> None:
+    """Settle the options that stand for others."""
+    args.scores_th = check_selection(args.top_k, args.scores_th)
+    if args.io == "colmap" and args.top_k <= 0:
+        raise InputError(
+            "COLMAP gives the threshold when the file runs; leave out --top_k 0 with --io colmap"
+        )
     if args.amp:
         args.precision = "fp16"
     if args.portable:
         args.deform_conv = args.sampling = "gather"
+
+
+def load_check_images(args: argparse.Namespace) -> list[tuple[str, np.ndarray]]:
+    """The images to check on, by name; of one size where the file will be static."""
     offer_download(args.images)
     paths = list_images(args.images)[: max(args.num_images, 1)]
-    images = [(path, load_image(path)) for path in paths]
+    images = ((path, load_image(path)) for path in paths)
     if not args.dynamic and args.io == "default":
-        images = list(require_same_size(images))
+        images = require_same_size(images)
+    return [(path.name, image) for path, image in images]
+
+
+def main(args: argparse.Namespace) -> int:
+    """Export, check, judge, and only then give the file its name."""
+    resolve(args)
+    images = load_check_images(args)
     options = export_options(args, *images[0][1].shape[:2])
     path = output_path(args)
     model, reference = load_models(args)
-
-    candidate = path.with_name(f".{path.stem}.{os.getpid()}.candidate.onnx")
-    try:
+    with scratch_file(path) as candidate:
         proto = export_onnx(model, candidate, options, args.verbose)
         print(f"exported {args.model} to ONNX opset {options.opset}; ONNX's full check passed")
         if args.verbose:
             print_graph(proto)
         progress = tqdm(images, desc="PyTorch fp32 and ONNX Runtime", unit="image")
-        named = ((image_path.name, image) for image_path, image in progress)
-        verdict = verify(candidate, reference, args.precision, options, named)
+        verdict = verify(candidate, reference, args.precision, options, progress)
         print(verdict.text)
         if not verdict.passed:
             path = path.with_name(f"{path.name}.rejected")
         os.replace(candidate, path)
-    finally:
-        candidate.unlink(missing_ok=True)
     manifest = path.with_name(f"{path.name}.json")
     write_json(manifest, make_manifest(args, options, path, verdict))
     print(f"{'wrote' if verdict.passed else 'kept the wrong file as'} {path} and {manifest}")
     return 0 if verdict.passed else 1
 
 
-def make_manifest(args, options, path, verdict) -> dict:
+def make_manifest(
+    args: argparse.Namespace, options: ExportOptions, path: Path, verdict: Verdict
+) -> dict:
     """What the file is, what it was made from, and how it was judged."""
     weights = find_weights(args.model, args.weights)
     return {

@@ -31,17 +31,24 @@ def writable_folder(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, renamed to it on success, removed on failure."""
+def scratch_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, of the same suffix; remove what is there at the end."""
     path = Path(path)
     writable_folder(path.parent)
     # The suffix stays last: encoders such as OpenCV's choose the format by it.
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    scratch = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
+        yield scratch
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, renamed to it on success, removed on failure."""
+    with scratch_file(path) as partial:
         yield partial
         os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def write_json(path: Path, data: dict) -> None:

@@ -1,0 +1,178 @@
+"""Pictures of keypoints and matches, drawn on uint8 RGB arrays, and the files they go to."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from aliked.features import Features
+from aliked.files import whole_file
+
+MIN_SIDE = 640  # px: smaller pictures are enlarged to this longer side, so that text fits
+PAIR_SIDE, FRAME_SIDE = 1600, 800  # px: larger pairs and animation frames are reduced to this
+GAP = 6  # px between the images of a pair
+CAPTION_HEIGHT = 28  # px, below the picture
+BACKGROUND, TEXT, UNMATCHED = (24, 24, 24), (235, 235, 235), (190, 190, 190)
+BRIGHTNESS = 0.65  # of the photograph, so that colours stand out
+SUBPIXEL_BITS = 4  # OpenCV draws at fixed-point coordinates with this many fractional bits
+LONG_MOTION = 0.1  # of the longer side: motion that is drawn in red
+FRAME_MS = 250  # how long the animation shows each frame
+
+
+def draw_matches(
+    image0: np.ndarray,
+    features0: Features,
+    image1: np.ndarray,
+    features1: Features,
+    matches: np.ndarray,
+    caption: str,
+) -> np.ndarray:
+    """Two images, uint8 [H, W, 3] RGB, and a line from each matched keypoint to its partner.
+
+    The images are side by side, or one above the other where the first is wider than twice its
+    height. `matches` [P, 2] are indices into the features. Neighbouring lines have like colours,
+    so that a line out of step shows; keypoints without partner are grey circles. Returns uint8
+    [H', W', 3] RGB.
+    """
+    height, width = image0.shape[:2]
+    stacked = width > 2 * height
+    offset = np.array([0, height + GAP] if stacked else [width + GAP, 0])
+    canvas, scale = _rescale(_join(image0, image1, offset), PAIR_SIDE)
+    points0 = _moved(features0.keypoints, scale)
+    points1 = _moved(features1.keypoints + offset, scale)
+    radius = _dot_radius(canvas, len(points0) + len(points1))
+    _draw_unmatched(canvas, points0, matches[:, 0], radius)
+    _draw_unmatched(canvas, points1, matches[:, 1], radius)
+    start, end = points0[matches[:, 0]], points1[matches[:, 1]]
+    across = start[:, 0] / (width * scale) if stacked else start[:, 1] / (height * scale)
+    colours = _hues(0.85 * across.clip(0, 1))
+    _draw_lines(canvas, start, end, colours, np.clip(200 / max(len(matches), 1), 0.3, 0.8))
+    _draw_dots(canvas, start, colours, radius)
+    _draw_dots(canvas, end, colours, radius)
+    return _add_caption(canvas, caption)
+
+
+def draw_motion(
+    previous: Features, image: np.ndarray, features: Features, matches: np.ndarray, caption: str
+) -> np.ndarray:
+    """An image, uint8 [H, W, 3] RGB, and a line from where each keypoint was in the previous one.
+
+    `matches` [P, 2] are indices into `previous` and `features`. Green keypoints stand still, red
+    ones moved by a tenth of the image's longer side or more, grey ones have no partner. Returns
+    uint8 [H', W', 3] RGB.
+    """
+    canvas, scale = _rescale(_darken(image), FRAME_SIDE)
+    points = _moved(features.keypoints, scale)
+    radius = _dot_radius(canvas, len(points))
+    _draw_unmatched(canvas, points, matches[:, 1], radius)
+    start, end = _moved(previous.keypoints[matches[:, 0]], scale), points[matches[:, 1]]
+    motion = np.hypot(*(end - start).T) / (LONG_MOTION * max(canvas.shape))
+    colours = _hues((1 - motion.clip(0, 1)) / 3)
+    _draw_lines(canvas, start, end, colours, np.clip(1000 / max(len(matches), 1), 0.4, 1))
+    _draw_dots(canvas, end, colours, radius)
+    return _add_caption(canvas, caption)
+
+
+def write_picture(path: Path, picture: np.ndarray) -> None:
+    """Write uint8 [H, W, 3] RGB in the format of the file's suffix, whole or not at all."""
+    _write(path, *cv2.imencode(Path(path).suffix, picture[..., ::-1]))
+
+
+def write_animation(path: Path, frames: Sequence[np.ndarray]) -> None:
+    """Write uint8 [H, W, 3] RGB frames as an endless animated WebP, whole or not at all.
+
+    Frames of different sizes get a border on the right and below.
+    """
+    height, width = np.max([frame.shape[:2] for frame in frames], axis=0)
+    canvases = np.full((len(frames), height, width, 3), BACKGROUND[0], np.uint8)
+    for canvas, frame in zip(canvases, frames, strict=True):
+        canvas[: frame.shape[0], : frame.shape[1]] = frame[..., ::-1]
+    animation = cv2.Animation()
+    animation.frames = list(canvases)
+    animation.durations = np.full(len(frames), FRAME_MS)
+    quality = [cv2.IMWRITE_WEBP_QUALITY, 65]
+    _write(path, *cv2.imencodeanimation(".webp", animation, quality))
+
+
+def _write(path: Path, encoded: bool, data: np.ndarray) -> None:
+    if not encoded:
+        raise RuntimeError(f"OpenCV {cv2.__version__} cannot encode {path}")
+    with whole_file(path) as partial:
+        data.tofile(partial)
+
+
+def _darken(image: np.ndarray) -> np.ndarray:
+    return (image * BRIGHTNESS).astype(np.uint8)
+
+
+def _join(image0: np.ndarray, image1: np.ndarray, offset: np.ndarray) -> np.ndarray:
+    """Both images, darkened, on one canvas; the second at `offset` (x, y)."""
+    (h0, w0), (h1, w1), (x, y) = image0.shape[:2], image1.shape[:2], offset
+    canvas = np.full((max(h0, y + h1), max(w0, x + w1), 3), BACKGROUND, np.uint8)
+    canvas[:h0, :w0] = _darken(image0)
+    canvas[y : y + h1, x : x + w1] = _darken(image1)
+    return canvas
+
+
+def _rescale(picture: np.ndarray, max_side: int) -> tuple[np.ndarray, float]:
+    """Bring the longer side between MIN_SIDE and `max_side`; also the factor."""
+    side = max(picture.shape[:2])
+    scale = float(np.clip(side, MIN_SIDE, max_side)) / side
+    if scale == 1:
+        return picture, scale
+    method = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+    return cv2.resize(picture, None, fx=scale, fy=scale, interpolation=method), scale
+
+
+def _hues(hue: np.ndarray) -> list[list[int]]:
+    """[P] hues (0 red, 1/3 green, 2/3 blue) to RGB colours."""
+    hsv = np.full((1, len(hue), 3), (0, 200, 255), np.uint8)
+    hsv[0, :, 0] = hue * 180  # OpenCV stores the hue in steps of 2 degrees
+    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)[0].tolist() if len(hue) else []
+
+
+def _fixed(points: np.ndarray) -> list[list[int]]:
+    """[P, 2] pixels to OpenCV's fixed-point coordinates."""
+    return np.rint(points * 2**SUBPIXEL_BITS).astype(int).tolist()
+
+
+def _moved(points: np.ndarray, scale: float) -> np.ndarray:
+    """Where pixels [P, 2] are in a picture rescaled by `scale`; pixel centres are whole numbers."""
+    return (points + 0.5) * scale - 0.5
+
+
+def _dot_radius(canvas: np.ndarray, count: int) -> float:
+    """In pixels; smaller where `count` dots would cover the picture."""
+    spacing = np.sqrt(canvas.shape[0] * canvas.shape[1] / max(count, 1))
+    return float(np.clip(0.15 * spacing, 1.2, 2.5))
+
+
+def _draw_lines(canvas, start, end, colours, opacity: float) -> None:
+    """Drawn apart and blended in: many lines have to let the photograph through."""
+    layer = canvas.copy()
+    for a, b, colour in zip(_fixed(start), _fixed(end), colours, strict=True):
+        cv2.line(layer, a, b, colour, 1, cv2.LINE_AA, SUBPIXEL_BITS)
+    cv2.addWeighted(layer, opacity, canvas, 1 - opacity, 0, dst=canvas)
+
+
+def _draw_dots(canvas, points, colours, radius: float, thickness: int = cv2.FILLED) -> None:
+    fixed_radius = int(radius * 2**SUBPIXEL_BITS)
+    for point, colour in zip(_fixed(points), colours, strict=True):
+        cv2.circle(canvas, point, fixed_radius, colour, thickness, cv2.LINE_AA, SUBPIXEL_BITS)
+
+
+def _draw_unmatched(canvas, points, matched, radius: float) -> None:
+    rest = np.delete(points, matched, axis=0)
+    _draw_dots(canvas, rest, [UNMATCHED] * len(rest), radius, thickness=1)
+
+
+def _add_caption(canvas: np.ndarray, caption: str) -> np.ndarray:
+    """A line of text below the picture, in smaller letters where it would not fit."""
+    height, width = canvas.shape[:2]
+    (text_width, _), _ = cv2.getTextSize(caption, cv2.FONT_HERSHEY_SIMPLEX, 1, 1)
+    size = min(0.5, (width - 16) / max(text_width, 1))
+    canvas = np.vstack([canvas, np.full((CAPTION_HEIGHT, width, 3), BACKGROUND, np.uint8)])
+    origin = (8, height + CAPTION_HEIGHT - 9)
+    cv2.putText(canvas, caption, origin, cv2.FONT_HERSHEY_SIMPLEX, size, TEXT, 1, cv2.LINE_AA)
+    return canvas
