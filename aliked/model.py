@@ -57,7 +57,7 @@ def to_tensor(images: torch.Tensor) -> torch.Tensor:
 def unit_length(maps: torch.Tensor) -> torch.Tensor:
     """[B, C, H, W] with every pixel's C channels scaled to length 1."""
     # The squares of half-precision features can leave the type's range: sum them in float32.
-    norms = torch.linalg.vector_norm(maps, dim=1, keepdim=True, dtype=torch.float32)
+    norms = torch.linalg.vector_norm(maps.float(), dim=1, keepdim=True)
     return maps / norms.clamp(min=1e-6).to(maps.dtype)
 
 
