@@ -1,5 +1,7 @@
 """ALIKED: keypoints and descriptors of an image (Zhao et al., arXiv 2304.03608)."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,9 +51,17 @@ def pad_to_stride(images: torch.Tensor) -> tuple[torch.Tensor, int, int]:
     return F.pad(images, padding, mode="replicate"), top, left
 
 
+@contextlib.contextmanager
+def plain_float32() -> Iterator[None]:
+    """Switch TF32 off, which PyTorch leaves on for cuDNN: it moves keypoints by up to 0.007 px."""
+    cudnn = torch.backends.cudnn
+    with cudnn.flags(True, cudnn.benchmark, cudnn.benchmark_limit, cudnn.deterministic, False):
+        yield
+
+
 def to_tensor(images: torch.Tensor) -> torch.Tensor:
     """uint8 [B, H, W, 3] to float32 [B, 3, H, W] in [0, 1], on the same device."""
-    return images.permute(0, 3, 1, 2).float() / 255
+    return images.float().permute(0, 3, 1, 2) / 255  # TensorRT only casts uint8, so cast first
 
 
 def unit_length(maps: torch.Tensor) -> torch.Tensor:
@@ -195,17 +205,18 @@ class ALIKED(nn.Module):
 
     @torch.inference_mode()
     def extract(self, image: np.ndarray) -> Features:
-        """One image, uint8 [H, W, 3] RGB, to its `Features`.
+        """One image, uint8 [H, W, 3] RGB, to its `Features`; "fp32" is float32 without TF32.
 
         Raises `InputError` for another type or shape, or where H or W is below 5.
         """
         check_image(image)
         device = self.conv1.weight.device
         images = to_tensor(torch.from_numpy(image[None]).to(device))
-        features, score_map = self.dense(images)
-        found = self.detect(score_map)
-        if self.top_k <= 0:  # n_limit is far above the usual count: describe no fill-ins
-            found = Detections(*(rows[:, found.nms_scores[0] > 0] for rows in found))
-        output = self.describe(features, found)
+        with plain_float32():
+            features, score_map = self.dense(images)
+            found = self.detect(score_map)
+            if self.top_k <= 0:  # n_limit is far above the usual count: describe no fill-ins
+                found = Detections(*(rows[:, found.nms_scores[0] > 0] for rows in found))
+            output = self.describe(features, found)
         # keypoints, descriptors and scores are the first three
         return drop_fill_ins(*(rows[0].cpu().numpy() for rows in output[:3]))

@@ -1,7 +1,6 @@
 """PyTorch, eager; and what the other backends that run through PyTorch share with it."""
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -9,7 +8,7 @@ import torch
 from aliked.backends import Spec
 from aliked.errors import InputError
 from aliked.features import Features, check_image, drop_fill_ins
-from aliked.model import ALIKED, Output, to_tensor
+from aliked.model import ALIKED, Output, plain_float32, to_tensor
 
 OUTPUTS = ("keypoints", "descriptors", "scores")
 Forward = Callable[[torch.Tensor], dict[str, torch.Tensor]]
@@ -34,14 +33,6 @@ def choose_device(device: str) -> torch.device:
             "devices; pass --device cpu, or install a CUDA build of PyTorch and a driver"
         )
     return chosen
-
-
-@contextlib.contextmanager
-def plain_float32() -> Iterator[None]:
-    """Switch TF32 off, which PyTorch leaves on for cuDNN: it moves keypoints by up to 0.007 px."""
-    cudnn = torch.backends.cudnn
-    with cudnn.flags(True, cudnn.benchmark, cudnn.benchmark_limit, cudnn.deterministic, False):
-        yield
 
 
 def load_model(spec: Spec, device: torch.device) -> ALIKED:
@@ -118,8 +109,7 @@ class PyTorchExtractor(ForwardExtractor):
 
     def __call__(self, image: np.ndarray) -> Features:
         """uint8 [H, W, 3] RGB to `Features`; in threshold mode no fill-in is described."""
-        with plain_float32():
-            return self.model.extract(image)
+        return self.model.extract(image)
 
 
 create = PyTorchExtractor
