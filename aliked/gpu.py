@@ -1,0 +1,105 @@
+"""The CUDA devices of this machine, as the driver itself reports them.
+
+The driver is asked, and not a runtime library, because TensorRT's runtime ends the process with a
+segmentation fault on a machine without a driver: this question has to come before it.
+"""
+
+import ctypes
+import functools
+import sys
+from dataclasses import dataclass
+
+from aliked.errors import InputError
+
+COMPUTE_CAPABILITY_MAJOR, COMPUTE_CAPABILITY_MINOR = 75, 76  # CUdevice_attribute, cuda.h
+
+
+@dataclass(frozen=True)
+class Device:
+    """One CUDA device."""
+
+    name: str  # as the driver spells it
+    compute_capability: str  # such as "8.6"
+    memory: int  # bytes
+
+
+@functools.cache
+def driver() -> ctypes.CDLL | None:
+    """The CUDA driver library, None where there is none."""
+    try:
+        if sys.platform == "win32":
+            return ctypes.WinDLL("nvcuda.dll")
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+
+
+def check(status: int, call: str) -> None:
+    """Raise `RuntimeError` with the driver's own name for a status other than success."""
+    if status == 0:
+        return
+    name = ctypes.c_char_p()
+    driver().cuGetErrorName(ctypes.c_int(status), ctypes.byref(name))
+    raise RuntimeError(f"{call} failed with {(name.value or b'unknown error').decode()} ({status})")
+
+
+def unavailable() -> str | None:
+    """Why no CUDA device can be used here and what to do, or None."""
+    if driver() is None:
+        return (
+            "there is no NVIDIA driver; install one, or start the container with --gpus all "
+            "(on a Jetson with --runtime nvidia)"
+        )
+    try:
+        count = _count()
+    except RuntimeError as error:
+        return f"the NVIDIA driver does not work ({error}); see what nvidia-smi says"
+    if count == 0:
+        return "the driver shows no CUDA device; see nvidia-smi and $CUDA_VISIBLE_DEVICES"
+    return None
+
+
+def devices() -> list[Device]:
+    """The CUDA devices that $CUDA_VISIBLE_DEVICES leaves; `InputError` where there is none."""
+    reason = unavailable()
+    if reason:
+        raise InputError(reason)
+    return [_device(index) for index in range(_count())]
+
+
+def device(name: str) -> tuple[int, Device]:
+    """The device that "auto", "cuda" or "cuda:N" names, with its index; `InputError` otherwise."""
+    kind, _, number = name.partition(":")
+    if kind not in ("auto", "cuda") or not (number or "0").isdigit():
+        raise InputError(f"device {name!r} is no CUDA device; give auto, cuda or cuda:N")
+    found, index = devices(), int(number or 0)
+    if index >= len(found):
+        raise InputError(f"device {name} was asked for, but there are {len(found)} CUDA devices")
+    return index, found[index]
+
+
+def _count() -> int:
+    check(driver().cuInit(0), "cuInit")
+    count = ctypes.c_int()
+    check(driver().cuDeviceGetCount(ctypes.byref(count)), "cuDeviceGetCount")
+    return count.value
+
+
+def _device(index: int) -> Device:
+    library, handle = driver(), ctypes.c_int()
+    check(library.cuDeviceGet(ctypes.byref(handle), ctypes.c_int(index)), "cuDeviceGet")
+    name, memory = ctypes.create_string_buffer(256), ctypes.c_size_t()
+    check(library.cuDeviceGetName(name, ctypes.c_int(256), handle), "cuDeviceGetName")
+    check(library.cuDeviceTotalMem_v2(ctypes.byref(memory), handle), "cuDeviceTotalMem")
+    numbers = [
+        _attribute(handle, attribute)
+        for attribute in (COMPUTE_CAPABILITY_MAJOR, COMPUTE_CAPABILITY_MINOR)
+    ]
+    return Device(name.value.decode(), "{}.{}".format(*numbers), memory.value)
+
+
+def _attribute(handle: ctypes.c_int, attribute: int) -> int:
+    value = ctypes.c_int()
+    status = driver().cuDeviceGetAttribute(ctypes.byref(value), ctypes.c_int(attribute), handle)
+    check(status, "cuDeviceGetAttribute")
+    return value.value
