@@ -1,0 +1,174 @@
+"""Device buffers, pinned host buffers and a stream: by PyTorch, or by PyCUDA where it is not."""
+
+import contextlib
+import importlib.util
+import math
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+
+from aliked.errors import InputError
+
+ALIGNMENT = 256  # bytes, which TensorRT asks of every address
+
+
+class Memory(Protocol):
+    """One stream of a device and buffers to use on it. Calls belong inside `active()`.
+
+    A buffer has `shape`. Buffers and pinned arrays live as long as somebody holds them.
+    """
+
+    stream: int  # CUDA stream handle, not the default stream
+
+    def active(self) -> contextlib.AbstractContextManager:
+        """Make the device current; the stream goes on after the caller's work and before more."""
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Any:
+        """A device buffer at a multiple of 256 bytes; `MemoryError` where there is no room."""
+
+    def address(self, buffer: Any) -> int:
+        """Device address of the buffer's first element."""
+
+    def matches(self, buffer: Any, dtype: np.dtype) -> bool:
+        """Whether the buffer is on the device, contiguous, and of this element type."""
+
+    def pinned(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """A page-locked host array, so that copies from and to it overlap with other work."""
+
+    def upload(self, host: np.ndarray, buffer: Any) -> None:
+        """Enqueue a copy to the device."""
+
+    def download(self, buffer: Any, host: np.ndarray) -> None:
+        """Enqueue a copy to the host."""
+
+    def copy(self, source: Any, target: Any) -> None:
+        """Enqueue a copy on the device, between buffers of one shape and type."""
+
+    def synchronize(self) -> None:
+        """Wait for the stream."""
+
+
+class TorchMemory:
+    """Buffers are `torch.Tensor`s: results can be used by PyTorch where they lie."""
+
+    def __init__(self, index: int) -> None:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise InputError(
+                "this PyTorch has no CUDA; install a CUDA build of it, or choose PyCUDA's memory"
+            )
+        self._torch = torch
+        self._device = torch.device("cuda", index)
+        self._stream = torch.cuda.Stream(self._device)
+        self.stream = self._stream.cuda_stream
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        cuda = self._torch.cuda
+        with cuda.device(self._device):
+            caller = cuda.current_stream()
+            self._stream.wait_stream(caller)
+            with cuda.stream(self._stream):
+                yield
+            caller.wait_stream(self._stream)
+
+    def _dtype(self, dtype: np.dtype) -> Any:
+        return self._torch.from_numpy(np.empty(0, dtype)).dtype
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Any:
+        try:
+            return self._torch.empty(shape, dtype=self._dtype(dtype), device=self._device)
+        except self._torch.OutOfMemoryError as error:
+            raise MemoryError(str(error)) from error
+
+    def address(self, buffer: Any) -> int:
+        return buffer.data_ptr()
+
+    def matches(self, buffer: Any, dtype: np.dtype) -> bool:
+        here = isinstance(buffer, self._torch.Tensor) and buffer.device == self._device
+        return here and buffer.is_contiguous() and buffer.dtype == self._dtype(dtype)
+
+    def pinned(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        return self._torch.empty(shape, dtype=self._dtype(dtype), pin_memory=True).numpy()
+
+    def upload(self, host: np.ndarray, buffer: Any) -> None:
+        buffer.copy_(self._torch.from_numpy(host), non_blocking=True)
+
+    def download(self, buffer: Any, host: np.ndarray) -> None:
+        self._torch.from_numpy(host).copy_(buffer, non_blocking=True)
+
+    def copy(self, source: Any, target: Any) -> None:
+        target.copy_(source, non_blocking=True)
+
+    def synchronize(self) -> None:
+        self._stream.synchronize()
+
+
+class PyCudaMemory:
+    """Buffers are `pycuda.gpuarray.GPUArray`s, in the device's primary context."""
+
+    def __init__(self, index: int) -> None:
+        import pycuda.driver
+        import pycuda.gpuarray
+
+        self._driver, self._gpuarray = pycuda.driver, pycuda.gpuarray
+        self._driver.init()
+        # The primary context is the one that TensorRT works in.
+        self._context = self._driver.Device(index).retain_primary_context()
+        with self.active():
+            self._stream = self._driver.Stream()
+        self.stream = self._stream.handle
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        self._context.push()
+        try:
+            yield
+        finally:
+            self._context.pop()
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Any:
+        try:
+            return self._gpuarray.empty(shape, dtype)
+        except self._driver.MemoryError as error:
+            raise MemoryError(str(error)) from error
+
+    def address(self, buffer: Any) -> int:
+        return int(buffer.gpudata)
+
+    def matches(self, buffer: Any, dtype: np.dtype) -> bool:
+        here = isinstance(buffer, self._gpuarray.GPUArray)
+        return here and buffer.flags.c_contiguous and buffer.dtype == dtype
+
+    def pinned(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        return self._driver.pagelocked_empty(shape, dtype)
+
+    def upload(self, host: np.ndarray, buffer: Any) -> None:
+        self._driver.memcpy_htod_async(buffer.gpudata, host, self._stream)
+
+    def download(self, buffer: Any, host: np.ndarray) -> None:
+        self._driver.memcpy_dtoh_async(host, buffer.gpudata, self._stream)
+
+    def copy(self, source: Any, target: Any) -> None:
+        size = math.prod(source.shape) * source.dtype.itemsize
+        self._driver.memcpy_dtod_async(target.gpudata, source.gpudata, size, self._stream)
+
+    def synchronize(self) -> None:
+        self._stream.synchronize()
+
+
+MEMORIES = {"torch": TorchMemory, "pycuda": PyCudaMemory}
+
+
+def create_memory(name: str, index: int) -> Memory:
+    """The memory of kind `name` on device `index`; `InputError` where it cannot be had."""
+    if name not in MEMORIES:
+        raise InputError(f"unknown memory {name!r}; choose one of {', '.join(MEMORIES)}")
+    if importlib.util.find_spec(name) is None:
+        raise InputError(
+            f"the package {name} is not installed, so it cannot give device memory; install it, "
+            f"or choose another of {', '.join(MEMORIES)}"
+        )
+    return MEMORIES[name](index)
