@@ -22,6 +22,9 @@ BACKENDS = {
     "onnxruntime-cuda": "aliked.backends.onnxruntime_cuda",
     "onnxruntime-tensorrt": "aliked.backends.onnxruntime_tensorrt",
     "tensorrt": "aliked.backends.tensorrt",
+    "tensorrt-cudagraph": "aliked.backends.tensorrt_cudagraph",
+    "tensorrt-pycuda": "aliked.backends.tensorrt_pycuda",
+    "tensorrt-lean": "aliked.backends.tensorrt_lean",
     "torch-tensorrt": "aliked.backends.torch_tensorrt",
     "fused": "aliked.backends.fused",
 }

@@ -1,0 +1,77 @@
+"""What is installed here, which backends can run, and what the others lack.
+
+usage: python -m aliked.doctor
+"""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+from aliked import gpu
+from aliked.backends import BACKENDS, load_backend
+
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt",
+    "tensorrt-cu12",
+    "tensorrt-cu13",
+    "tensorrt-lean",
+    "pycuda",
+    "nvidia-ml-py",
+    "opencv-python-headless",
+    "numpy",
+)
+
+
+def packages() -> dict[str, str]:
+    """Version of Python and of every package that a part of the project can use."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def graphics_cards() -> dict[str, str]:
+    """Every CUDA device by index, or why there is none."""
+    reason = gpu.unavailable()
+    if reason:
+        return {"CUDA": reason}
+    return {
+        f"cuda:{index}": f"{device.name}, compute capability {device.compute_capability}, "
+        f"{device.memory / 2**30:.1f} GiB"
+        for index, device in enumerate(gpu.devices())
+    }
+
+
+def backends() -> dict[str, str]:
+    """Every backend: "available", or why not and what to install."""
+    return {name: reason_against(name) or "available" for name in BACKENDS}
+
+
+def reason_against(name: str) -> str | None:
+    """Why backend `name` cannot run here, or None."""
+    try:
+        module = load_backend(name)
+    except ModuleNotFoundError as error:
+        return f"the package {error.name} is not installed; pip install {error.name}"
+    return module.unavailable()
+
+
+def main() -> None:
+    """Print all of it."""
+    sections = {"Installed": packages(), "Devices": graphics_cards(), "Backends": backends()}
+    for title, rows in sections.items():
+        print(f"{title}:")
+        width = max(map(len, rows))
+        for name, text in rows.items():
+            print(f"  {name.ljust(width)}  {text}")
+
+
+if __name__ == "__main__":
+    main()
