@@ -4,6 +4,7 @@ Attribute names are those of the official state dicts.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.ops import deform_conv2d
@@ -27,6 +28,26 @@ def conv1x1(in_channels: int, out_channels: int, bias: bool = False) -> nn.Conv2
     return nn.Conv2d(in_channels, out_channels, kernel_size=1, bias=bias)
 
 
+def sampled_deform_conv2d(
+    x: torch.Tensor, offsets: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """torchvision's `deform_conv2d` with a 3x3 kernel and padding 1, in PyTorch's own operators.
+
+    x: [B, in, H, W]; offsets: [B, 18, H, W] pixels, (dy, dx) interleaved per tap; weight:
+    [out, in, 3, 3]. Returns [B, out, H, W].
+    """
+    height, width = x.shape[-2:]
+    dy, dx = offsets.unflatten(1, (9, 2)).unbind(2)  # [B, 9, H, W] each
+    tap = torch.arange(9, device=x.device)[:, None, None]
+    rows = torch.arange(height, device=x.device)[:, None] + tap // 3 - 1 + dy
+    columns = torch.arange(width, device=x.device) + tap % 3 - 1 + dx
+    # Outer edges at -1 and 1: with aligned corners a map of one pixel has no outside.
+    grid = torch.stack(((2 * columns + 1) / width - 1, (2 * rows + 1) / height - 1), dim=-1)
+    samples = F.grid_sample(x, grid.flatten(1, 2), mode="bilinear", align_corners=False)
+    samples = samples.unflatten(2, (9, height)).flatten(1, 2)  # [B, in * 9, H, W]
+    return F.conv2d(samples, weight.flatten(1)[..., None, None], bias)
+
+
 class DeformableConv2d(nn.Module):
     """A 3x3 convolution that samples at learned offsets (Dai et al., arXiv 1703.06211), no mask."""
 
@@ -44,8 +65,12 @@ class DeformableConv2d(nn.Module):
         limit = longest_side(x) / 4
         offsets = self.offset_conv(x).float()  # (dy, dx) interleaved per tap
         offsets = offsets.clamp(-limit, limit)
-        conv = self.regular_conv
-        return deform_conv2d(x.float(), offsets, conv.weight, conv.bias, padding=1).to(x.dtype)
+        arguments = (x.float(), offsets, self.regular_conv.weight, self.regular_conv.bias)
+        # torchvision's CUDA kernels run on the default stream, whatever the current one is: on
+        # another they race, and a CUDA graph lacks them (pytorch/vision issue 9513).
+        if x.is_cuda:
+            return sampled_deform_conv2d(*arguments).to(x.dtype)
+        return deform_conv2d(*arguments, padding=1).to(x.dtype)
 
 
 def fold(conv: nn.Module, norm: nn.BatchNorm2d) -> nn.Module:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from aliked.backends import Spec, create_extractor
 from aliked.images import load_images
 from aliked.model import ALIKED
 from aliked.parity import FP16, FP32, compare_features, judge
@@ -45,6 +46,22 @@ def test_forward_does_not_wait_for_the_device(weights_dir):
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert np.isfinite(output.descriptors.cpu().numpy()).all()
+
+
+@pytest.mark.parametrize("backend", ["pytorch", "pytorch-cudagraph", "pytorch-compile"])
+def test_what_runs_beside_the_default_stream_is_still_the_model(backend, weights_dir):
+    """A kernel that is launched on the default stream would be missing from a CUDA graph."""
+    images = [image for _, image in load_images("assets/sequence_640x480")][::6]
+    reference = ALIKED.from_pretrained("aliked-t16", top_k=500, weights=weights_dir)
+    spec = Spec("aliked-t16", top_k=500, weights=weights_dir, device="cuda")
+    with torch.cuda.stream(torch.cuda.Stream()):
+        extract = create_extractor(backend, spec)
+        extract(images[0])
+        found = [extract(image) for image in images]
+    pairs = enumerate(zip(images, found, strict=True))
+    parities = {str(i): compare_features(reference(image), f) for i, (image, f) in pairs}
+    verdict = judge(parities, FP32)
+    assert verdict.passed, verdict.text
 
 
 def test_every_golden_output_is_reproduced_on_cuda(shared, weights_dir):

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from torchvision.ops import deform_conv2d
 
+from aliked.backbone import sampled_deform_conv2d
 from aliked.configs import CONFIGS, Form
 from aliked.descriptors import SDDH
 from aliked.detection import MAX_TOP_K, detect, select_top_k
@@ -220,3 +222,13 @@ def test_an_unusable_image_is_refused_with_the_reason(image, words):
 def test_an_unknown_model_names_the_known_ones():
     with pytest.raises(InputError, match="aliked-n16rot"):
         ALIKED("aliked-n17")
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 5), (15, 20)])
+def test_the_deformable_convolution_for_cuda_is_that_of_torchvision(size):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(2, 4, *size), torch.randn(6, 4, 3, 3), torch.randn(6)
+    offsets = torch.randn(2, 18, *size) * 3  # many samples lie outside
+    expected = deform_conv2d(x, offsets, weight, bias, padding=1)
+    found = sampled_deform_conv2d(x, offsets, weight, bias)
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)  # rounding of sums of 36 terms
