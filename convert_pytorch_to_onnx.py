@@ -19,12 +19,16 @@ from aliked.errors import InputError
 from aliked.files import scratch_file, sha256, writable_folder, write_json
 from aliked.images import list_images, load_image, require_same_size
 from aliked.model import ALIKED, PRECISIONS
-from aliked.onnx_export import ExportOptions, export_onnx, versions
+from aliked.onnx_export import ExportOptions, export_onnx
 from aliked.onnx_verify import verify
 from aliked.options import add_model_options, add_selection_options, check_selection
 from aliked.parity import Verdict
 from aliked.sampling import SAMPLERS
+from aliked.versions import installed_versions
 from aliked.weights import find_weights
+
+# What decides the content of the file and the verdict.
+PACKAGES = ("torch", "torchvision", "onnx", "onnxscript", "onnxruntime", "numpy")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -215,7 +219,7 @@ def make_manifest(
         **asdict(options),
         "weights": {"file": weights.name, "sha256": sha256(weights)},
         "verdict": {"passed": verdict.passed, "text": verdict.text.splitlines()},
-        "versions": versions(),
+        "versions": installed_versions(PACKAGES),
         "command": " ".join(["python", *sys.argv]),
     }
 

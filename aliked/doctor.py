@@ -3,11 +3,9 @@
 usage: python -m aliked.doctor
 """
 
-import platform
-from importlib.metadata import PackageNotFoundError, version
-
 from aliked import gpu
 from aliked.backends import BACKENDS, load_backend
+from aliked.versions import installed_versions
 
 PACKAGES = (
     "torch",
@@ -28,13 +26,8 @@ PACKAGES = (
 
 def packages() -> dict[str, str]:
     """Version of Python and of every package that a part of the project can use."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    versions = installed_versions(PACKAGES)
+    return {name: found or "not installed" for name, found in versions.items()}
 
 
 def graphics_cards() -> dict[str, str]:

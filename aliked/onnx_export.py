@@ -4,10 +4,8 @@ import contextlib
 import io
 import json
 import math
-import platform
 import warnings
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import onnx
@@ -24,7 +22,6 @@ from aliked.model import ALIKED, STRIDE
 from aliked.onnx_graphs import ColmapGraph, ImageGraph
 
 OPSETS = (17, 18, 19)
-PACKAGES = ("torch", "torchvision", "onnx", "onnxscript", "onnxruntime", "numpy")
 MAX_SIDE = 8192  # pixels, of a dynamic export
 
 
@@ -222,14 +219,3 @@ def describe(model: ALIKED, options: ExportOptions) -> dict[str, str]:
         **asdict(options),
     }
     return {f"aliked.{name}": json.dumps(value) for name, value in facts.items()}
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that took part, None where one is missing."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
