@@ -1,12 +1,13 @@
 # make demo   the whole main job on the shipped images, in a virtual environment of its own
 # make test   ruff and pytest
+# make readme-tables   the README's tables and plots, drawn again from results/
 PYTHON ?= python3
 VENV ?= .venv
 MODEL ?= aliked-n16rot
 FRAMES ?= assets/sequence_640x480
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test lint clean
+.PHONY: demo readme-tables test lint clean
 
 $(VENV)/.installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -22,8 +23,12 @@ demo: $(VENV)/.installed
 	$(RUN) convert_pytorch_to_onnx.py $(FRAMES) --model $(MODEL) --top_k 1000 \
 	    --model_output converted_model/$(MODEL)-top1k.onnx
 	$(RUN) demo_pair.py $(FRAMES) --model $(MODEL) --top_k 1000 --output demo/matches
+	rm -f demo/timings.jsonl
 	$(RUN) measure_timings.py $(FRAMES) --model $(MODEL) --top_k 1000 \
 	    --model_path converted_model/$(MODEL)-top1k.onnx --output demo/timings.jsonl
+
+readme-tables: $(VENV)/.installed
+	$(RUN) -m aliked.report results/*.jsonl --output results/report --readme README.md
 
 lint: $(VENV)/.installed-dev
 	$(RUN) -m ruff check .

@@ -34,6 +34,9 @@ class Extractor(Protocol):
     def __call__(self, image: np.ndarray) -> Features:
         """uint8 [H, W, 3] RGB in host memory to `Features` in host memory, copies included."""
 
+    def extract_batch(self, images: np.ndarray) -> list[Features]:
+        """uint8 [B, H, W, 3] RGB in host memory to each image's `Features`, copies included."""
+
     def infer(self, batch: Any) -> dict[str, Any]:
         """Device tensors to device tensors: what a compute-only timing measures.
 

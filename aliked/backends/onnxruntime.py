@@ -115,8 +115,8 @@ class ONNXRuntimeExtractor:
     def __init__(self, spec: Spec, name: str | None = None, providers: Providers | None = None):
         if spec.model_path is None:
             raise InputError(
-                f"backend {name or 'onnxruntime'} needs a model file; pass --model_path FILE.onnx, as written by "
-                "convert_pytorch_to_onnx.py"
+                f"backend {name or 'onnxruntime'} needs a model file; pass --model_path "
+                "FILE.onnx, as written by convert_pytorch_to_onnx.py"
             )
         self.path = Path(spec.model_path)
         (provider, options), *others = providers or choose_providers(spec.device)

@@ -80,7 +80,6 @@ class ForwardExtractor:
         """uint8 [B, H, W, 3] RGB to each image's `Features`, copies included."""
         outputs = self.infer(self.to_device(images))
         rows = [outputs[name].cpu().numpy() for name in OUTPUTS]
-        # Copied: the next call may overwrite what a captured graph returned on the CPU.
         return [drop_fill_ins(*image) for image in zip(*rows, strict=True)]
 
     def to_device(self, images: np.ndarray) -> torch.Tensor:

@@ -1,0 +1,77 @@
+"""A package that Inductor compiled ahead of time (`.pt2`), loaded without tracing the model."""
+
+from pathlib import Path
+
+import torch
+
+from aliked.backends import Spec
+from aliked.backends.pytorch import (
+    ForwardExtractor,
+    NamedOutputs,
+    choose_device,
+    load_model,
+    plain_float32,
+)
+from aliked.backends.pytorch_compile import unavailable
+from aliked.errors import InputError
+from aliked.files import whole_file
+from aliked.model import to_tensor
+
+__all__ = ["SUFFIX", "build", "create", "unavailable"]
+
+SUFFIX = ".pt2"
+
+
+def build(spec: Spec, shape: tuple[int, int, int], path: Path) -> None:
+    """Compile the model of `spec` for images of `shape` = (B, H, W) into the package `path`."""
+    device = choose_device(spec.device)
+    model = NamedOutputs(load_model(spec, device))
+    # As `to_device` makes them: a package takes its input's strides for granted.
+    images = to_tensor(torch.zeros(*shape, 3, dtype=torch.uint8, device=device))
+    with torch.no_grad(), plain_float32(), whole_file(path) as partial:
+        program = torch.export.export(model, (images,))
+        # The package does not check its input's shape; the extractor does, by what is noted here.
+        noted = {"shape": ",".join(map(str, images.shape)), "device": device.type}
+        torch._inductor.aoti_compile_and_package(
+            program,
+            package_path=str(partial),
+            inductor_configs={"aot_inductor.metadata": noted},
+        )
+
+
+class PackagedForward:
+    """The forward pass in a package, for images of the one shape that it was compiled for."""
+
+    def __init__(self, path: Path, device: torch.device):
+        self.path = path
+        self.package = torch._inductor.aoti_load_package(
+            str(path), device_index=device.index if device.index is not None else -1
+        )
+        noted = self.package.get_metadata()
+        self.shape = torch.Size(map(int, noted["shape"].split(",")))
+        if noted["device"] != device.type:
+            raise InputError(
+                f"{path} was compiled for {noted['device']}, not for {device.type}; "
+                "build it again, or pass another --device"
+            )
+
+    def __call__(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Float [B, 3, H, W] to `keypoints`, `descriptors` and `scores`."""
+        if batch.shape != self.shape:
+            raise InputError(
+                f"the input is {list(batch.shape)}, but {self.path} was compiled for "
+                f"{list(self.shape)}; build a package for this size"
+            )
+        return self.package(batch.contiguous(memory_format=torch.channels_last))
+
+
+def create(spec: Spec) -> ForwardExtractor:
+    """The package `spec.model_path`; `InputError` where there is none or for another device."""
+    if spec.model_path is None or not Path(spec.model_path).is_file():
+        raise InputError(
+            f"backend aotinductor needs a package, but there is no file {spec.model_path}; pass "
+            "--model_path FILE.pt2, such as measure_timings.py builds"
+        )
+    device = choose_device(spec.device)
+    forward = PackagedForward(Path(spec.model_path), device)
+    return ForwardExtractor("aotinductor", device, forward)

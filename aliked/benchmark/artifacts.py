@@ -1,0 +1,77 @@
+"""Files that a runtime runs instead of the model: made once, kept in the user cache."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from aliked.benchmark.environment import ROOT
+from aliked.benchmark.process import TaskFailed, run_task
+from aliked.benchmark.rows import Row
+from aliked.files import sha256, write_json
+from aliked.weights import cache_dir, find_weights
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A model file and how long it took to make, seconds."""
+
+    path: Path
+    build_s: float
+
+
+def artifact_path(row: Row, suffix: str, weights: Path | None, made_on: dict) -> Path:
+    """Where the file for `row` is kept; `made_on` is the machine and the versions it depends on.
+
+    The backend is no part of the name: one ONNX file serves several.
+    """
+    selection = f"k{row.top_k}" if row.top_k > 0 else f"th{row.scores_th:g}-{row.n_limit}"
+    parts = {
+        "weights": sha256(find_weights(row.model, weights)),
+        "code": _code(),
+        "made_on": made_on,
+    }
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+    size = f"{row.width}x{row.height}x{row.batch}"
+    name = f"{row.model}-{selection}-{size}-{row.precision}-{key}{suffix}"
+    return cache_dir() / "benchmark" / name
+
+
+def make_artifacts(
+    tasks: dict[Path, dict], jobs: int, made: Callable[[], None]
+) -> dict[Path, Artifact | TaskFailed]:
+    """Build those of the files that are not there yet, `jobs` at a time, or say why one is not.
+
+    Each task is what `worker.build` needs besides the path. Calls `made()` after every file.
+    """
+
+    def make(item: tuple[Path, dict]) -> Artifact | TaskFailed:
+        try:
+            return _make(*item)
+        except TaskFailed as failure:
+            return failure
+        finally:
+            made()
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return dict(zip(tasks, pool.map(make, tasks.items()), strict=True))
+
+
+def _make(path: Path, task: dict) -> Artifact:
+    note = path.with_name(f"{path.name}.build.json")
+    if not (path.exists() and note.exists()):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        build_s = run_task(task | {"task": "build", "path": str(path)})
+        write_json(note, {"build_s": build_s, "row": task["row"]})
+    return Artifact(path, json.loads(note.read_text())["build_s"])
+
+
+def _code() -> str:
+    """A hash of the modules that make model files: another version of them makes other files."""
+    digest = hashlib.sha256()
+    for folder in ("aliked", "aliked/backends"):
+        for path in sorted((ROOT / folder).glob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,126 @@
+"""Records as results: loaded, checked, and in the order that tables and plots keep."""
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from aliked.backends import BACKENDS
+from aliked.benchmark.records import read_records
+from aliked.benchmark.rows import Row, row_of
+from aliked.configs import CONFIGS
+from aliked.errors import InputError
+
+UNRANKED, UNSTABLE = "†", "~"
+CLOCKS = {"compute_ms": "compute", "end_to_end_ms": "end to end"}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One record, with what tables and plots ask of it."""
+
+    record: dict
+    row: Row
+
+    @property
+    def measured(self) -> bool:
+        """Whether it has times."""
+        return self.record["status"] == "ok"
+
+    @property
+    def ranked(self) -> bool:
+        """Whether it may be called faster than another."""
+        return self.measured and self.record["ranked"]
+
+    @property
+    def compute_ms(self) -> float:
+        """Median of the compute clock."""
+        return self.record["compute_ms"]["p50"]
+
+    @property
+    def mib(self) -> str:
+        """Memory of the process."""
+        mib = self.record["memory"]["process_mib"]
+        return "?" if mib is None else f"{mib:.0f}"
+
+    def unstable(self, *clocks: str) -> list[str]:
+        """Why its times by these clocks (by default all) are not to be relied on."""
+        return [
+            f"{CLOCKS[clock]}: {reason}"
+            for clock in clocks or CLOCKS
+            for reason in self.record[clock]["unstable"]
+        ]
+
+    def objections(self) -> list[str]:
+        """Why it is not ranked."""
+        parity = self.record["parity"]
+        outside = [f"outside the {parity['tolerance']} tolerance: {r}" for r in parity["reasons"]]
+        return self.record["problems"] + outside[:1]
+
+    def marks(self, *clocks: str) -> str:
+        """What follows its numbers by these clocks."""
+        return ("" if self.ranked else UNRANKED) + (UNSTABLE if self.unstable(*clocks) else "")
+
+
+def load_results(paths: Iterable[Path]) -> list[Result]:
+    """The results of all files in the tables' order; `InputError` where two are of one cell."""
+    results, seen = [], {}
+    for path in paths:
+        for number, record in enumerate(read_records(path), 1):
+            result = Result(record, row_of(record))
+            key, where = (section_key(result), result.row), f"line {number} of {path}"
+            if key in seen:
+                raise InputError(
+                    f"{where} and {seen[key]} are of the same row on the same device "
+                    f"({result.row}); leave one of the files out"
+                )
+            seen[key] = where
+            results.append(result)
+    if not results:
+        raise InputError("there is no record in the files; measure something first")
+    return sorted(results, key=table_order)
+
+
+def section_key(result: Result) -> tuple[str, str]:
+    """Results of one kind of GPU (or else CPU) and one set of versions stand in one section."""
+    versions = result.record["configuration"]["versions"]
+    return device_name(result), repr(sorted(versions.items()))
+
+
+def device_name(result: Result) -> str:
+    """The GPU of the machine, or else its CPU."""
+    machine = result.record["configuration"]["machine"]
+    return machine.get("gpu", machine["cpu"])
+
+
+def sections(results: list[Result]) -> list[list[Result]]:
+    """Results by `section_key`, in order."""
+    ordered = sorted(results, key=section_key)
+    return [list(group) for _, group in itertools.groupby(ordered, section_key)]
+
+
+def case(result: Result) -> tuple:
+    """What has to be the same for two runtimes to be compared."""
+    row = result.row
+    return (row.model, row.selection, row.image_set, row.width, row.height, row.batch)
+
+
+def table_order(result: Result) -> tuple:
+    """Where a result stands: model, image, K, batch, precision, runtime."""
+    row = result.row
+    return (
+        list(CONFIGS).index(row.model),
+        row.width * row.height,
+        row.image_set,
+        row.top_k,
+        row.batch,
+        row.precision != "fp32",
+        *runtime_order(result),
+    )
+
+
+def runtime_order(result: Result) -> tuple[int, str]:
+    """Where a runtime stands among others."""
+    names = list(BACKENDS)
+    known = result.row.backend in names
+    return names.index(result.row.backend) if known else len(names), result.row.runtime

@@ -1,0 +1,227 @@
+"""Running a grid: references first, then row after row, each ending as a record in a file."""
+
+import contextlib
+import hashlib
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from aliked.backends import load_backend
+from aliked.benchmark.artifacts import Artifact, artifact_path, make_artifacts
+from aliked.benchmark.environment import git_commit
+from aliked.benchmark.process import TaskFailed, run_task
+from aliked.benchmark.records import SCHEMA, append_record
+from aliked.benchmark.rows import ImageSet, Row, row_fields
+from aliked.benchmark.timing import Limits
+from aliked.errors import InputError
+from aliked.files import sha256
+from aliked.images import list_images, load_image, require_same_size
+from aliked.weights import find_weights
+
+
+@dataclass(frozen=True)
+class Session:
+    """What all rows of a run share."""
+
+    device: str  # such as "cpu" or "cuda:0"
+    machine: dict
+    versions: dict
+    unavailable: dict[str, str | None]  # backend to the reason why it cannot run here
+    image_sets: dict[str, ImageSet]
+    limits: Limits
+    weights: Path | None = None
+    model_path: Path | None = None
+    compiler_cache: Path | None = None  # kept from row to row; None: empty for every row
+    command: str = ""
+    commit: str | None = field(default_factory=git_commit)
+
+    def configuration(self) -> dict:
+        """What must be the same for two records to belong to one table."""
+        return {
+            "limits": asdict(self.limits),
+            "machine": self.machine,
+            "versions": self.versions,
+            "images": {name: images.sha256 for name, images in self.image_sets.items()},
+            "model_path": self.model_path and sha256(self.model_path),
+            "compiler_cache": "kept" if self.compiler_cache else "empty",
+        }
+
+    def task(self, row: Row, model_path: Path | None = None) -> dict:
+        """What every task about `row` has."""
+        return {
+            "row": row_fields(row),
+            "device": self.device,
+            "weights": self.weights and str(self.weights),
+            "model_path": model_path and str(model_path),
+            "images": [str(path) for path in self.image_sets[row.image_set].paths],
+        }
+
+
+def open_session(
+    device: str, backends: list[str], image_sets: list[ImageSet], limits: Limits, **files: Any
+) -> Session:
+    """Find out what this machine is; `InputError` where `device` is not there."""
+    try:
+        facts = run_task({"task": "describe", "device": device, "backends": backends})
+    except TaskFailed as error:
+        raise InputError(str(error)) from error
+    return Session(**facts, image_sets={s.name: s for s in image_sets}, limits=limits, **files)
+
+
+def load_image_sets(sources: list[Path]) -> list[ImageSet]:
+    """One set per folder, and one of all single files; `InputError` where sizes differ in a set."""
+    files = [path for path in sources if path.is_file()]
+    sets = [
+        _image_set(path.resolve().name, list_images(path)) for path in sources if path not in files
+    ]
+    if files:
+        sets.append(_image_set("files", files))
+    names = [images.name for images in sets]
+    if len(set(names)) < len(names):
+        raise InputError(f"two of the folders have the same name ({', '.join(names)}); rename one")
+    return sets
+
+
+def _image_set(name: str, paths: list[Path]) -> ImageSet:
+    if len({path.name for path in paths}) < len(paths):
+        raise InputError("two of the images have the same name; rename one")
+    for _, image in require_same_size((path, load_image(path)) for path in paths):
+        height, width = image.shape[:2]
+    digest = hashlib.sha256("".join(map(sha256, paths)).encode()).hexdigest()
+    return ImageSet(name, tuple(path.resolve() for path in paths), width, height, digest)
+
+
+def run_rows(session: Session, rows: list[Row], output: Path, jobs: int = 1) -> Iterator[dict]:
+    """Measure `rows` in their order; each record is in the file before it is yielded.
+
+    References and model files come first, the files `jobs` at a time.
+    """
+    can_run = [row for row in rows if not session.unavailable[row.backend]]
+    with tempfile.TemporaryDirectory() as folder:
+        references = make_references(session, can_run, Path(folder))
+        files = make_files(session, can_run, jobs)
+        with Bar("row", len(rows)) as bar:
+            for row in rows:
+                bar.start(str(row))
+                record = make_record(session, row, references, files, bar)
+                append_record(output, record)
+                bar.finish()
+                yield record
+
+
+def make_references(session: Session, rows: list[Row], folder: Path) -> dict[Any, Path]:
+    """The reference's file of every row, by `reference_key`."""
+    largest: dict[Any, Row] = {}
+    for row in rows:
+        key = reference_key(row)
+        if key not in largest or row.top_k > largest[key].top_k:
+            largest[key] = row
+    paths = {key: folder / f"{number}.npz" for number, key in enumerate(largest)}
+    with Bar("reference", len(largest)) as bar:
+        for key, row in largest.items():
+            bar.start(f"PyTorch fp32 on the CPU, {row.model}, {row.images}")
+            task = session.task(row) | {"task": "reference", "path": str(paths[key])}
+            try:
+                run_task(task, bar.progress)
+            except TaskFailed as error:
+                raise InputError(f"the reference cannot be made: {error}") from error
+            bar.finish()
+    return paths
+
+
+def reference_key(row: Row) -> tuple:
+    """Rows of one key share a reference: it is made for the largest K, best keypoints first."""
+    return row.model, row.image_set, row.top_k > 0, row.scores_th, row.n_limit
+
+
+def make_files(session: Session, rows: list[Row], jobs: int) -> dict[Row, Artifact | TaskFailed]:
+    """The model file of every row whose backend runs one: the user's, or built and kept."""
+    given, paths, tasks = session.model_path, {}, {}
+    made_on = {"versions": session.versions, "machine": session.machine}
+    for row in rows:
+        suffix = getattr(load_backend(row.backend), "SUFFIX", None)
+        if suffix and given and given.suffix == suffix:
+            paths[row] = given
+        elif suffix:
+            paths[row] = artifact_path(row, suffix, session.weights, made_on)
+            tasks[paths[row]] = session.task(row)
+    with Bar("model file", len(tasks)) as bar:
+        made = make_artifacts(tasks, jobs, bar.finish)
+    return {row: made.get(path) or Artifact(path, 0.0) for row, path in paths.items()}
+
+
+def make_record(
+    session: Session,
+    row: Row,
+    references: dict[Any, Path],
+    files: dict[Row, Artifact | TaskFailed],
+    bar: "Bar",
+) -> dict:
+    """Measure one row; what goes wrong is a record too."""
+    record = {"schema": SCHEMA, "row": row_fields(row)}
+    try:
+        record |= {"status": "ok"} | measure_row(session, row, references, files.get(row), bar)
+    except TaskFailed as error:
+        record |= {"status": "not run" if error.expected else "failed", "reason": str(error)}
+    return record | {
+        "weights_sha256": sha256(find_weights(row.model, session.weights)),
+        "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": session.commit,
+        "command": session.command,
+        "configuration": session.configuration(),
+    }
+
+
+def measure_row(
+    session: Session,
+    row: Row,
+    references: dict[Any, Path],
+    file: Artifact | TaskFailed | None,
+    bar: "Bar",
+) -> dict:
+    """Measure in a process of its own; `TaskFailed` where that cannot be done."""
+    reason = session.unavailable[row.backend]
+    if reason:
+        raise TaskFailed(reason, expected=True)
+    if isinstance(file, TaskFailed):
+        raise file
+    task = session.task(row, file.path if file else None) | {
+        "task": "measure",
+        "reference": str(references[reference_key(row)]),
+        "limits": asdict(session.limits),
+    }
+    result = run_task(task, bar.progress, session.compiler_cache)
+    return {"build_s": file.build_s if file else 0.0} | result
+
+
+class Bar(contextlib.AbstractContextManager):
+    """A progress bar over rows or files, with what the current one is doing."""
+
+    def __init__(self, unit: str, total: int):
+        self.bar = tqdm(
+            total=total,
+            disable=None if total else True,  # None: where the output is no terminal
+            dynamic_ncols=True,
+            bar_format=unit + " {n_fmt}/{total_fmt} |{bar:12}| {elapsed} {desc}{postfix}",
+        )
+
+    def __exit__(self, *details: Any) -> None:
+        self.bar.close()
+
+    def start(self, what: str) -> None:
+        """Name the row or file."""
+        self.bar.set_description_str(what, refresh=False)
+        self.bar.set_postfix_str("starting")
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        """Show the stage of the row."""
+        self.bar.set_postfix_str(f"{stage} {done}/{total}" if total > 1 else stage)
+
+    def finish(self) -> None:
+        """One is done."""
+        self.bar.update()

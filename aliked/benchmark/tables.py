@@ -1,0 +1,209 @@
+"""Markdown tables of results, and the notes that belong below them."""
+
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from aliked.benchmark.results import (
+    UNRANKED,
+    UNSTABLE,
+    Result,
+    case,
+    device_name,
+    runtime_order,
+)
+
+MEMORY = {
+    "process": "GPU memory of the process as NVML counts it",
+    "difference": "GPU memory that came into use with the process, by NVML",
+    "host peak": "on the CPU, the largest resident memory of the process",
+    "unknown": "? where the system does not tell",
+}
+
+
+@dataclass(frozen=True)
+class View:
+    """What a table shows in each cell."""
+
+    title: str
+    clock: str
+    text: Callable[[Result], str]
+
+
+def compute_text(result: Result) -> str:
+    """Median ms and MiB."""
+    return f"{milliseconds(result.compute_ms)}, {result.mib}"
+
+
+def end_to_end_text(result: Result) -> str:
+    """Median ms."""
+    return milliseconds(result.record["end_to_end_ms"]["p50"])
+
+
+def throughput_text(result: Result) -> str:
+    """Images per second by the compute clock."""
+    return f"{result.record['images_per_second']['compute']:.0f}"
+
+
+COMPUTE = View("compute: ms, MiB", "compute_ms", compute_text)
+END_TO_END = View("end to end: ms", "end_to_end_ms", end_to_end_text)
+THROUGHPUT = View("compute: images per second", "compute_ms", throughput_text)
+
+
+def markdown(header: list[str], rows: list[list[str]], left: int) -> str:
+    """A Markdown table, the first `left` columns aligned to the left."""
+    rule = ["---" if i < left else "---:" for i in range(len(header))]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows])
+
+
+def milliseconds(value: float) -> str:
+    """Four digits or so."""
+    return f"{value:.3f}" if value < 10 else f"{value:.1f}"
+
+
+def summary_table(results: list[Result]) -> str:
+    """Every measured result on a line of its own, the fastest of each case first.
+
+    Those that are not ranked come last.
+    """
+    statistics = ("mean", "p50", "p90", "p99", "min", "max")
+    header = ["model", "K", "image", "batch", "precision", "runtime", "rank"]
+    header += ["compute ms: mean", *statistics[1:], "runs", "end to end ms: p50", "images/s"]
+    header += ["MiB", "start s", "in common"]
+    lines = []
+    for _, group in itertools.groupby(results, lambda r: (case(r), r.row.precision)):
+        measured = [r for r in group if r.measured]
+        measured.sort(key=lambda r: (not r.ranked, r.compute_ms))
+        lines += [_summary_line(r, place, statistics) for place, r in enumerate(measured, 1)]
+    return markdown(header, lines, left=6) if lines else "No row could be measured."
+
+
+def _summary_line(result: Result, place: int, statistics: tuple[str, ...]) -> list[str]:
+    record, row = result.record, result.row
+    clock = record["compute_ms"]
+    return [
+        row.model,
+        row.selection,
+        row.images,
+        str(row.batch),
+        row.precision,
+        row.runtime,
+        (str(place) if result.ranked else "") + result.marks(),
+        *(milliseconds(clock[name]) for name in statistics),
+        str(clock["runs"]),
+        end_to_end_text(result),
+        f"{record['images_per_second']['compute']:.3g}",
+        result.mib,
+        f"{record['build_s'] + record['load_s'] + record['first_run_s']:.1f}",
+        f"{record['parity']['keypoints_in_common']:.2%}",
+    ]
+
+
+def wide_table(results: list[Result], view: View) -> str:
+    """Rows model, K, image; a column per runtime; the fastest ranked one in bold."""
+    in_order = sorted(results, key=runtime_order)
+    runtimes = list(dict.fromkeys(r.row.runtime for r in in_order if r.measured))
+    lines = []
+    for _, group in itertools.groupby(results, case):
+        by_runtime = {r.row.runtime: r for r in group}
+        best = fastest(by_runtime.values(), view.clock)
+        row = next(iter(by_runtime.values())).row
+        cells = [_wide_cell(by_runtime.get(name), best, view) for name in runtimes]
+        lines.append([row.model, row.selection, row.images, *cells])
+    return markdown(["model", "K", "image", *runtimes], lines, left=3)
+
+
+def fastest(results: Iterable[Result], clock: str) -> Result | None:
+    """The quickest by its median of those that are ranked."""
+    ranked = [r for r in results if r.ranked]
+    return min(ranked, key=lambda r: r.record[clock]["p50"], default=None)
+
+
+def _wide_cell(result: Result | None, best: Result | None, view: View) -> str:
+    if result is None:
+        return ""
+    if not result.measured:
+        return result.record["status"]
+    text = view.text(result)
+    return (f"**{text}**" if result is best else text) + result.marks(view.clock)
+
+
+def section_text(results: list[Result]) -> str:
+    """All tables of one section."""
+    parts = [f"### {device_name(results[0])}", describe_section(results)]
+    for precision, batch in dict.fromkeys((r.row.precision, r.row.batch) for r in results):
+        chosen = [r for r in results if (r.row.precision, r.row.batch) == (precision, batch)]
+        if not any(r.measured for r in chosen):
+            continue
+        for view in (COMPUTE, END_TO_END, *([THROUGHPUT] if batch > 1 else [])):
+            per = f", batch {batch}" if batch > 1 else ""
+            parts += [f"**{precision.upper()}{per}, {view.title}**", wide_table(chosen, view)]
+    return "\n\n".join([*parts, *footnotes(results)])
+
+
+def describe_section(results: list[Result]) -> str:
+    """Hardware, versions, code and method in a paragraph."""
+    records = [r.record for r in results if r.measured]
+    configurations = [r.record["configuration"] for r in results]
+    hardware = _distinct((_hardware(c["machine"]) for c in configurations), " and ")
+    software = [f"{name} {v}" for name, v in sorted(configurations[0]["versions"].items()) if v]
+    runs = sorted(r["compute_ms"]["runs"] for r in records) or [0]
+    count = f"{runs[0]}" if runs[0] == runs[-1] else f"{runs[0]} to {runs[-1]}"
+    memory = [MEMORY[method] for method in sorted({r["memory"]["method"] for r in records})]
+    return (
+        f"{hardware}. {', '.join(software)}. "
+        f"Code: commit {_distinct(r.record['commit'] or 'unknown' for r in results)}. "
+        f"Median of {count} runs over the images in turn. Compute: device tensors to device "
+        f"tensors, by {_distinct((r['clock'] for r in records), ' and ')}. End to end: uint8 image "
+        f"in host memory to NumPy arrays, decoding excluded. MiB: {'; '.join(memory)}. "
+        f"Bold: fastest of its line."
+    )
+
+
+def _hardware(machine: dict) -> str:
+    host = f"{machine['cpu']}, {machine['cpu_threads']} threads, {machine['system']}"
+    return f"Driver {machine['driver']}; {host}" if machine.get("driver") else host
+
+
+def _distinct(values: Iterable[str], separator: str = ", ") -> str:
+    return separator.join(sorted(set(values)))
+
+
+def footnotes(results: list[Result]) -> list[str]:
+    """Why which rows are marked, missing or failed."""
+    measured = [r for r in results if r.measured]
+    unranked = [(r, "; ".join(r.objections())) for r in measured if not r.ranked]
+    unstable = [(r, "; ".join(r.unstable())) for r in measured if r.unstable()]
+    absent: dict[str, int] = {}
+    for result in (r for r in results if not r.measured):
+        reason = f"{result.row.runtime}, {result.record['status']}: {result.record['reason']}"
+        absent[reason] = absent.get(reason, 0) + 1
+    notes = {
+        f"{UNRANKED} not within tolerance, or not what it claims to be: shown, never ranked": (
+            _by_runtime(unranked)
+        ),
+        f"{UNSTABLE} unstable": _by_runtime(unstable),
+        "Rows without a time": [f"{why} ({_rows(n)})" for why, n in absent.items()],
+    }
+    return [
+        "\n".join([f"{title}:", "", *(f"- {line}" for line in lines)])
+        for title, lines in notes.items()
+        if lines
+    ]
+
+
+def _by_runtime(remarks: list[tuple[Result, str]]) -> list[str]:
+    """A line per runtime and precision: how many rows, and the first with its remark."""
+    groups: dict[tuple, list[tuple[Result, str]]] = {}
+    for result, text in sorted(remarks, key=lambda remark: runtime_order(remark[0])):
+        groups.setdefault((result.row.runtime, result.row.precision), []).append((result, text))
+    lines = []
+    for group in groups.values():
+        result, text = group[0]
+        more = f" (and {len(group) - 1} more of this runtime)" if len(group) > 1 else ""
+        lines.append(f"{result.row}: {text}{more}")
+    return lines
+
+
+def _rows(count: int) -> str:
+    return f"{count} row" if count == 1 else f"{count} rows"

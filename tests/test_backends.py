@@ -1,0 +1,185 @@
+"""Every backend gives the model's answer, or says why it cannot run."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from aliked.backends import BACKENDS, Spec, create_extractor, load_backend
+from aliked.errors import InputError
+from aliked.features import drop_fill_ins
+from aliked.parity import FP16, FP32, compare_features, judge
+from tests.small_models import write_small_model
+
+ROOT = Path(__file__).resolve().parents[1]
+SPEC = Spec(model="aliked-t16", top_k=100, device="cpu")
+# Of the best 100 keypoints of a small image, some are chosen over others by a hair.
+HALF = replace(FP16, min_fraction=0.95)
+NAMES = ("keypoints", "descriptors", "scores")
+
+
+@pytest.fixture(scope="module")
+def photographs() -> np.ndarray:
+    """Two pieces of a photograph, uint8 [2, 96, 128, 3]."""
+    path = ROOT / "assets" / "sequence_640x480" / "000000.jpg"
+    image = cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
+    return np.stack([image[200:296, 100:228], image[150:246, 300:428]])
+
+
+@pytest.fixture(scope="module")
+def reference(photographs, weights_dir):
+    """The eager model's features of both."""
+    extractor = create_extractor("pytorch", replace(SPEC, weights=weights_dir))
+    return [extractor(image) for image in photographs]
+
+
+def to_host(values) -> np.ndarray:
+    """What `infer` returns, in host memory."""
+    return np.asarray(values.cpu() if hasattr(values, "cpu") else values.numpy())
+
+
+def check_extractor(extractor, photographs, reference, tolerance=FP32) -> None:
+    """Alone and in a batch, end to end and on the device, the features are the reference's."""
+    outputs = extractor.infer(extractor.to_device(photographs))
+    extractor.synchronize()
+    rows = [to_host(outputs[name]) for name in NAMES]
+    assert [values.shape[:2] for values in rows] == [(2, 100)] * 3
+    found = {
+        "on the device": [drop_fill_ins(*image) for image in zip(*rows, strict=True)],
+        "alone": [extractor(image) for image in photographs],
+        "batch": extractor.extract_batch(photographs),
+    }
+    verdict = judge(
+        {
+            f"{how} {i}": compare_features(expected, features)
+            for how, both in found.items()
+            for i, (expected, features) in enumerate(zip(reference, both, strict=True))
+        },
+        tolerance,
+    )
+    assert verdict.passed, verdict.text
+
+
+def test_every_backend_says_whether_it_can_run():
+    for name in BACKENDS:
+        reason = load_backend(name).unavailable()
+        assert reason is None or reason.strip(), name
+
+
+def test_a_backend_that_cannot_run_is_refused_with_its_reason(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match=r"pytorch-cudagraph cannot run here: .*CUDA"):
+        create_extractor("pytorch-cudagraph", SPEC)
+
+
+def test_onnxruntime_refuses_cuda_where_its_provider_is_missing(tmp_path):
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this ONNX Runtime has the CUDA provider")
+    model = write_small_model(tmp_path / "model.onnx")
+    with pytest.raises(InputError, match="no CUDAExecutionProvider"):
+        create_extractor("onnxruntime-cuda", Spec(model_path=model, top_k=20))
+    with pytest.raises(InputError, match="device cuda was asked for"):
+        create_extractor("onnxruntime", Spec(model_path=model, top_k=20, device="cuda"))
+
+
+def test_onnxruntime_tells_which_provider_runs_what(tmp_path):
+    model = write_small_model(tmp_path / "model.onnx")
+    extractor = create_extractor("onnxruntime-cpu", Spec(model_path=model, top_k=20))
+    if not hasattr(extractor.session, "get_provider_graph_assignment_info"):
+        pytest.skip("this ONNX Runtime does not tell")
+    assert extractor.placement()["CPUExecutionProvider"]["TopK"] == 1
+
+
+def test_the_eager_model_takes_batches(photographs, reference, weights_dir):
+    extractor = create_extractor("pytorch", replace(SPEC, weights=weights_dir))
+    check_extractor(extractor, photographs, reference)
+
+
+def test_an_exported_file_is_the_model(photographs, reference, weights_dir, tmp_path):
+    spec = replace(SPEC, weights=weights_dir)
+    module = load_backend("onnxruntime-cpu")
+    module.build(spec, photographs.shape[:3], tmp_path / "model.onnx")
+    extractor = module.create(replace(spec, model_path=tmp_path / "model.onnx"))
+    check_extractor(extractor, photographs, reference)
+
+
+def test_mixed_precision_is_not_called_float32(weights_dir):
+    with pytest.raises(InputError, match="pass --precision fp16"):
+        create_extractor("pytorch-amp", replace(SPEC, weights=weights_dir))
+
+
+def test_mixed_precision_finds_the_same_keypoints(photographs, reference, weights_dir):
+    spec = replace(SPEC, weights=weights_dir, precision="fp16")
+    extractor = create_extractor("pytorch-amp", spec)
+    # The choice of what is half precision is PyTorch's here, and costs descriptors up to 1e-3.
+    check_extractor(extractor, photographs, reference, replace(HALF, mean_cosine=0.998))
+
+
+def test_a_compile_mode_that_does_not_exist_is_refused(weights_dir):
+    with pytest.raises(InputError, match="unknown compile mode 'fastest'"):
+        create_extractor("pytorch-compile", replace(SPEC, compile_mode="fastest"))
+
+
+def test_a_missing_package_is_named(tmp_path):
+    spec = replace(SPEC, model_path=tmp_path / "model.pt2")
+    with pytest.raises(InputError, match=r"no file .*model.pt2"):
+        create_extractor("aotinductor", spec)
+
+
+def test_a_package_is_the_model_and_takes_only_its_size(
+    photographs, reference, weights_dir, tmp_path
+):
+    module = load_backend("aotinductor")
+    if module.unavailable():
+        pytest.skip(module.unavailable())
+    spec = replace(SPEC, weights=weights_dir)
+    module.build(spec, (1, *photographs.shape[1:3]), tmp_path / "model.pt2")
+    extractor = module.create(replace(spec, model_path=tmp_path / "model.pt2"))
+    for image, expected in zip(photographs, reference, strict=True):
+        verdict = judge({"image": compare_features(expected, extractor(image))}, FP32)
+        assert verdict.passed, verdict.text
+    contiguous = extractor.to_device(photographs[:1]).contiguous()
+    again = extractor.infer(contiguous)["keypoints"]  # a package does not check its strides
+    assert torch.equal(again, extractor.infer(extractor.to_device(photographs[:1]))["keypoints"])
+    with pytest.raises(InputError, match="compiled for"):
+        extractor(photographs[0][:90])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("name", ["pytorch", "pytorch-compile", "pytorch-cudagraph", "aotinductor"])
+def test_on_a_gpu_it_is_the_model_too(
+    name, precision, photographs, reference, weights_dir, tmp_path
+):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    spec = replace(SPEC, weights=weights_dir, precision=precision, device="cuda")
+    module = load_backend(name)
+    if hasattr(module, "build"):
+        spec = replace(spec, model_path=tmp_path / "model.pt2")
+        module.build(spec, photographs.shape[:3], spec.model_path)
+        found = module.create(spec).extract_batch(photographs)
+        pairs = enumerate(zip(reference, found, strict=True))
+        parities = {str(i): compare_features(*pair) for i, pair in pairs}
+        assert judge(parities, FP32 if precision == "fp32" else HALF).passed
+        return
+    extractor = module.create(spec)
+    check_extractor(extractor, photographs, reference, FP32 if precision == "fp32" else HALF)
+
+
+@pytest.mark.gpu
+def test_cuda_events_and_a_stopwatch_agree(photographs, weights_dir):
+    """Within the time that Python and two waits take: 0.1 ms and a fifth of the call."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    from aliked.benchmark.timing import CudaClock, unseen
+
+    extractor = create_extractor("pytorch", replace(SPEC, weights=weights_dir, device="cuda"))
+    batch, clock = extractor.to_device(photographs), CudaClock("cuda")
+    laps = [clock(lambda: extractor.infer(batch), extractor.synchronize)[0] for _ in range(50)]
+    assert unseen(laps[10:]) is None
