@@ -18,6 +18,11 @@ BRIGHTNESS = 0.65  # of the photograph, so that colours stand out
 SUBPIXEL_BITS = 4  # OpenCV draws at fixed-point coordinates with this many fractional bits
 LONG_MOTION = 0.1  # of the longer side: motion that is drawn in red
 FRAME_MS = 250  # how long the animation shows each frame
+# Keypoints of two runtimes or of only one: colour, shape (None: a dot) and its size in px, such
+# that a triangle leaves a square at the same place in sight.
+BOTH = ((150, 225, 150), None, 0)
+MISSED = ((255, 110, 70), cv2.MARKER_SQUARE, 17)
+EXTRA = ((90, 200, 255), cv2.MARKER_TRIANGLE_UP, 11)
 
 
 def draw_matches(
@@ -71,6 +76,29 @@ def draw_motion(
     colours = _hues((1 - motion.clip(0, 1)) / 3)
     _draw_lines(canvas, start, end, colours, np.clip(1000 / max(len(matches), 1), 0.4, 1))
     _draw_dots(canvas, end, colours, radius)
+    return _add_caption(canvas, caption)
+
+
+def draw_differences(
+    image: np.ndarray, both: np.ndarray, missed: np.ndarray, extra: np.ndarray, caption: str
+) -> np.ndarray:
+    """An image, uint8 [H, W, 3] RGB, and the keypoints that a second runtime finds, or does not.
+
+    Keypoints are [N, 2] in pixels: those of `both` runtimes are green dots, those that the second
+    `missed` red squares, `extra` ones of the second blue triangles; what lies outside the image, or
+    nowhere (NaN), is only counted. Returns uint8 [H', W', 3] RGB, legend and caption below.
+    """
+    canvas, scale = _rescale(_darken(image), PAIR_SIDE)
+    kinds = ((both, BOTH, "both"), (missed, MISSED, "missed"), (extra, EXTRA, "extra"))
+    radius = _dot_radius(canvas, len(both))
+    for points, symbol, _ in kinds:
+        inside = ((points > -1) & (points < image.shape[1::-1])).all(axis=1)
+        _draw_symbols(canvas, _moved(points[inside], scale), *symbol, radius)
+    canvas = _add_caption(canvas, "")
+    x, y = 14, len(canvas) - CAPTION_HEIGHT // 2
+    for points, symbol, name in kinds:
+        _draw_symbols(canvas, np.array([[x, y]]), *symbol, radius)
+        x += 14 + _put_text(canvas, f"{name}: {len(points)}", (x + 14, y + 5), 0.5) + 28
     return _add_caption(canvas, caption)
 
 
@@ -162,6 +190,16 @@ def _draw_dots(canvas, points, colours, radius: float, thickness: int = cv2.FILL
         cv2.circle(canvas, point, fixed_radius, colour, thickness, cv2.LINE_AA, SUBPIXEL_BITS)
 
 
+def _draw_symbols(canvas, points, colour, marker: int | None, size: int, radius: float) -> None:
+    """Dots of `radius`, or markers of `size`, outlined to stand out among the dots."""
+    if marker is None:
+        _draw_dots(canvas, points, [colour] * len(points), radius)
+        return
+    for point in np.rint(points).astype(int).tolist():
+        for outline, thickness in ((BACKGROUND, 4), (colour, 2)):
+            cv2.drawMarker(canvas, point, outline, marker, size, thickness, cv2.LINE_AA)
+
+
 def _draw_unmatched(canvas, points, matched, radius: float) -> None:
     rest = np.delete(points, matched, axis=0)
     _draw_dots(canvas, rest, [UNMATCHED] * len(rest), radius, thickness=1)
@@ -173,6 +211,11 @@ def _add_caption(canvas: np.ndarray, caption: str) -> np.ndarray:
     (text_width, _), _ = cv2.getTextSize(caption, cv2.FONT_HERSHEY_SIMPLEX, 1, 1)
     size = min(0.5, (width - 16) / max(text_width, 1))
     canvas = np.vstack([canvas, np.full((CAPTION_HEIGHT, width, 3), BACKGROUND, np.uint8)])
-    origin = (8, height + CAPTION_HEIGHT - 9)
-    cv2.putText(canvas, caption, origin, cv2.FONT_HERSHEY_SIMPLEX, size, TEXT, 1, cv2.LINE_AA)
+    _put_text(canvas, caption, (8, height + CAPTION_HEIGHT - 9), size)
     return canvas
+
+
+def _put_text(canvas: np.ndarray, text: str, origin: tuple[int, int], size: float) -> int:
+    """Write from the lower left corner `origin`; the width in pixels."""
+    cv2.putText(canvas, text, origin, cv2.FONT_HERSHEY_SIMPLEX, size, TEXT, 1, cv2.LINE_AA)
+    return cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, size, 1)[0][0]

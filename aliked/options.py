@@ -23,11 +23,7 @@ def add_extractor_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--model_path", type=Path, metavar="FILE", help="model file of a backend that runs a file"
     )
-    group.add_argument(
-        "--device",
-        default=Spec.device,
-        help="auto (CUDA where there is a GPU), cpu, cuda or cuda:N (default: %(default)s)",
-    )
+    add_device_option(group)
     add_selection_options(group)
 
 
@@ -39,12 +35,26 @@ def add_model_options(group: argparse._ArgumentGroup) -> None:
         metavar="NAME",
         help=f"one of {', '.join(CONFIGS)} (default: %(default)s)",
     )
+    add_weights_option(group)
+
+
+def add_weights_option(group: argparse._ArgumentGroup) -> None:
+    """Where the official weights are."""
     group.add_argument(
         "--weights",
         type=Path,
         metavar="PATH",
         help="official .pth file, or a folder with it (default: $ALIKED_WEIGHTS_DIR, "
         "the user cache, download)",
+    )
+
+
+def add_device_option(group: argparse._ArgumentGroup) -> None:
+    """What to run on."""
+    group.add_argument(
+        "--device",
+        default=Spec.device,
+        help="auto (CUDA where there is a GPU), cpu, cuda or cuda:N (default: %(default)s)",
     )
 
 
