@@ -1,0 +1,92 @@
+"""The whole extractor as a straight line of operators."""
+
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+from aliked.detection import RADIUS
+from aliked.model import STRIDE, Output
+from custom_ops.fused.weights import Weights
+
+
+class Selection(NamedTuple):
+    """Which keypoints to keep, as in `aliked.model.ALIKED`."""
+
+    top_k: int
+    scores_th: float
+    n_limit: int
+
+
+class Frame(NamedTuple):
+    """Where the image lies in the padded frame, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+class Levels(NamedTuple):
+    """Features of the padded frame: level 1 not yet projected, the others [B, ., ., D / 4]."""
+
+    x1: torch.Tensor
+    f2: torch.Tensor
+    f3: torch.Tensor
+    f4: torch.Tensor
+
+
+def encode(
+    images: torch.Tensor, frame: Frame, weights: Weights, ops: ModuleType
+) -> tuple[Levels, torch.Tensor]:
+    """uint8 [B, h, w, 3] to features and the score map, float32 [B, h, w] in [0, 1]."""
+    height, width = frame.height + -frame.height % STRIDE, frame.width + -frame.width % STRIDE
+    convs, deforms, levels = weights.convs, weights.deforms, weights.levels
+    x = ops.stem(images, *convs[0], height, width, frame.top, frame.left)
+    x1, below, s1 = ops.conv3x3_level(x, *convs[1], None, None, *levels[0], 2)
+    x = ops.conv3x3(below, *convs[2])
+    f2, below, s2 = ops.conv3x3_level(x, *convs[3], below, weights.shortcuts[0], *levels[1], 4)
+    x = ops.deform(below, *deforms[0])
+    f3, below, s3 = ops.deform_level(x, *deforms[1], below, weights.shortcuts[1], *levels[2], 4)
+    x = ops.deform(below, *deforms[2])
+    f4, _, s4 = ops.deform_level(x, *deforms[3], below, weights.shortcuts[2], *levels[3], 1)
+    x = ops.blend(s1, s2, s3, s4)
+    x = ops.conv3x3(ops.conv3x3(x, *weights.score_convs[0]), *weights.score_convs[1])
+    return Levels(x1, f2, f3, f4), ops.score_map(x, weights.score_convs[2], *frame)
+
+
+def detect(scores: torch.Tensor, selection: Selection, ops: ModuleType) -> tuple:
+    """Keypoints [B, K, 2] and [B, K] each: scores, scores at the maxima, dispersities."""
+    keys, tally = ops.find_maxima(scores)
+    height, width = scores.shape[1:]
+    room = (height - 2 * RADIUS) * (width - 2 * RADIUS)
+    by_threshold = selection.top_k <= 0
+    k = min(selection.n_limit if by_threshold else selection.top_k, room)
+    means = scores.mean(dim=(1, 2)) if by_threshold else None
+    chosen = ops.select(keys, tally, means, k, selection.scores_th)
+    return ops.refine(chosen, tally, scores, k)
+
+
+def describe(
+    keypoints: torch.Tensor, levels: Levels, frame: Frame, weights: Weights, ops: ModuleType
+) -> torch.Tensor:
+    """Unit-length descriptors [B, K, D] of keypoints [B, K, 2]."""
+    head = weights.descriptor
+    maps = (levels.x1, weights.levels[0].level_weight, *levels[1:])
+    offsets = ops.sample_offsets(keypoints, *maps, *head[:4], *frame)
+    sampled = ops.sample_features(keypoints, offsets, *maps, head.project_weight, *frame)
+    return ops.aggregate(sampled, head.aggregate_weight)
+
+
+def extract(
+    images: torch.Tensor, weights: Weights, selection: Selection, ops: ModuleType
+) -> Output:
+    """uint8 [B, H, W, 3], H and W at least 5, to `Output`, as `aliked.model.ALIKED.forward`.
+
+    `ops` is `custom_ops.fused.kernels`, or `custom_ops.fused.reference` for its plain twin.
+    """
+    height, width = images.shape[1:3]
+    frame = Frame(-height % STRIDE // 2, -width % STRIDE // 2, height, width)
+    levels, scores = encode(images, frame, weights, ops)
+    keypoints, *rows = detect(scores, selection, ops)
+    return Output(keypoints, describe(keypoints, levels, frame, weights, ops), *rows)
