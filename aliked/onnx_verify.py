@@ -36,7 +36,15 @@ def open_exported(
     """What runs the file as a user of its contract would."""
     if options.io == "colmap":
         return ColmapExtractor(path, max_keypoints=reference.top_k, min_score=0)
-    return ONNXRuntimeExtractor(Spec(model_path=path, top_k=reference.top_k, device="cpu"))
+    return ONNXRuntimeExtractor(
+        Spec(
+            reference.name,
+            top_k=reference.top_k,
+            scores_th=reference.scores_th,
+            device="cpu",
+            model_path=path,
+        )
+    )
 
 
 def verify(

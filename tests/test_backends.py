@@ -82,14 +82,16 @@ def test_onnxruntime_refuses_cuda_where_its_provider_is_missing(tmp_path):
         pytest.skip("this ONNX Runtime has the CUDA provider")
     model = write_small_model(tmp_path / "model.onnx")
     with pytest.raises(InputError, match="no CUDAExecutionProvider"):
-        create_extractor("onnxruntime-cuda", Spec(model_path=model, top_k=20))
+        create_extractor("onnxruntime-cuda", Spec("aliked-t16", model_path=model, top_k=20))
     with pytest.raises(InputError, match="device cuda was asked for"):
-        create_extractor("onnxruntime", Spec(model_path=model, top_k=20, device="cuda"))
+        create_extractor(
+            "onnxruntime", Spec("aliked-t16", model_path=model, top_k=20, device="cuda")
+        )
 
 
 def test_onnxruntime_tells_which_provider_runs_what(tmp_path):
     model = write_small_model(tmp_path / "model.onnx")
-    extractor = create_extractor("onnxruntime-cpu", Spec(model_path=model, top_k=20))
+    extractor = create_extractor("onnxruntime-cpu", Spec("aliked-t16", model_path=model, top_k=20))
     if not hasattr(extractor.session, "get_provider_graph_assignment_info"):
         pytest.skip("this ONNX Runtime does not tell")
     assert extractor.placement()["CPUExecutionProvider"]["TopK"] == 1

@@ -54,7 +54,7 @@ def reference(monkeypatch, tmp_path):
 
     def create(backend: str, spec: Spec):
         assert (backend, spec.model, spec.precision) == ("pytorch", "aliked-t16", "fp32")
-        return ONNXRuntimeExtractor(Spec(model_path=right, top_k=spec.top_k))
+        return ONNXRuntimeExtractor(Spec("aliked-t16", model_path=right, top_k=spec.top_k))
 
     monkeypatch.setattr("aliked.engine_build.verify.create_extractor", create)
 

@@ -12,6 +12,7 @@ from aliked import cli
 from aliked.backends import Spec
 from aliked.backends.onnxruntime import ONNXRuntimeExtractor
 from aliked.configs import Form
+from aliked.errors import InputError
 from aliked.images import load_images
 from aliked.model import ALIKED
 from aliked.onnx_export import ExportOptions, export_onnx
@@ -75,7 +76,7 @@ def test_an_exported_file_gives_the_features_of_pytorch(
 def test_one_dynamic_file_serves_three_sizes_and_a_batch(standard, photograph, model, tmp_path):
     path = tmp_path / "dynamic.onnx"
     export_onnx(model, path, options(photograph, dynamic=True, **standard))
-    extract = ONNXRuntimeExtractor(Spec(model_path=path, top_k=300, device="cpu"))
+    extract = ONNXRuntimeExtractor(Spec(NAME, top_k=300, device="cpu", model_path=path))
     for height, width in ((233, 311), (96, 128), (150, 77)):
         image = photograph[:height, :width].copy()
         verdict = judge({"": compare_features(model(image), extract(image))}, FP32)
@@ -89,6 +90,25 @@ def test_one_dynamic_file_serves_three_sizes_and_a_batch(standard, photograph, m
             rows, (alone.keypoints, alone.descriptors, alone.scores), strict=True
         ):
             np.testing.assert_allclose(together, one, atol=2e-4)  # a float32 step of x is 3e-5
+
+
+def test_a_file_that_is_not_what_was_asked_for_is_refused(photograph, model, tmp_path):
+    path = tmp_path / "model.onnx"
+    export_onnx(model, path, options(photograph))
+
+    def refused(words, image=None, **changes):
+        with pytest.raises(InputError, match=words):
+            extract = ONNXRuntimeExtractor(
+                Spec(**{"model": NAME, "top_k": 300, "device": "cpu", "model_path": path} | changes)
+            )
+            extract(image)
+
+    refused("holds aliked-t16, not aliked-n16; pass --model aliked-t16", model="aliked-n16")
+    refused("gives 300 keypoints", top_k=301)
+    refused("not exported for --top_k 0 --scores_th 0.2", top_k=0)
+    refused("was exported for 311x233", image=photograph[:100])
+    export_onnx(model, path, options(photograph, dynamic=True))
+    refused("which has room for 256 keypoints", image=photograph[:20, :20].copy())
 
 
 def test_colmap_limits_act_when_the_file_runs(photograph, model, tmp_path):

@@ -31,7 +31,7 @@ def photograph(height=48, width=64, seed=0):
 
 
 def features_in_onnxruntime(path, image):
-    return ONNXRuntimeExtractor(Spec(model_path=path, top_k=0))(image)
+    return ONNXRuntimeExtractor(Spec("aliked-t16", top_k=20, model_path=path))(image)
 
 
 def assert_same(features, expected):

@@ -1,6 +1,7 @@
 """ONNX Runtime on an exported `.onnx` file, on the CPU or through its CUDA provider."""
 
 import importlib.util
+import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -93,6 +94,7 @@ def open_session(path: Path, provider: str, options: dict[str, str], others: Pro
 
 def build(spec: Spec, shape: tuple[int, int, int], path: Path) -> None:
     """Export the model of `spec` for images of `shape` = (B, H, W) to `path`."""
+    from aliked.configs import Form
     from aliked.model import ALIKED
     from aliked.onnx_export import ExportOptions, export_onnx
 
@@ -105,6 +107,7 @@ def build(spec: Spec, shape: tuple[int, int, int], path: Path) -> None:
         weights=spec.weights,
         precision=spec.precision,
     )
+    model.form = Form(row_by_row=False)
     # A static file holds a batch of 1.
     export_onnx(model, path, ExportOptions(height=height, width=width, dynamic=batch > 1))
 
@@ -125,7 +128,8 @@ class ONNXRuntimeExtractor:
         self.name = name or f"onnxruntime-{self.device}"
         self.device_id = int(options.get("device_id", 0))
         self.input = self._check_contract()
-        self.top_k = self._check_top_k(spec.top_k)
+        self.shapes = {tensor.name: tensor.shape for tensor in self.session.get_outputs()}
+        self.top_k = self._check_selection(spec)
 
     def _check_contract(self):
         """The image input, after checking that the file is an export of this project."""
@@ -138,20 +142,36 @@ class ONNXRuntimeExtractor:
             )
         return inputs["image"]
 
-    def _check_top_k(self, top_k: int) -> int | None:
-        """How many rows to keep: `top_k`, or None for all (threshold mode)."""
-        if top_k <= 0:
-            return None
-        (scores,) = (t for t in self.session.get_outputs() if t.name == "scores")
-        if isinstance(scores.shape[1], int) and top_k > scores.shape[1]:
+    def _check_selection(self, spec: Spec) -> int | None:
+        """How many rows to keep: `spec.top_k`, or None for all (threshold mode).
+
+        `InputError` where the file holds another model, or selects keypoints in another way.
+        """
+        baked = self.session.get_modelmeta().custom_metadata_map
+        model = json.loads(baked.get("aliked.model", "null"))
+        if model not in (None, spec.model):
+            raise InputError(f"{self.path} holds {model}, not {spec.model}; pass --model {model}")
+        if spec.top_k > 0:
+            return self._check_top_k(spec.top_k)
+        scores_th = json.loads(baked.get("aliked.scores_th", "null"))
+        if "nms_scores" not in self.shapes or scores_th != spec.scores_th:
             raise InputError(
-                f"top_k {top_k} was asked for, but {self.path} gives {scores.shape[1]} keypoints; "
-                f"pass --top_k {scores.shape[1]} or export it again with --top_k {top_k}"
+                f"{self.path} was not exported for --top_k 0 --scores_th {spec.scores_th}; export "
+                "it again with these options, since what it selects is part of the file"
+            )
+        return None
+
+    def _check_top_k(self, top_k: int) -> int:
+        rows = self.shapes["scores"][1]
+        if isinstance(rows, int) and top_k > rows:
+            raise InputError(
+                f"top_k {top_k} was asked for, but {self.path} gives {rows} keypoints; "
+                f"pass --top_k {rows} or export it again with --top_k {top_k}"
             )
         return top_k
 
     def _check_size(self, images: np.ndarray) -> None:
-        """Refuse an image size that a static file was not exported for."""
+        """Refuse an image size that a static file was not exported for, or too small for K."""
         uint8 = self.input.type == "tensor(uint8)"
         expected = self.input.shape[1:3] if uint8 else self.input.shape[2:4]
         for want, got in zip(expected, images.shape[1:3], strict=True):
@@ -160,6 +180,13 @@ class ONNXRuntimeExtractor:
                     f"the image is {images.shape[2]}x{images.shape[1]} pixels, but {self.path} was "
                     f"exported for {expected[1]}x{expected[0]}; export it with --dynamic"
                 )
+        height, width, rows = *images.shape[1:3], self.shapes["scores"][1]
+        room = (height - 4) * (width - 4)  # detection drops a border of 2 pixels
+        if isinstance(rows, int) and room < rows:
+            raise InputError(
+                f"the image is {width}x{height} pixels, which has room for {room} keypoints, but "
+                f"{self.path} gives {rows}; give larger images or export it with --top_k {room}"
+            )
 
     def _prepare(self, images: np.ndarray) -> np.ndarray:
         """uint8 [B, H, W, 3] to what the file's input takes."""
