@@ -8,7 +8,7 @@ from aliked.benchmark.rows import Grid
 from aliked.benchmark.timing import Limits
 from aliked.configs import CONFIGS, get_config
 from aliked.errors import InputError
-from aliked.options import add_device_option, add_weights_option
+from aliked.options import add_device_option, add_weights_option, check_selection
 
 EVERY_BACKEND = [name for name in BACKENDS if name != "onnxruntime"]  # which chooses among others
 
@@ -150,11 +150,7 @@ def grid_from(args: argparse.Namespace) -> Grid:
         raise InputError(
             f"none of the backends {', '.join(backends)} runs {file}; choose one that does"
         )
-    if min(args.top_k) <= 0 and args.scores_th is None:
-        raise InputError(
-            f"--top_k {min(args.top_k)} selects keypoints by score, but there is no threshold; "
-            "pass --scores_th as well, for example 0.2"
-        )
+    check_selection(min(args.top_k), args.scores_th)
     if min(*args.batch, args.jobs) < 1:
         raise InputError(f"--batch {args.batch} and --jobs {args.jobs}: give at least 1 of each")
     return Grid(
