@@ -8,21 +8,12 @@ from aliked.backends import Spec, create_extractor
 from aliked.configs import CONFIGS
 from aliked.errors import InputError
 from aliked.parity import FP16, FP32, compare_features, judge
+from tests.textures import texture
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-
-
-def texture(height, width, seed=0):
-    """A random image with structure at several scales, so that it has many maxima."""
-    generator = np.random.default_rng(seed)
-    image = np.zeros((height, width, 3))
-    for step in (1, 4, 16):
-        coarse = generator.uniform(size=(height // step + 1, width // step + 1, 3))
-        image += coarse.repeat(step, 0).repeat(step, 1)[:height, :width]
-    return (image / 3 * 255).astype(np.uint8)
 
 
 def extractors(weights_dir, model, **options):

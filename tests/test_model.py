@@ -12,21 +12,12 @@ from aliked.detection import MAX_TOP_K, detect, select_top_k
 from aliked.errors import InputError
 from aliked.model import ALIKED, Output, pad_to_stride
 from aliked.patches import get_patches
+from tests.textures import texture
 
 
 def random_model(name="aliked-t16", **selection):
     torch.manual_seed(0)
     return ALIKED(name, **selection).eval()
-
-
-def texture(height, width, seed=0):
-    """A random image with structure at several scales, so that it has many maxima."""
-    generator = np.random.default_rng(seed)
-    image = np.zeros((height, width, 3))
-    for step in (1, 4, 16):
-        coarse = generator.uniform(size=(height // step + 1, width // step + 1, 3))
-        image += coarse.repeat(step, 0).repeat(step, 1)[:height, :width]
-    return (image / 3 * 255).astype(np.uint8)
 
 
 def tensor(*images):

@@ -94,19 +94,12 @@ def open_session(path: Path, provider: str, options: dict[str, str], others: Pro
 
 def build(spec: Spec, shape: tuple[int, int, int], path: Path) -> None:
     """Export the model of `spec` for images of `shape` = (B, H, W) to `path`."""
+    from aliked.backends.pytorch import choose_device, load_model
     from aliked.configs import Form
-    from aliked.model import ALIKED
     from aliked.onnx_export import ExportOptions, export_onnx
 
     batch, height, width = shape
-    model = ALIKED.from_pretrained(
-        spec.model,
-        top_k=spec.top_k,
-        scores_th=spec.scores_th,
-        n_limit=spec.n_limit,
-        weights=spec.weights,
-        precision=spec.precision,
-    )
+    model = load_model(spec, choose_device("cpu"))
     model.form = Form(row_by_row=False)
     # A static file holds a batch of 1.
     export_onnx(model, path, ExportOptions(height=height, width=width, dynamic=batch > 1))
@@ -127,14 +120,14 @@ class ONNXRuntimeExtractor:
         self.device = "cpu" if provider == CPU else "cuda"
         self.name = name or f"onnxruntime-{self.device}"
         self.device_id = int(options.get("device_id", 0))
-        self.input = self._check_contract()
         self.shapes = {tensor.name: tensor.shape for tensor in self.session.get_outputs()}
+        self.input = self._check_contract()
         self.top_k = self._check_selection(spec)
 
     def _check_contract(self):
         """The image input, after checking that the file is an export of this project."""
         inputs = {tensor.name: tensor for tensor in self.session.get_inputs()}
-        missing = set(OUTPUTS) - {tensor.name for tensor in self.session.get_outputs()}
+        missing = set(OUTPUTS) - set(self.shapes)
         if set(inputs) != {"image"} or missing:
             raise InputError(
                 f"{self.path} has inputs {sorted(inputs)} and lacks outputs {sorted(missing)}; "
