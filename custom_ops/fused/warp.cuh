@@ -1,0 +1,97 @@
+// What the kernels need of a warp, from Turing up: packed half precision, matrix products, shared
+// memory. Compiled by NVRTC, which has no headers of its own, so nothing is included here.
+// tests/cuda_on_host.hpp has the same functions for the CPU.
+
+typedef unsigned int u32;  // two half-precision numbers, or any 32 bits
+constexpr u32 FULL_WARP = 0xFFFFFFFFu;
+
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+
+__device__ __forceinline__ u32 pack(float low, float high) {
+  u32 both;
+  asm("{.reg .b16 l, h; cvt.rn.f16.f32 l, %1; cvt.rn.f16.f32 h, %2; mov.b32 %0, {l, h};}"
+      : "=r"(both) : "f"(low), "f"(high));
+  return both;
+}
+
+__device__ __forceinline__ float low_half(u32 both) {
+  float value;
+  asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l;}" : "=f"(value) : "r"(both));
+  return value;
+}
+
+__device__ __forceinline__ float high_half(u32 both) {
+  float value;
+  asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h;}" : "=f"(value) : "r"(both));
+  return value;
+}
+
+// Both halves of a * b + c, each rounded once.
+__device__ __forceinline__ u32 multiply_add(u32 a, u32 b, u32 c) {
+  u32 d;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
+// d += a b: d [16, 8] float32, a [16, 8] and b [8, 8] in half precision (mma.m16n8k8).
+// With g = lane / 4 and t = lane % 4, a lane holds
+//   a[0], a[1]: columns 2t, 2t + 1 of rows g and g + 8;  b: rows 2t, 2t + 1 of column g;
+//   d[0], d[1]: columns 2t, 2t + 1 of row g;  d[2], d[3]: the same of row g + 8.
+__device__ __forceinline__ void product8(float (&d)[4], u32 a0, u32 a1, u32 b) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, "
+               "{%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(b));
+}
+
+// As `product8` with an inner size of 16 (mma.m16n8k16): a[2], a[3] and b[1] hold columns and rows
+// 8 further on.
+__device__ __forceinline__ void product16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+               "{%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+  product8(d, a[0], a[1], b[0]);
+  product8(d, a[2], a[3], b[1]);
+#endif
+}
+
+// Four 8x8 matrices of half precision from shared memory: lane i gives the address of row i % 8 of
+// matrix i / 8 (16-byte aligned) and receives columns 2 (i % 4) and the next of row i / 4 of each.
+__device__ __forceinline__ void load_matrices(u32 (&r)[4], const void *row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"((u32)__cvta_generic_to_shared(row)) : "memory");
+}
+
+// As `load_matrices`, each matrix transposed: rows 2 (i % 4) and the next of column i / 4.
+__device__ __forceinline__ void load_transposed(u32 (&r)[4], const void *row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"((u32)__cvta_generic_to_shared(row)) : "memory");
+}
+
+// Start to copy 16 bytes, both sides aligned to 16, from global to shared memory; zeros where
+// `used` is false. Turing has no such instruction and copies at once.
+__device__ __forceinline__ void copy_async(void *shared, const void *global, bool used = true) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+               :: "r"((u32)__cvta_generic_to_shared(shared)), "l"(global), "r"(used ? 16 : 0)
+               : "memory");
+#else
+  *(uint4 *)shared = used ? *(const uint4 *)global : make_uint4(0, 0, 0, 0);
+#endif
+}
+
+// Wait for this thread's copies; a barrier then makes everyone's visible.
+__device__ __forceinline__ void wait_for_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ float selu(float x) {
+  const float scale = 1.0507009873554805f, alpha = 1.6732632423543772f;
+  return scale * (x > 0 ? x : alpha * (__expf(x) - 1));
+}
