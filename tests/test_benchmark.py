@@ -1,7 +1,8 @@
 """Timing, its statistics, its records and its processes."""
 
 import json
-import sys
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -242,30 +243,26 @@ def test_bad_input_in_a_task_is_expected():
     assert caught.value.expected
 
 
-def program(folder: Path, text: str) -> str:
-    """A shell script in place of the worker."""
-    path = folder / "worker"
-    path.write_text(f"#!/bin/sh\n{text}\n")
-    path.chmod(0o755)
-    return str(path)
+def dying(task, connection):
+    os.write(2, b"illegal memory access\n")
+    os.kill(os.getpid(), signal.SIGSEGV)
 
 
-def test_a_process_that_dies_says_how(tmp_path, monkeypatch):
-    script = program(tmp_path, "echo 'illegal memory access' >&2; kill -SEGV $$")
-    monkeypatch.setattr(sys, "executable", script)
+def working(task, connection):
+    connection.send({"progress": ["timing", 3, 9]})
+    connection.send({"result": task["task"]})
+
+
+def test_a_process_that_dies_says_how():
     with pytest.raises(process.TaskFailed, match=r"SIGSEGV.*illegal memory access") as caught:
-        process.run_task({"task": "measure"})
+        process.run_task({"task": "measure"}, main=dying)
     assert not caught.value.expected
 
 
-def test_progress_is_passed_on(tmp_path, monkeypatch):
-    script = program(
-        tmp_path, """cat >/dev/null; echo '{"progress": ["timing", 3, 9]}'; echo '{"result": 7}'"""
-    )
-    monkeypatch.setattr(sys, "executable", script)
+def test_progress_is_passed_on():
     seen = []
-    result = process.run_task({"task": "measure"}, lambda *stage: seen.append(stage))
-    assert (result, seen) == (7, [("timing", 3, 9)])
+    result = process.run_task({"task": "row"}, lambda *stage: seen.append(stage), main=working)
+    assert (result, seen) == ("row", [("timing", 3, 9)])
 
 
 # -- memory of a process --

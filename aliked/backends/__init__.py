@@ -10,7 +10,7 @@ from aliked.features import Extractor
 # Each module has `unavailable() -> str | None`, a sentence that says why it cannot run on this
 # machine and what to install, and `create(spec) -> Extractor`. One that runs a file may also have
 # `SUFFIX`, that file's, and `build(spec, shape, path)`, which makes it for images of
-# `shape` = (B, H, W).
+# `shape` = (B, H, W). One that compiles when it first runs, and keeps the result, says `COMPILES`.
 BACKENDS = {
     "pytorch": "aliked.backends.pytorch",
     "pytorch-amp": "aliked.backends.pytorch_amp",

@@ -14,6 +14,7 @@ from aliked.errors import InputError
 from aliked.features import Features, check_image, drop_fill_ins
 from aliked.model import ALIKED, PRECISIONS
 
+COMPILES = True
 MAX_PLANS = 16  # sizes whose buffers are kept; the one unused for longest makes room
 
 

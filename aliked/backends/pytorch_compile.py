@@ -8,6 +8,7 @@ from aliked.backends import Spec
 from aliked.backends.pytorch import ForwardExtractor, choose_device, load_model, named
 from aliked.errors import InputError
 
+COMPILES = True
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 

@@ -3,14 +3,13 @@
 import hashlib
 import json
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from aliked.benchmark.environment import ROOT
-from aliked.benchmark.process import TaskFailed, run_task
+from aliked.benchmark.process import TaskFailed, run_tasks
 from aliked.benchmark.rows import Row
-from aliked.files import sha256, write_json
+from aliked.files import sha256
 from aliked.weights import cache_dir, find_weights
 
 
@@ -44,28 +43,24 @@ def make_artifacts(
 ) -> dict[Path, Artifact | TaskFailed]:
     """Build those of the files that are not there yet, `jobs` at a time, or say why one is not.
 
-    Each task is what `worker.build` needs besides the path. Calls `made()` after every file.
+    Each task is what `worker.build` needs besides the path. Calls `made()` after every build.
     """
-
-    def make(item: tuple[Path, dict]) -> Artifact | TaskFailed:
-        try:
-            return _make(*item)
-        except TaskFailed as failure:
-            return failure
-        finally:
-            made()
-
-    with ThreadPoolExecutor(jobs) as pool:
-        return dict(zip(tasks, pool.map(make, tasks.items()), strict=True))
-
-
-def _make(path: Path, task: dict) -> Artifact:
-    note = path.with_name(f"{path.name}.build.json")
-    if not (path.exists() and note.exists()):
+    missing = [path for path in tasks if not (path.exists() and _note(path).exists())]
+    builds = []
+    for path in missing:
         path.parent.mkdir(parents=True, exist_ok=True)
-        build_s = run_task(task | {"task": "build", "path": str(path)})
-        write_json(note, {"build_s": build_s, "row": task["row"]})
-    return Artifact(path, json.loads(note.read_text())["build_s"])
+        builds.append(tasks[path] | {"task": "build", "path": str(path), "note": str(_note(path))})
+    results = dict(zip(missing, run_tasks(builds, jobs, made), strict=True))
+    failed = {path: result for path, result in results.items() if isinstance(result, TaskFailed)}
+    return {path: failed.get(path) or _artifact(path) for path in tasks}
+
+
+def _note(path: Path) -> Path:
+    return path.with_name(f"{path.name}.build.json")
+
+
+def _artifact(path: Path) -> Artifact:
+    return Artifact(path, json.loads(_note(path).read_text())["build_s"])
 
 
 def _code() -> str:

@@ -130,8 +130,9 @@ def add_limit_options(group: argparse._ArgumentGroup) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="model files to build at a time, before anything is timed; more than 1 makes build "
-        "times longer, and TensorRT choose worse (default: %(default)s)",
+        help="references, model files and, with --compiler_cache, kernels to make at a time, "
+        "before anything is timed; more than 1 makes build times longer, and TensorRT choose worse "
+        "(default: %(default)s)",
     )
     group.add_argument(
         "--seed", type=int, default=0, help="of the order of the rows (default: %(default)s)"

@@ -1,19 +1,24 @@
-"""Running a worker: a task goes in, its result comes out, whatever becomes of the process."""
+"""Running a worker: a task goes in, its result comes out, whatever becomes of the process.
 
-import json
+Workers are forks of a process that has loaded PyTorch already, and nothing else: each starts in
+milliseconds instead of seconds, with memory and tuning of its own all the same.
+"""
+
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from aliked.benchmark.environment import ROOT
+from aliked.benchmark import worker
 
 LONGEST_S = 3600.0  # of one task, engine builds included
+PROCESSES = multiprocessing.get_context("forkserver")
 
 
 class TaskFailed(Exception):
@@ -29,65 +34,89 @@ def run_task(
     task: dict,
     progress: Callable[[str, int, int], None] | None = None,
     compiler_cache: Path | None = None,
+    main: Callable[[dict, Connection], None] = worker.main,
 ) -> Any:
     """Run a task of `worker.TASKS` in a process of its own; `TaskFailed` where it has no result.
 
     Compilers find nothing from earlier tasks unless a `compiler_cache` is given: a folder.
     """
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "aliked.benchmark.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            env=_environment(compiler_cache or Path(folder)),
+    PROCESSES.set_forkserver_preload(["aliked.benchmark.measure"])
+    with tempfile.TemporaryDirectory() as folder:
+        errors = Path(folder) / "errors"
+        environment = _environment(compiler_cache or Path(folder))
+        answers, channel = PROCESSES.Pipe(duplex=False)
+        process = PROCESSES.Process(
+            target=_run, args=(main, task, channel, environment, str(errors)), daemon=False
         )
+        process.start()
+        channel.close()
         timer = threading.Timer(LONGEST_S, process.kill)
         timer.start()
         try:
-            last = _converse(process, task, progress)
+            last = _listen(answers, progress)
+            process.join()
         finally:
             timer.cancel()
             process.kill()
-            process.wait()
+            process.join()
         if "result" in last:
             return last["result"]
         if "error" in last:
             raise TaskFailed(last["error"], last["expected"])
-        raise TaskFailed(_post_mortem(process.returncode, errors))
+        raise TaskFailed(_post_mortem(process.exitcode, errors.read_text(errors="replace")))
+
+
+def run_tasks(
+    tasks: list[dict], jobs: int, done: Callable[[], None], compiler_cache: Path | None = None
+) -> list[Any]:
+    """What `run_task` returns for each task, or the `TaskFailed`; `jobs` run at a time.
+
+    Calls `done()` after every task.
+    """
+
+    def run(task: dict) -> Any:
+        try:
+            return run_task(task, compiler_cache=compiler_cache)
+        except TaskFailed as failure:
+            return failure
+        finally:
+            done()
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return list(pool.map(run, tasks))
 
 
 def _environment(compiler_cache: Path) -> dict[str, str]:
-    search = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    """What this process's variables are now, which the forks' own may be older than."""
     return os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, search)),
         "TORCHINDUCTOR_CACHE_DIR": str(compiler_cache / "inductor"),
         "TRITON_CACHE_DIR": str(compiler_cache / "triton"),
     }
 
 
-def _converse(process: subprocess.Popen, task: dict, progress: Callable | None) -> dict:
-    """Send the task and return the last message; `{}` where the process ended without one."""
+def _run(main: Callable, task: dict, channel: Connection, environment: dict, errors: str) -> None:
+    """In the new process: what libraries print, from C++ too, goes to the file `errors`."""
+    os.environ.clear()
+    os.environ.update(environment)
+    file = os.open(errors, os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    main(task, channel)
+
+
+def _listen(answers: Connection, progress: Callable | None) -> dict:
+    """The last message; `{}` where the process ended without one."""
     try:
-        with process.stdin as stdin:
-            json.dump(task, stdin)
-    except BrokenPipeError:  # it died at once; its words are in its standard error
+        while "progress" in (message := answers.recv()):
+            if progress:
+                progress(*message["progress"])
+    except EOFError:
         return {}
-    for line in process.stdout:
-        message = json.loads(line)
-        if "progress" not in message:
-            process.wait()
-            return message
-        if progress:
-            progress(*message["progress"])
-    process.wait()
-    return {}
+    return message
 
 
-def _post_mortem(status: int, errors) -> str:
-    errors.seek(0)
-    lines = [line.strip() for line in errors.read().splitlines() if line.strip()]
+def _post_mortem(status: int, errors: str) -> str:
+    lines = [line.strip() for line in errors.splitlines() if line.strip()]
     last_words = f"; its last words: {lines[-1]}" if lines else ""
     if status < 0:
         return f"the process was ended by {signal.Signals(-status).name}{last_words}"

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from aliked.backends import load_backend
 from aliked.benchmark.artifacts import Artifact, artifact_path, make_artifacts
 from aliked.benchmark.environment import git_commit
-from aliked.benchmark.process import TaskFailed, run_task
+from aliked.benchmark.process import TaskFailed, run_task, run_tasks
 from aliked.benchmark.records import SCHEMA, append_record
 from aliked.benchmark.rows import ImageSet, Row, row_fields
 from aliked.benchmark.timing import Limits
@@ -99,12 +99,13 @@ def _image_set(name: str, paths: list[Path]) -> ImageSet:
 def run_rows(session: Session, rows: list[Row], output: Path, jobs: int = 1) -> Iterator[dict]:
     """Measure `rows` in their order; each record is in the file before it is yielded.
 
-    References and model files come first, the files `jobs` at a time.
+    References, model files and what compilers keep come first, `jobs` at a time.
     """
     can_run = [row for row in rows if not session.unavailable[row.backend]]
     with tempfile.TemporaryDirectory() as folder:
-        references = make_references(session, can_run, Path(folder))
+        references = make_references(session, can_run, Path(folder), jobs)
         files = make_files(session, can_run, jobs)
+        fill_compiler_cache(session, can_run, jobs)
         with Bar("row", len(rows)) as bar:
             for row in rows:
                 bar.start(str(row))
@@ -114,23 +115,21 @@ def run_rows(session: Session, rows: list[Row], output: Path, jobs: int = 1) -> 
                 yield record
 
 
-def make_references(session: Session, rows: list[Row], folder: Path) -> dict[Any, Path]:
-    """The reference's file of every row, by `reference_key`."""
+def make_references(session: Session, rows: list[Row], folder: Path, jobs: int) -> dict[Any, Path]:
+    """The reference's file of every row, by `reference_key`: PyTorch in float32 on the CPU."""
     largest: dict[Any, Row] = {}
     for row in rows:
         key = reference_key(row)
         if key not in largest or row.top_k > largest[key].top_k:
             largest[key] = row
     paths = {key: folder / f"{number}.npz" for number, key in enumerate(largest)}
-    with Bar("reference", len(largest)) as bar:
-        for key, row in largest.items():
-            bar.start(f"PyTorch fp32 on the CPU, {row.model}, {row.images}")
-            task = session.task(row) | {"task": "reference", "path": str(paths[key])}
-            try:
-                run_task(task, bar.progress)
-            except TaskFailed as error:
-                raise InputError(f"the reference cannot be made: {error}") from error
-            bar.finish()
+    tasks = [
+        session.task(row) | {"task": "reference", "path": str(paths[key])}
+        for key, row in largest.items()
+    ]
+    with Bar("reference", len(tasks)) as bar:
+        for failure in filter(None, run_tasks(tasks, jobs, bar.finish)):
+            raise InputError(f"the reference cannot be made: {failure}") from failure
     return paths
 
 
@@ -153,6 +152,16 @@ def make_files(session: Session, rows: list[Row], jobs: int) -> dict[Row, Artifa
     with Bar("model file", len(tasks)) as bar:
         made = make_artifacts(tasks, jobs, bar.finish)
     return {row: made.get(path) or Artifact(path, 0.0) for row, path in paths.items()}
+
+
+def fill_compiler_cache(session: Session, rows: list[Row], jobs: int) -> None:
+    """Compile for every row, where what compilers make is kept; what fails, fails in its row."""
+    if session.compiler_cache is None:
+        return
+    compiled = [row for row in rows if getattr(load_backend(row.backend), "COMPILES", False)]
+    tasks = [session.task(row) | {"task": "fill_cache"} for row in compiled]
+    with Bar("compiled", len(tasks)) as bar:
+        run_tasks(tasks, jobs, bar.finish, session.compiler_cache)
 
 
 def make_record(

@@ -1,24 +1,23 @@
 """The process that measures one row, so that rows share neither memory nor tuning.
 
-A task comes as one JSON object on standard input. Standard output carries a JSON object a line:
-`{"progress": [stage, done, all]}` now and then, and last `{"result": ...}` or
-`{"error": sentence, "expected": bool}`. What libraries print goes to standard error.
+It answers with `{"progress": [stage, done, all]}` now and then, and last with `{"result": ...}` or
+`{"error": sentence, "expected": bool}`.
 """
 
-import json
-import os
-import sys
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TextIO
 
-from aliked.backends import Spec, load_backend
+import numpy as np
+
+from aliked.backends import Spec, create_extractor, load_backend
 from aliked.benchmark.rows import Row
 from aliked.benchmark.timing import Limits
 from aliked.errors import InputError
+from aliked.files import write_json
 from aliked.images import load_image
 
 PROGRESS_EVERY = 0.2  # seconds
@@ -27,12 +26,12 @@ PROGRESS_EVERY = 0.2  # seconds
 class Channel:
     """Where the answers go."""
 
-    def __init__(self, output: TextIO):
-        self.output, self.last = output, 0.0
+    def __init__(self, connection: Connection):
+        self.connection, self.last = connection, 0.0
 
     def send(self, **message) -> None:
-        """One line."""
-        print(json.dumps(message), file=self.output, flush=True)
+        """One message."""
+        self.connection.send(message)
 
     def progress(self, stage: str, done: int, total: int) -> None:
         """Say how far the task is, but not all the time."""
@@ -77,13 +76,23 @@ def reference(task: dict, channel: Channel) -> None:
     make_reference(spec, load_named(task["images"]), Path(task["path"]))
 
 
-def build(task: dict, channel: Channel) -> float:
-    """Make the file that a backend runs; seconds, without starting Python and loading PyTorch."""
+def build(task: dict, channel: Channel) -> None:
+    """Make the file that a backend runs, then a note of the seconds that it took."""
     row, spec = spec_of(task)
     module = load_backend(row.backend)
     start = time.perf_counter()
     module.build(spec, (row.batch, row.height, row.width), Path(task["path"]))
-    return time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    write_json(Path(task["note"]), {"build_s": seconds, "row": task["row"]})
+
+
+def fill_cache(task: dict, channel: Channel) -> None:
+    """Run a row's extractor once, for what its compilers keep."""
+    row, spec = spec_of(task)
+    extractor = create_extractor(row.backend, spec)
+    image = load_image(task["images"][0])
+    extractor.infer(extractor.to_device(np.stack([image] * row.batch)))
+    extractor.synchronize()
 
 
 def measure_row(task: dict, channel: Channel) -> dict:
@@ -102,16 +111,14 @@ TASKS: dict[str, Callable] = {
     "describe": describe,
     "reference": reference,
     "build": build,
+    "fill_cache": fill_cache,
     "measure": measure_row,
 }
 
 
-def main() -> None:
-    """Do the task on standard input."""
-    # Compilers and engine builders print to standard output, from C++ too: move it away.
-    channel = Channel(os.fdopen(os.dup(1), "w"))
-    os.dup2(2, 1)
-    task = json.load(sys.stdin)
+def main(task: dict, connection: Connection) -> None:
+    """Do a task and answer."""
+    channel = Channel(connection)
     try:
         channel.send(result=TASKS[task["task"]](task, channel))
     except InputError as error:
@@ -125,7 +132,3 @@ def sentence(error: Exception) -> str:
     """The kind of error, and the first line of its text that says anything."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {line}"
-
-
-if __name__ == "__main__":
-    main()
