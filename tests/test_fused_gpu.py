@@ -7,7 +7,11 @@ import torch
 from aliked.backends import Spec, create_extractor
 from aliked.configs import CONFIGS
 from aliked.errors import InputError
+from aliked.features import drop_fill_ins
+from aliked.model import plain_float32, to_tensor
 from aliked.parity import FP16, FP32, compare_features, judge
+from custom_ops.fused import kernels, pipeline, weights
+from tests.fused_models import random_images, random_model
 from tests.textures import texture
 
 pytestmark = [
@@ -47,6 +51,43 @@ def test_each_image_of_a_batch_gets_what_it_gets_alone(weights_dir):
         alone = fused.infer(fused.to_device(images[i : i + 1]))
         for name, values in together.items():
             torch.testing.assert_close(values[i], alone[name][0], atol=1e-5, rtol=0)
+
+
+def test_a_batch_of_64_is_64_images(weights_dir):
+    fused, _ = extractors(weights_dir, "aliked-n16rot", precision="fp16", top_k=500)
+    images = np.stack([texture(96, 128, seed) for seed in range(64)])
+    together = fused.extract_batch(images)
+    found = {str(i): compare_features(fused(images[i]), together[i]) for i in range(64)}
+    assert judge(found, FP32).passed
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", FP32), ("fp16", FP16)])
+def test_a_photograph_of_12_megapixels(weights_dir, precision, tolerance):
+    if torch.cuda.get_device_properties(0).total_memory < 40e9:
+        pytest.skip("the plain model needs 40 GB of GPU memory for it")
+    fused, plain = extractors(weights_dir, "aliked-t16", precision=precision)
+    image = texture(3072, 4096)
+    verdict = judge({"image": compare_features(plain(image), fused(image))}, tolerance)
+    assert verdict.passed, verdict.text
+
+
+@pytest.mark.parametrize("size", [(64, 96), (101, 67)])
+@pytest.mark.parametrize("name", ["aliked-t16", "aliked-n32"])
+def test_every_maximum_of_a_random_network_is_found(name, size):
+    selection = pipeline.Selection(size[0] * size[1], 0.2, 0)  # more than there are
+    model, images = random_model(name, selection).cuda(), random_images(2, *size).cuda()
+    with torch.inference_mode(), plain_float32():
+        expected = model(to_tensor(images))
+        packed = weights.pack(model, torch.float32, images.device)
+        found = pipeline.extract(images, packed, selection, kernels)
+    for i in range(len(images)):
+        plain, fused = (
+            drop_fill_ins(*(rows[i].cpu().numpy() for rows in output[:3]))
+            for output in (expected, found)
+        )
+        assert len(plain) > 50
+        verdict = judge({"image": compare_features(plain, fused)}, FP32)
+        assert verdict.passed, verdict.text
 
 
 def test_a_flat_image_gives_no_more_keypoints_than_asked_for(weights_dir):
