@@ -5,6 +5,7 @@ import importlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -169,11 +170,24 @@ def test_pycuda_gives_the_same_features(make_engine, machine, monkeypatch):
 
 def test_the_backend_is_made_from_a_spec(make_engine):
     _, engine = make_engine()
-    extractor = create(Spec(model_path=engine, top_k=10))
+    extractor = create(Spec("aliked-t16", model_path=engine, top_k=10))
     assert extractor.name == "tensorrt"
     assert len(extractor(photograph())) == 10
     with pytest.raises(InputError, match="--model_path"):
         create(Spec())
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        (Spec("aliked-n32"), "holds aliked-t16, not aliked-n32; pass --model aliked-t16"),
+        (Spec("aliked-t16", top_k=0), "not exported for --top_k 0 --scores_th 0.2"),
+    ],
+)
+def test_an_engine_of_something_else_is_refused(make_engine, spec, says):
+    _, engine = make_engine()
+    with pytest.raises(InputError, match=says):
+        create(replace(spec, model_path=engine))
 
 
 def test_the_variants_of_the_backend_run_the_same_engine(make_engine, machine, monkeypatch):
@@ -183,7 +197,7 @@ def test_the_variants_of_the_backend_run_the_same_engine(make_engine, machine, m
     for variant in ("cudagraph", "pycuda", "lean"):
         backend = importlib.import_module(f"aliked.backends.tensorrt_{variant}")
         assert backend.unavailable() is None
-        extractor = backend.create(Spec(model_path=engine, top_k=20))
+        extractor = backend.create(Spec("aliked-t16", model_path=engine, top_k=20))
         assert extractor.name == f"tensorrt-{variant}"
         assert_same(extractor(photograph()), features_in_onnxruntime(onnx_path, photograph()))
     monkeypatch.setitem(sys.modules, "pycuda", None)

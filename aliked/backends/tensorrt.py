@@ -9,7 +9,7 @@ import numpy as np
 from aliked import gpu
 from aliked.backends import Spec
 from aliked.backends.cuda_memory import create_memory
-from aliked.backends.tensorrt_manifest import BuildOptions
+from aliked.backends.tensorrt_manifest import BuildOptions, read_manifest
 from aliked.backends.tensorrt_runtime import runtime_module, unavailable
 from aliked.backends.tensorrt_session import Session
 from aliked.errors import InputError
@@ -154,6 +154,19 @@ def build(spec: Spec, shape: tuple[int, int, int], path: Path) -> None:
         convert(Request(onnx_path, path, options, shapes=shapes, verify=False))
 
 
+def _check_export(spec: Spec, export: dict) -> None:
+    """`InputError` where the engine holds another model, or selects keypoints in another way."""
+    model = export.get("model", spec.model)
+    if model != spec.model:
+        raise InputError(f"{spec.model_path} holds {model}, not {spec.model}; pass --model {model}")
+    by_threshold = export.get("top_k", 0) <= 0
+    if spec.top_k <= 0 and not (by_threshold and export.get("scores_th") == spec.scores_th):
+        raise InputError(
+            f"{spec.model_path} was not exported for --top_k 0 --scores_th {spec.scores_th}; "
+            "export and build it again with these options, since what it selects is part of it"
+        )
+
+
 def create_variant(spec: Spec, name: str, **options: Any) -> TensorRTExtractor:
     """The extractor that runs `spec.model_path`, under a backend's name and with its options."""
     if spec.model_path is None:
@@ -161,6 +174,7 @@ def create_variant(spec: Spec, name: str, **options: Any) -> TensorRTExtractor:
             f"backend {name} needs an engine; pass --model_path FILE.trt, as written by "
             "convert_onnx_to_trt.py"
         )
+    _check_export(spec, read_manifest(spec.model_path)["source"]["export"])
     return TensorRTExtractor(spec.model_path, spec.top_k, spec.device, name=name, **options)
 
 
