@@ -13,8 +13,8 @@ from torchvision.ops import deform_conv2d
 def longest_side(maps: torch.Tensor) -> int | torch.Tensor:
     """max(H, W) of [..., H, W], kept symbolic where the model is traced or exported."""
     height, width = maps.shape[-2:]
-    if torch.jit.is_tracing():  # the sizes are tensors then, and Python's max would freeze them
-        return torch.maximum(torch.as_tensor(height), torch.as_tensor(width))
+    if isinstance(height, torch.Tensor):  # where the model is traced; Python's max would freeze it
+        return torch.maximum(height, width)
     return torch.sym_max(height, width)
 
 

@@ -16,13 +16,15 @@
 #include <vector>
 
 #define __global__
-#define __device__ static
+#define __device__  // also before members of a struct
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
 #define __shared__ __attribute__((section("cuda_shared"))) static
-#define DYNAMIC_SHARED(name) unsigned char *const name = cuda_host::dynamic_shared
+#define DYNAMIC_SHARED(name) unsigned char *const name = cuda_host::block_memory()
+#define CLUSTER_SHARED(name, bytes) DYNAMIC_SHARED(name)
+#define CLUSTER_OF(blocks)
 
 typedef unsigned int u32;
 constexpr u32 FULL_WARP = 0xFFFFFFFFu;
@@ -39,14 +41,15 @@ static float2 make_float2(float x, float y) { return {x, y}; }
 static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 extern "C" unsigned char __start_cuda_shared[], __stop_cuda_shared[];
-__attribute__((section("cuda_shared"))) static unsigned char some_shared_memory[16];
+__attribute__((section("cuda_shared"), used)) static unsigned char some_shared_memory[16];
 
 static dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace cuda_host {
 
 constexpr size_t STACK = 128 << 10, DYNAMIC = 228 << 10;
-alignas(128) static unsigned char dynamic_shared[DYNAMIC];
+constexpr int LARGEST_CLUSTER = 8;
+alignas(128) static unsigned char dynamic_shared[LARGEST_CLUSTER][DYNAMIC];
 typedef void (*Kernel)(long, long, long, long, long, long, long, long, long, long, long, long,
                        long, long, long, long, long, long, long, long, long, long, long, long,
                        long, long, long, long, long, long, long, long);
@@ -65,12 +68,14 @@ struct Fiber {
   ucontext_t start;
   bool started = false, done = false;
   int index = 0;
+  long cluster_generation = 0;
 };
 
 static std::vector<Fiber> fibers;
 static std::vector<char> stacks;
 static std::vector<Group> warps;
-static Group block;
+static Group blocks[LARGEST_CLUSTER], cluster;
+static int block_size, first_block;
 static Fiber *current;
 static jmp_buf scheduler;
 static ucontext_t scheduler_start;
@@ -98,6 +103,9 @@ template <typename Work> void together(Group &group, int rank, const void *opera
   }
 }
 
+// Of this thread's block in its cluster.
+static int rank() { return current->index / block_size; }
+static unsigned char *block_memory() { return dynamic_shared[rank()]; }
 static int lane() { return current->index % 32; }
 template <typename Work> void as_warp(const void *operand, Work work) {
   together(warps[current->index / 32], lane(), operand, work);
@@ -109,14 +117,16 @@ static void body() {
          a[14], a[15], a[16], a[17], a[18], a[19], a[20], a[21], a[22], a[23], a[24], a[25], a[26],
          a[27], a[28], a[29], a[30], a[31]);
   current->done = true;
-  leave(block);
+  leave(blocks[rank()]);
+  leave(cluster);
   leave(warps[current->index / 32]);
   _longjmp(scheduler, 1);
 }
 
 static void resume(Fiber &fiber) {
   current = &fiber;
-  const int i = fiber.index;
+  const int i = fiber.index % block_size;
+  blockIdx.x = first_block + rank();
   threadIdx = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
   if (_setjmp(scheduler)) return;
   if (fiber.started) _longjmp(fiber.state, 1);
@@ -124,13 +134,15 @@ static void resume(Fiber &fiber) {
   setcontext(&fiber.start);
 }
 
-static void run_block(int threads) {
+static void run_cluster(int size) {
+  const int threads = size * block_size;
   memset(__start_cuda_shared, 0xFF, __stop_cuda_shared - __start_cuda_shared);
-  memset(dynamic_shared, 0xFF, DYNAMIC);
+  memset(dynamic_shared, 0xFF, size * DYNAMIC);
   fibers.assign(threads, Fiber());
   warps.assign((threads + 31) / 32, Group());
-  block = Group();
-  block.size = threads;
+  for (int i = 0; i < size; ++i) blocks[i] = Group(), blocks[i].size = block_size;
+  cluster = Group();
+  cluster.size = threads;
   std::vector<int> order(threads);
   std::iota(order.begin(), order.end(), 0);
   for (int i = 0; i < threads; ++i) {
@@ -153,30 +165,47 @@ static void run_block(int threads) {
 }  // namespace cuda_host
 
 extern "C" void launch(void *kernel, const long *arguments, int count, const int *grid,
-                       const int *shape) {
+                       const int *shape, int cluster) {
   cuda_host::kernel = (cuda_host::Kernel)kernel;
   memset(cuda_host::arguments, 0, sizeof cuda_host::arguments);
   std::copy(arguments, arguments + count, cuda_host::arguments);
   gridDim = {(unsigned)grid[0], (unsigned)grid[1], (unsigned)grid[2]};
   blockDim = {(unsigned)shape[0], (unsigned)shape[1], (unsigned)shape[2]};
   const int threads = shape[0] * shape[1] * shape[2];
-  cuda_host::stacks.resize(threads * cuda_host::STACK);
+  cuda_host::block_size = threads;
+  cuda_host::stacks.resize(cluster * threads * cuda_host::STACK);
   for (unsigned z = 0; z < gridDim.z; ++z)
     for (unsigned y = 0; y < gridDim.y; ++y)
-      for (unsigned x = 0; x < gridDim.x; ++x) {
+      for (unsigned x = 0; x < gridDim.x; x += cluster) {
         blockIdx = {x, y, z};
-        cuda_host::run_block(threads);
+        cuda_host::first_block = x;
+        cuda_host::run_cluster(cluster);
       }
 }
 
 static void __syncthreads() {
-  cuda_host::together(cuda_host::block, 0, nullptr, [](const void **) {});
+  cuda_host::together(cuda_host::blocks[cuda_host::rank()], 0, nullptr, [](const void **) {});
+}
+static int rank_in_cluster() { return cuda_host::rank(); }
+// Nobody who waits goes on before all have arrived.
+static void arrive_at_cluster() {
+  cuda_host::Group &group = cuda_host::cluster;
+  cuda_host::current->cluster_generation = group.generation;
+  if (++group.arrived == group.size) group.arrived = 0, ++group.generation;
+}
+static void wait_for_cluster() {
+  while (cuda_host::cluster.generation == cuda_host::current->cluster_generation)
+    cuda_host::yield();
+}
+template <typename T> T load_of_block(const T *shared, int rank) {
+  return *(const T *)((const unsigned char *)shared +
+                      (rank - cuda_host::rank()) * (long)cuda_host::DYNAMIC);
 }
 static void __syncwarp(u32 = FULL_WARP) { cuda_host::as_warp(nullptr, [](const void **) {}); }
 static void __threadfence() {}
 
 template <typename T> T __shfl_sync(u32, T value, int from, int width = 32) {
-  static T values[32][32];  // by warp and lane
+  static T values[256][32];  // by warp and lane
   const int lane = cuda_host::lane(), warp = cuda_host::current->index / 32;
   cuda_host::as_warp(&value, [warp](const void **all) {
     for (int i = 0; i < 32; ++i) values[warp][i] = *(const T *)all[i];
@@ -312,6 +341,14 @@ static void product8(float (&d)[4], u32 a0, u32 a1, u32 b) {
   cuda_host::Product mine{d, a, &b};
   cuda_host::as_warp(&mine, [](const void **all) { cuda_host::multiply(all, 8); });
 }
+static void product16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2], const float (&c)[4]) {
+  for (int i = 0; i < 4; ++i) d[i] = c[i];
+  product16(d, a, b);
+}
+static void product8(float (&d)[4], u32 a0, u32 a1, u32 b, const float (&c)[4]) {
+  for (int i = 0; i < 4; ++i) d[i] = c[i];
+  product8(d, a0, a1, b);
+}
 static void load_matrices(u32 (&r)[4], const void *row) {
   cuda_host::Rows mine = cuda_host::rows(r, row);
   cuda_host::as_warp(&mine, [](const void **all) { cuda_host::load<false>(all); });
@@ -320,14 +357,26 @@ static void load_transposed(u32 (&r)[4], const void *row) {
   cuda_host::Rows mine = cuda_host::rows(r, row);
   cuda_host::as_warp(&mine, [](const void **all) { cuda_host::load<true>(all); });
 }
+static uint4 load_early(const uint4 *global, bool used = true) {
+  return used ? *global : make_uint4(0, 0, 0, 0);
+}
+static uint2 load_early(const uint2 *global, bool used = true) {
+  return used ? *global : make_uint2(0, 0);
+}
 static void copy_async(void *shared, const void *global, bool used = true) {
   if ((uintptr_t)shared % 16 || (used && (uintptr_t)global % 16))
     fprintf(stderr, "asynchronous copy not aligned to 16 bytes\n"), abort();
   if (used) memcpy(shared, global, 16);
   else memset(shared, 0, 16);
 }
+static void end_group_of_copies() {}
+static void wait_for_all_but_last_group() {}
 static void wait_for_copies() {}
+static float power_below_zero(float x, float positive, float bottom) {
+  return x > 0 ? positive : bottom * (exp2f(x) - 1);
+}
 static float selu(float x) {
   const float scale = 1.0507009873554805f, alpha = 1.6732632423543772f;
   return scale * (x > 0 ? x : alpha * (expf(x) - 1));
 }
+static void await_previous_kernel() {}

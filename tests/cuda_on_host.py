@@ -28,8 +28,12 @@ def launch(
     grid: tuple[int, int, int],
     block: tuple[int, int, int],
     arguments: list,
+    cluster: int = 1,
 ) -> None:
-    """Run a kernel; tensors are passed by address, integers as C ints, as on the GPU."""
+    """Run a kernel; tensors are passed by address, integers as C ints, as on the GPU.
+
+    `cluster` blocks along x run together.
+    """
     for argument in arguments:
         assert isinstance(argument, int) or argument.is_contiguous()
     values = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
@@ -39,4 +43,5 @@ def launch(
         len(values),
         (ctypes.c_int * 3)(*grid),
         (ctypes.c_int * 3)(*block),
+        cluster,
     )

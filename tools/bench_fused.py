@@ -7,10 +7,12 @@ whole extractor. Writes one JSON record per line.
 
 import argparse
 import json
+import math
 import statistics
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from aliked import cli, files
 from aliked.backends import Spec
@@ -54,6 +56,36 @@ def moved_bytes(call: trace.Call) -> int:
     return sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
 
 
+def ceilings() -> dict:
+    """What this card does at best: bytes per second of a copy, read and written, and FLOP per
+    second of a half-precision product of 8192 x 8192 matrices."""
+    source = torch.empty(2**30, dtype=torch.float32, device="cuda").normal_()
+    target = torch.empty_like(source)
+    copy_us = median_us(lambda: target.copy_(source), runs=20, warmup=3)
+    a, b = torch.randn(2, 8192, 8192, dtype=torch.float16, device="cuda")
+    product_us = median_us(lambda: a @ b, runs=20, warmup=3)
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "operator": "ceiling",
+        "bytes_per_s": 2 * source.nbytes / copy_us * 1e6,
+        "flops_per_s": 2 * 8192**3 / product_us * 1e6,
+    }
+
+
+def arithmetic(call: trace.Call) -> int:
+    """FLOP of an operator's convolutions and products, as its plain twin does them."""
+    counted = {torch.ops.torchvision.deform_conv2d.default: deform_flops}
+    with FlopCounterMode(display=False, custom_mapping=counted) as counter:
+        trace.run(call, reference)
+    return counter.get_total_flops()
+
+
+def deform_flops(x_shape, weight_shape, *arguments, out_shape=None, **options) -> int:
+    """Of the product; the sampling is not counted."""
+    batch, _, height, width = x_shape
+    return 2 * batch * height * width * math.prod(weight_shape)
+
+
 def record_calls(spec: Spec, images: torch.Tensor, ops) -> list[trace.Call]:
     """The operator calls of one run."""
     selection = pipeline.Selection(spec.top_k, spec.scores_th, spec.n_limit)
@@ -70,6 +102,7 @@ def operator_records(spec: Spec, images: torch.Tensor, timed: bool) -> list[dict
     for i, call in enumerate(record_calls(spec, images, reference)):
         errors = trace.differences(call, kernels)
         record = {"step": i, "operator": call.name, "errors": errors, "bytes": moved_bytes(call)}
+        record["flops"] = arithmetic(call)
         record["passed"] = max(errors) <= TOLERANCE[spec.precision]
         if timed:
             record["us"] = operator_us(call)
@@ -129,7 +162,7 @@ def parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> int:
     """Exit status 1 where an operator differs from its twin."""
     torch.backends.cudnn.allow_tf32 = False  # the twins are plain float32
-    everything = []
+    everything = [] if args.check_only else [ceilings()]
     for model in args.models:
         for precision in args.precisions:
             for path in args.images:

@@ -20,11 +20,7 @@ from aliked.model import PRECISIONS
 from custom_ops.fused import kernels, reference, trace, tuning
 from tools.bench_fused import TOLERANCE, operator_us, record_calls
 
-TILES = [(4, 16), (8, 8), (4, 32), (8, 16), (16, 16)]
 CHOICES = {
-    "stem": {"tile": TILES, "num_warps": [1, 2, 4, 8]},
-    "conv3x3": {"tile": TILES, "TAPS": [1, 3, 9], "STAGES": [1, 3], "num_warps": [1, 2, 4]},
-    "conv3x3_level": {"tile": TILES, "TAPS": [1, 3], "STAGES": [1, 3, 6], "num_warps": [2, 4, 8]},
     "deform": {
         "M": [16], "N": [32, 64], "TAPS": [1, 3], "R": [32, 64], "K": [64, 128],
         "STAGES": [2, 3], "num_warps": [4, 8],
@@ -33,15 +29,9 @@ CHOICES = {
         "M": [16], "TAPS": [1, 3], "R": [32, 64], "K": [64, 128], "STAGES": [2, 3],
         "num_warps": [4, 8],
     },
-    "blend": {"M": [32, 64, 128, 256], "num_warps": [1, 2, 4, 8]},
-    "score_map": {"M": [64, 128, 256, 512], "num_warps": [1, 2, 4, 8]},
-    "select": {"num_warps": [4, 8, 16]},
-    "refine": {"M": [4, 8, 16, 32], "num_warps": [1, 2, 4, 8]},
     "sample_offsets": {
         "M": [8, 16], "R": [64, 128], "K": [64, 128], "STAGES": [3], "num_warps": [4, 8],
     },
-    "sample_features": {"M": [4, 8, 16, 32], "num_warps": [1, 2, 4, 8]},
-    "aggregate": {"M": [16, 32], "K": [32, 64, 128], "STAGES": [2, 3, 4], "num_warps": [2, 4, 8]},
 }  # fmt: skip
 
 
@@ -49,29 +39,14 @@ CHOICES = {
 KEY_ARGUMENTS = {
     "deform": (0, 3),
     "deform_level": (0, 3),
-    "select": (0, 0),
-    "refine": (2, 2),
     "sample_offsets": (1, 2),
-    "sample_features": (2, 3),
 }
 
 
 def key(call: trace.Call) -> str:
     """The call's key in the file of settings, as its operator asks for it."""
-    if call.name == "stem":
-        return tuning.describe(call.name, call.outputs[0], call.arguments[1])
     first, second = KEY_ARGUMENTS.get(call.name, (0, 1))
     return tuning.describe(call.name, call.arguments[first], call.arguments[second])
-
-
-def sensible_taps(call: trace.Call, setting: dict) -> bool:
-    """Whether the taps of one product fill the matrix units without much padding."""
-    channels = call.arguments[0].shape[-1]
-    if not call.name.startswith("conv3x3"):
-        return True
-    if setting["TAPS"] == 9 and setting["STAGES"] > 1:  # a single product: nothing to overlap
-        return False
-    return 8 < setting["TAPS"] * channels <= 144
 
 
 def settings(call: trace.Call) -> list[dict]:
@@ -80,15 +55,7 @@ def settings(call: trace.Call) -> list[dict]:
     found = []
     for values in itertools.product(*choices.values()):
         setting = dict(zip(choices, values, strict=True))
-        if "tile" in setting:
-            rows, columns = setting.pop("tile")
-            height, width = call.outputs[-1 if call.name != "stem" else 0].shape[1:3]
-            if height % rows or width % columns:
-                continue
-            setting |= {"ROWS": rows, "COLUMNS": columns}
         if setting.get("N", 0) > call.outputs[0].shape[-1]:
-            continue
-        if not sensible_taps(call, setting):
             continue
         found.append(setting)
     return found

@@ -1,5 +1,7 @@
 """What the kernels share: the activation, products in the chosen precision, sizes of tiles."""
 
+import struct
+
 import torch
 import triton
 import triton.language as tl
@@ -49,3 +51,8 @@ def check_same_device(*tensors: torch.Tensor) -> torch.device:
     if len(devices) > 1:
         raise ValueError(f"tensors are on several devices: {sorted(map(str, devices))}")
     return devices.pop()
+
+
+def float_bits(value: float) -> int:
+    """The bits of a float32 as an integer."""
+    return struct.unpack("<i", struct.pack("<f", value))[0]

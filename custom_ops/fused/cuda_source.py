@@ -3,13 +3,21 @@
 Their sources are compiled on first use by NVRTC, which comes with PyTorch: no compiler is needed.
 """
 
+import ctypes
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 FOLDER = Path(__file__).parent
 HEADER = "warp.cuh"
+
+# Kernels start while the one before them in the stream still ends (programmatic dependent launch).
+OVERLAP = False
+OVERLAPS_FROM = (9, 0)  # compute capability
+OVERLAPS_IN_GRAPHS_FROM = 12030  # version of the driver
+ALLOW_OVERLAP = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 
 def text(file: str, constants: tuple[tuple[str, int], ...]) -> str:
@@ -18,10 +26,59 @@ def text(file: str, constants: tuple[tuple[str, int], ...]) -> str:
     return definitions + (FOLDER / file).read_text()
 
 
+class Attribute(ctypes.Structure):
+    """CUlaunchAttribute: 64 bytes of value, of which a flag uses the first four."""
+
+    _fields_ = (
+        ("id", ctypes.c_int),
+        ("padding", ctypes.c_int),
+        ("value", ctypes.c_int),
+        ("rest", ctypes.c_int * 15),
+    )
+
+
+class Launch(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(Attribute)),
+        ("attribute_count", ctypes.c_uint),
+    )
+
+
+def launch_early(function: ctypes.c_void_p, grid: tuple, block: tuple, arguments: list) -> None:
+    """Launch a kernel that itself waits for the one before: tensors by address, ints as C ints."""
+    values = [
+        ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else ctypes.c_int(a)
+        for a in arguments
+    ]
+    addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
+    attribute = Attribute(id=ALLOW_OVERLAP, value=1)
+    stream = torch.cuda.current_stream().cuda_stream
+    launch = Launch(grid, block, 0, stream, ctypes.pointer(attribute), 1)
+    driver = torch.cuda._utils._get_gpu_runtime_library()
+    status = driver.cuLaunchKernelEx(ctypes.byref(launch), function, addresses, None)
+    torch.cuda._utils._check_cuda(status)
+
+
+def can_overlap(device: torch.device) -> bool:
+    """Whether kernels may start early here: the GPU and the driver must know of it."""
+    return (
+        OVERLAP
+        and torch.cuda.get_device_capability(device) >= OVERLAPS_FROM
+        and torch._C._cuda_getDriverVersion() >= OVERLAPS_IN_GRAPHS_FROM
+    )
+
+
 @functools.cache
-def compiled(file: str, kernel: str, constants: tuple, device: torch.device):
-    """A kernel of a source file, compiled for a device and callable with its arguments."""
+def compiled(file: str, kernel: str, constants: tuple, device: torch.device) -> Callable:
+    """A kernel of a source file, compiled for a device, callable with grid, block, arguments."""
     with torch.cuda.device(device):
         # Not public yet; the same in PyTorch 2.11 and 2.14.
         source = (FOLDER / HEADER).read_text() + text(file, constants)
-        return torch.cuda._compile_kernel(source, kernel)
+        run = torch.cuda._compile_kernel(source, kernel)
+    return functools.partial(launch_early, run.func) if can_overlap(device) else run

@@ -1,12 +1,16 @@
-"""Deformable 3x3 convolutions: offsets, sampling and product in one kernel (arXiv 1703.06211)."""
+"""Deformable 3x3 convolutions: offsets, sampling and product in one kernel (arXiv 1703.06211).
+
+Half precision is CUDA C++ (`deform.cu`), float32 is Triton.
+"""
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from custom_ops.fused import tuning
+from custom_ops.fused import cuda_source, tuning
 from custom_ops.fused.common import add_product, load_matrix, product, selu
 from custom_ops.fused.conv import convolve, emit_level, emit_pooled
 
@@ -151,24 +155,91 @@ def _limit(x: torch.Tensor) -> float:
     return max(x.shape[1:3]) / 4
 
 
-def _allocate(x, offset_weight, offset_bias, weight, bias):
+class Tile(NamedTuple):
+    """How `deform.cu` shares its work out; see there."""
+
+    PIXELS: int  # of a block, or of the blocks of a cluster
+    BLOCKS: int  # of a cluster, which share the channels that go in
+    COLUMNS: int  # channels of a block that come out
+    TILES: int  # 8 of these each, of a warp
+    WARPS: int
+    AHEAD: int  # steps of the product whose weights a warp has asked for
+    AT_ONCE: int  # samples whose corners a thread has asked for
+
+
+SOURCE = "deform.cu"
+UNIT = 4  # a unit has 4 x 4 pixels
+FEW = 128  # units: fewer leave multiprocessors idle, so that latency counts and not throughput
+SLICE = 16  # channels that a block of a cluster has at least
+CLUSTERS_FROM = (9, 0)  # compute capability
+
+
+def _units(x: torch.Tensor) -> int:
+    batch, height, width = x.shape[:3]
+    return batch * triton.cdiv(height, UNIT) * triton.cdiv(width, UNIT)
+
+
+def has_clusters(device: torch.device) -> bool:
+    """Whether blocks of this GPU can read each other's shared memory."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= CLUSTERS_FROM
+
+
+def choose_tile(x: torch.Tensor, wide: int, level: bool, pool: int, clusters: bool) -> Tile:
+    """Small blocks for small maps; a level needs all `wide` channels, its means whole units."""
+    if _units(x) >= FEW:
+        pixels = 32 if x.shape[3] <= 64 else 16  # as many as fit in shared memory
+        return Tile(pixels, 1, wide, min(4, wide // 16), 8, 2, 2)
+    if clusters and pool <= 1:
+        blocks = x.shape[3] // SLICE
+        return Tile(16 if blocks > 4 else 8, blocks, wide, max(1, wide // 64), 8, 5, 2)
+    columns = wide if level else min(32, wide)
+    return Tile(8 if pool <= 1 else 16, 1, columns, min(4, columns // 8), 16, 3, 3)
+
+
+def constants(x, wide: int, tile: Tile, shortcut=None, quarter: int = 0, pool: int = 0) -> tuple:
+    """The definitions before `deform.cu`."""
+    shapes = {"CI": x.shape[3], "CO": wide, "LEVEL": int(shortcut is not None), "POOL": pool}
+    shapes |= {"CS": 0 if shortcut is None else shortcut.shape[3], "QUARTER": quarter}
+    return (*shapes.items(), *tile._asdict().items())
+
+
+def grid(x: torch.Tensor, wide: int, tile: Tile) -> tuple[int, int, int]:
+    """Blocks: along a row (and the channels of each tile), rows, images."""
+    batch, height, width = x.shape[:3]
+    down, across = min(UNIT, tile.PIXELS // UNIT), max(UNIT, tile.PIXELS // UNIT)
+    split = wide // tile.COLUMNS * tile.BLOCKS
+    return triton.cdiv(width, across) * split, triton.cdiv(height, down), batch
+
+
+def _run(x, wide: int, tile: Tile, definitions: tuple, arguments: list) -> None:
+    """Launch `deform.cu` on map `x`."""
+    run = cuda_source.compiled(SOURCE, "deform", definitions, x.device)
+    run(grid(x, wide, tile), (32 * tile.WARPS, 1, 1), [*arguments, *x.shape[1:3]])
+
+
+def _allocate(x, offset_weight, offset_bias, weight, bias, fragments):
     return x.new_empty((*x.shape[:3], weight.shape[1]))
 
 
 @torch.library.custom_op("aliked::deform", mutates_args=())
 def deform(
     x: torch.Tensor, offset_weight: torch.Tensor, offset_bias: torch.Tensor,
-    weight: torch.Tensor, bias: torch.Tensor,
+    weight: torch.Tensor, bias: torch.Tensor, fragments: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
     """SELU of a deformable 3x3 convolution without mask: [B, H, W, CI] to [B, H, W, CO].
 
     offset_weight: [9 * CI, 18], weight: [9 * CI, CO] (row, column, channel); biases float32. CI and
-    CO are powers of two, at least 16.
+    CO are powers of two, at least 16. fragments: the weights again, from `fragments.deform`.
     """
-    out = _allocate(x, offset_weight, offset_bias, weight, bias)
-    tile = tuning.choose("deform", x, weight)
+    out = _allocate(x, offset_weight, offset_bias, weight, bias, fragments)
     batch, height, width, channels = x.shape
     wide = out.shape[3]
+    if x.dtype == torch.float16:
+        tile = choose_tile(x, wide, False, 0, has_clusters(x.device))
+        arguments = [x, fragments, offset_bias, bias, out]
+        _run(x, wide, tile, constants(x, wide, tile), arguments)
+        return out
+    tile = tuning.choose("deform", x, weight)
     grid = (triton.cdiv(height * width, tile["M"]), batch, triton.cdiv(wide, tile["N"]))
     _deform[grid](
         x, offset_weight, offset_bias, weight, bias, *_scratch(x, math.prod(grid), tile["M"]),
@@ -181,7 +252,7 @@ deform.register_fake(_allocate)
 
 
 def _allocate_level(
-    x, offset_weight, offset_bias, weight, bias,
+    x, offset_weight, offset_bias, weight, bias, fragments,
     shortcut, shortcut_weight, level_weight, score_weight, pool,
 ):  # fmt: skip
     batch, height, width = x.shape[:3]
@@ -196,7 +267,7 @@ def _allocate_level(
 @torch.library.custom_op("aliked::deform_level", mutates_args=())
 def deform_level(
     x: torch.Tensor, offset_weight: torch.Tensor, offset_bias: torch.Tensor,
-    weight: torch.Tensor, bias: torch.Tensor,
+    weight: torch.Tensor, bias: torch.Tensor, fragments: torch.Tensor,
     shortcut: torch.Tensor, shortcut_weight: torch.Tensor,
     level_weight: torch.Tensor, score_weight: torch.Tensor, pool: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
@@ -204,20 +275,27 @@ def deform_level(
 
     As `conv3x3_level`: returns the level [B, H, W, D / 4], the means over `pool` x `pool` pixels
     (empty where `pool` is 1) and the share of the score head [B, H, W, 8]. H and W are multiples
-    of `pool`.
+    of `pool`, which is 1 or 4.
     """
     outputs = _allocate_level(
-        x, offset_weight, offset_bias, weight, bias,
+        x, offset_weight, offset_bias, weight, bias, fragments,
         shortcut, shortcut_weight, level_weight, score_weight, pool,
     )  # fmt: skip
-    tile = tuning.choose("deform_level", x, weight)
+    kept, pooled, score = outputs
     batch, height, width, channels = x.shape
+    wide, quarter = level_weight.shape
+    if x.dtype == torch.float16:
+        tile = choose_tile(x, wide, True, pool, has_clusters(x.device))
+        arguments = [x, fragments, offset_bias, bias, kept, shortcut, score_weight, pooled, score]
+        _run(x, wide, tile, constants(x, wide, tile, shortcut, quarter, pool), arguments)
+        return outputs
+    tile = tuning.choose("deform_level", x, weight)
     grid = (triton.cdiv(height * width, tile["M"]), batch)
     _deform_level[grid](
         x, offset_weight, offset_bias, weight, bias, shortcut, shortcut_weight,
         level_weight, score_weight, *_scratch(x, math.prod(grid), tile["M"]), *outputs,
-        height, width, _limit(x), CI=channels, CO=weight.shape[1], CS=shortcut.shape[3],
-        QUARTER=level_weight.shape[1], POOL=pool, **tile,
+        height, width, _limit(x), CI=channels, CO=wide, CS=shortcut.shape[3],
+        QUARTER=quarter, POOL=pool, **tile,
     )  # fmt: skip
     return outputs
 

@@ -3,16 +3,34 @@
 The aggregated feature of a pixel, unit length over all four levels, is evaluated where it is
 needed: 9 pixels around each keypoint and 4 around each sample position. The full-resolution map of
 all channels never exists. A pixel's four quarters (one per level) stay apart from each other until
-a matrix product adds them up.
+a matrix product adds them up. Half precision is CUDA C++ (`describe.cu`), float32 is Triton.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from custom_ops.fused import tuning
-from custom_ops.fused.common import add_product, load_matrix, padded, product, selu
+from custom_ops.fused import cuda_source, tuning
+from custom_ops.fused.common import add_product, float_bits, load_matrix, padded, product, selu
 from custom_ops.fused.score_map import level_geometry, upsampled
+
+SOURCE = "describe.cu"
+GROUP = 8  # keypoints that a block finds the offsets of, a warp per tap
+KEYPOINTS = 32  # keypoints that a block samples
+SHARE = 4  # sample positions of each of them
+WARPS = 16
+
+
+def constants(x1: torch.Tensor, f2: torch.Tensor, positions: int) -> tuple:
+    """The definitions before `describe.cu`."""
+    return (("C1", x1.shape[3]), ("QUARTER", f2.shape[3]), ("POSITIONS", positions))
+
+
+def map_arguments(x1: torch.Tensor, *levels: torch.Tensor) -> list:
+    """The maps as arguments of the kernels of `describe.cu`, which take no floats."""
+    geometry = level_geometry(x1, *levels)
+    geometry = [float_bits(g) if isinstance(g, float) else g for g in geometry]
+    return [x1, *levels, *x1.shape[1:3], *geometry]
 
 
 @triton.jit
@@ -94,9 +112,11 @@ def _sample_offsets(
 
 def _allocate_offsets(
     keypoints, x1, x1_weight, f2, f3, f4, patch_weight, patch_bias, offset_weight, offset_bias,
-    top, left, height, width,
+    level_fragments, patch_fragments, top, left, height, width,
 ):  # fmt: skip
-    return keypoints.new_empty((*keypoints.shape[:2], offset_weight.shape[1]))
+    batch, k = keypoints.shape[:2]
+    parts = keypoints.new_zeros(triton.cdiv(batch * k, KEYPOINTS), dtype=torch.int32)
+    return keypoints.new_empty((batch, k, offset_weight.shape[1])), parts
 
 
 @torch.library.custom_op("aliked::sample_offsets", mutates_args=())
@@ -105,17 +125,24 @@ def sample_offsets(
     f2: torch.Tensor, f3: torch.Tensor, f4: torch.Tensor,
     patch_weight: torch.Tensor, patch_bias: torch.Tensor,
     offset_weight: torch.Tensor, offset_bias: torch.Tensor,
+    level_fragments: torch.Tensor, patch_fragments: torch.Tensor,
     top: int, left: int, height: int, width: int,
-) -> torch.Tensor:  # fmt: skip
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Where each keypoint's descriptor is sampled: float32 [B, K, 2 * M] pixels, M dx then M dy.
 
     keypoints: [B, K, 2] in the image of [height, width] at (left, top) of the padded maps x1
     [B, H, W, C1], not yet projected, and f2..f4 [B, ., ., D / 4]. patch_weight: [9 * D,
-    2 * M] (tap, channel); offset_weight: [2 * M, 2 * M].
+    2 * M] (tap, channel); offset_weight: [2 * M, 2 * M]; fragments: see `weights.Offsets`.
+    Also returns the zeros that `sample_descriptors` counts its finished parts with.
     """
-    out = _allocate_offsets(
+    if x1.dtype == torch.float16:
+        return sample_offsets_half(
+            keypoints, x1, f2, f3, f4, patch_bias, offset_bias, level_fragments, patch_fragments,
+            top, left, height, width,
+        )  # fmt: skip
+    out, parts = _allocate_offsets(
         keypoints, x1, x1_weight, f2, f3, f4, patch_weight, patch_bias, offset_weight, offset_bias,
-        top, left, height, width,
+        level_fragments, patch_fragments, top, left, height, width,
     )  # fmt: skip
     batch, k = keypoints.shape[:2]
     tile = tuning.choose("sample_offsets", x1, x1_weight)
@@ -127,10 +154,26 @@ def sample_offsets(
         *level_geometry(x1, f2, f3, f4), C1=x1.shape[3], C1P=padded(x1.shape[3]),
         Q=f2.shape[3], N=out.shape[2], **tile,
     )  # fmt: skip
-    return out
+    return out, parts
 
 
 sample_offsets.register_fake(_allocate_offsets)
+
+
+def sample_offsets_half(
+    keypoints, x1, f2, f3, f4, patch_bias, offset_bias, level_fragments, patch_fragments, *frame
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`sample_offsets` by `describe.cu`, which also writes the zeros."""
+    batch, k = keypoints.shape[:2]
+    rows, values = batch * k, len(offset_bias)
+    out = keypoints.new_empty((batch, k, values))
+    parts = keypoints.new_empty(triton.cdiv(rows, KEYPOINTS), dtype=torch.int32)
+    definitions = constants(x1, f2, values // 2)
+    run = cuda_source.compiled(SOURCE, "sample_offsets", definitions, x1.device)
+    weights = [level_fragments, patch_fragments, patch_bias, offset_bias]
+    arguments = [keypoints, *map_arguments(x1, f2, f3, f4), *weights, out, parts, rows, k, *frame]
+    run((triton.cdiv(rows, GROUP), 1, 1), (32 * 9, 1, 1), arguments)
+    return out, parts
 
 
 @triton.jit
@@ -185,28 +228,13 @@ def _sample_features(
     tl.store(out, selu(acc).to(dtype), mask=(at < k * POSITIONS)[:, None])
 
 
-def _allocate_features(
-    keypoints, offsets, x1, x1_weight, f2, f3, f4, weight, top, left, height, width
-):
-    positions, dim = offsets.shape[2] // 2, weight.shape[1]
-    return x1.new_empty((*keypoints.shape[:2], positions * dim))
-
-
-@torch.library.custom_op("aliked::sample_features", mutates_args=())
 def sample_features(
-    keypoints: torch.Tensor, offsets: torch.Tensor, x1: torch.Tensor, x1_weight: torch.Tensor,
-    f2: torch.Tensor, f3: torch.Tensor, f4: torch.Tensor, weight: torch.Tensor,
-    top: int, left: int, height: int, width: int,
-) -> torch.Tensor:  # fmt: skip
-    """SELU of the projected features at every sample position, [B, K, M * D]; zero outside.
-
-    weight: [D, D]; the rest as in `sample_offsets`.
-    """
-    out = _allocate_features(
-        keypoints, offsets, x1, x1_weight, f2, f3, f4, weight, top, left, height, width
-    )
+    keypoints, offsets, x1, x1_weight, f2, f3, f4, weight, top, left, height, width
+) -> torch.Tensor:
+    """SELU of the projected features at every sample position, [B, K, M * D]; zero outside."""
     batch, k = keypoints.shape[:2]
     positions = offsets.shape[2] // 2
+    out = x1.new_empty((batch, k, positions * weight.shape[1]))
     tile = tuning.choose("sample_features", x1, x1_weight)
     _sample_features[(triton.cdiv(k * positions, tile["M"]), batch)](
         keypoints, offsets, x1, x1_weight, f2, f3, f4, weight, out,
@@ -214,9 +242,6 @@ def sample_features(
         C1=x1.shape[3], C1P=padded(x1.shape[3]), Q=f2.shape[3], POSITIONS=positions, **tile,
     )  # fmt: skip
     return out
-
-
-sample_features.register_fake(_allocate_features)
 
 
 @triton.jit
@@ -237,17 +262,9 @@ def _aggregate(
     tl.store(out + i[:, None] * D + n[None, :], acc, mask=(i < rows)[:, None])
 
 
-def _allocate_aggregate(sampled, weight):
-    return sampled.new_empty((*sampled.shape[:2], weight.shape[1]), dtype=torch.float32)
-
-
-@torch.library.custom_op("aliked::aggregate", mutates_args=())
 def aggregate(sampled: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Unit-length sums over positions and channels: [B, K, M * D] to float32 [B, K, D].
-
-    weight: [M * D, D].
-    """
-    out = _allocate_aggregate(sampled, weight)
+    """Unit-length sums over positions and channels: [B, K, M * D] to float32 [B, K, D]."""
+    out = sampled.new_empty((*sampled.shape[:2], weight.shape[1]), dtype=torch.float32)
     rows = sampled.shape[0] * sampled.shape[1]
     tile = tuning.choose("aggregate", sampled, weight)
     _aggregate[(triton.cdiv(rows, tile["M"]),)](
@@ -256,4 +273,54 @@ def aggregate(sampled: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return out
 
 
-aggregate.register_fake(_allocate_aggregate)
+def _allocate_descriptors(
+    keypoints, offsets, parts, x1, x1_weight, f2, f3, f4, project_weight, aggregate_weight,
+    level_fragments, sample_fragments, top, left, height, width,
+):  # fmt: skip
+    shape = (*keypoints.shape[:2], project_weight.shape[1])
+    return keypoints.new_empty(shape)
+
+
+@torch.library.custom_op("aliked::sample_descriptors", mutates_args=("parts",))
+def sample_descriptors(
+    keypoints: torch.Tensor, offsets: torch.Tensor, parts: torch.Tensor, x1: torch.Tensor,
+    x1_weight: torch.Tensor, f2: torch.Tensor, f3: torch.Tensor, f4: torch.Tensor,
+    project_weight: torch.Tensor, aggregate_weight: torch.Tensor,
+    level_fragments: torch.Tensor, sample_fragments: torch.Tensor,
+    top: int, left: int, height: int, width: int,
+) -> torch.Tensor:  # fmt: skip
+    """Unit-length descriptors, float32 [B, K, D], from the features at every sample position.
+
+    project_weight: [D, D], with a SELU behind it; aggregate_weight: [M * D, D]; the rest as
+    `sample_offsets` takes and returns it.
+    """
+    frame = (top, left, height, width)
+    if x1.dtype == torch.float16:
+        return sample_descriptors_half(
+            keypoints, offsets, parts, x1, f2, f3, f4, level_fragments, sample_fragments, *frame
+        )
+    maps = (x1, x1_weight, f2, f3, f4)
+    return aggregate(
+        sample_features(keypoints, offsets, *maps, project_weight, *frame), aggregate_weight
+    )
+
+
+sample_descriptors.register_fake(_allocate_descriptors)
+
+
+def sample_descriptors_half(
+    keypoints, offsets, parts, x1, f2, f3, f4, level_fragments, sample_fragments, *frame
+) -> torch.Tensor:
+    """`sample_descriptors` by `describe.cu`."""
+    batch, k = keypoints.shape[:2]
+    positions, dim = offsets.shape[2] // 2, 4 * f2.shape[3]
+    shares = positions // SHARE
+    sums = keypoints.new_empty((len(parts), shares, KEYPOINTS, dim))
+    out = keypoints.new_empty((batch, k, dim))
+    run = cuda_source.compiled(
+        SOURCE, "sample_descriptors", constants(x1, f2, positions), x1.device
+    )
+    weights = [level_fragments, sample_fragments]
+    arguments = [keypoints, offsets, *map_arguments(x1, f2, f3, f4), *weights, sums, parts, out]
+    run((len(parts) * shares, 1, 1), (32 * WARPS, 1, 1), [*arguments, batch * k, k, *frame])
+    return out

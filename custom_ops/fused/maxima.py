@@ -15,43 +15,55 @@ RADIUS = tl.constexpr(2)  # of the suppression window, and of the border that is
 INDEX_BITS = tl.constexpr(32)
 
 # What is kept with the keys, in int32: the number of keys per bin of scores, the number of keys,
-# then what `select` adds: how many it kept, and whether their order is that of the image.
+# then what `select` adds: how many it kept, and whether their order is that of the image; one more
+# makes whole 16 bytes of a row.
 # Scores are counted by the leading bits of their float32: 128 bins per octave, 32 octaves. What is
 # lower belongs to bin 0, which is not counted: it has what the others leave.
 BINS = tl.constexpr(4096)
 BIN_SHIFT = tl.constexpr(16)
 LOWEST_BIN = tl.constexpr((0x3F800000 >> 16) - 4096 + 1)  # score 1 is in the highest
-TALLY = tl.constexpr(4096 + 3)
+TALLY = tl.constexpr(4096 + 4)
 
 SOURCE = "maxima.cu"
-INNER = 32  # pixels of a tile that are a block's own, as in the source
-THREADS = 512
-CONSTANTS = tuple(
-    (name, globals()[name].value) for name in ("RADIUS", "BINS", "BIN_SHIFT", "LOWEST_BIN", "TALLY")
+WARPS = 11  # of a block, four rows each: 6 or more
+BLOCK = (32, WARPS, 1)
+# As in the source: rows and columns from one tile to the next, and how many more the first has.
+STEPS, EXTRA = (4 * WARPS - 20, 104), (20, 16)
+TALLY_CONSTANTS = (
+    ("RADIUS", RADIUS.value),
+    ("BINS", BINS.value),
+    ("BIN_SHIFT", BIN_SHIFT.value),
+    ("LOWEST_BIN", LOWEST_BIN.value),
+    ("TALLY", TALLY.value),
 )
+CONSTANTS = (("WARPS", WARPS), *TALLY_CONSTANTS)
 
 
-def _allocate(scores):
+def tiles(height: int, width: int) -> tuple[int, int]:
+    """How many tiles, down and across, a map needs."""
+    sides = zip((height, width), STEPS, EXTRA, strict=True)
+    return tuple(max(1, triton.cdiv(side - extra, step)) for side, step, extra in sides)
+
+
+def _allocate(scores, tally):
     batch, height, width = scores.shape
     capacity = (height - 2 * RADIUS.value) * (width - 2 * RADIUS.value)
-    keys = scores.new_empty((batch, capacity), dtype=torch.int64)
-    return keys, scores.new_zeros((batch, TALLY.value), dtype=torch.int32)
+    return scores.new_empty((batch, capacity), dtype=torch.int64)
 
 
-@torch.library.custom_op("aliked::find_maxima", mutates_args=())
-def find_maxima(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Maxima of 5x5 windows in three rounds: float32 [B, H, W] in [0, 1] to keys and their tally.
+@torch.library.custom_op("aliked::find_maxima", mutates_args=("tally",))
+def find_maxima(scores: torch.Tensor, tally: torch.Tensor) -> torch.Tensor:
+    """Maxima of 5x5 windows in three rounds: float32 [B, H, W] in [0, 1] to keys.
 
-    keys: int64 [B, (H - 4) * (W - 4)], in no order, of pixels with a score above 0 that are not in
-    the outer two rows and columns; tally: int32 [B, TALLY], keys per bin, their number, two zeros.
+    Returns keys, int64 [B, (H - 4) * (W - 4)], in no order, of pixels with a score above 0 that are
+    not in the outer two rows and columns; how many, and how many per bin, is added to `tally`,
+    int32 [B, TALLY].
     """
-    keys, tally = _allocate(scores)
+    keys = _allocate(scores, tally)
     batch, height, width = scores.shape
-    across = triton.cdiv(width, INNER)
     run = cuda_source.compiled(SOURCE, "find_maxima", CONSTANTS, scores.device)
-    grid = (triton.cdiv(height, INNER) * across, batch, 1)
-    run(grid, (THREADS, 1, 1), [scores, keys, tally, height, width, across])
-    return keys, tally
+    run((batch, *tiles(height, width)), BLOCK, [scores, keys, tally, height, width])
+    return keys
 
 
 find_maxima.register_fake(_allocate)

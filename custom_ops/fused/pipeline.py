@@ -38,26 +38,27 @@ class Levels(NamedTuple):
 
 def encode(
     images: torch.Tensor, frame: Frame, weights: Weights, ops: ModuleType
-) -> tuple[Levels, torch.Tensor]:
-    """uint8 [B, h, w, 3] to features and the score map, float32 [B, h, w] in [0, 1]."""
+) -> tuple[Levels, torch.Tensor, torch.Tensor]:
+    """uint8 [B, h, w, 3] to features, scores [B, h, w] and a tally of none of their maxima."""
     height, width = frame.height + -frame.height % STRIDE, frame.width + -frame.width % STRIDE
     convs, deforms, levels = weights.convs, weights.deforms, weights.levels
-    x = ops.stem(images, *convs[0], height, width, frame.top, frame.left)
-    x1, below, s1 = ops.conv3x3_level(x, *convs[1], None, None, *levels[0], 2)
-    x = ops.conv3x3(below, *convs[2])
-    f2, below, s2 = ops.conv3x3_level(x, *convs[3], below, weights.shortcuts[0], *levels[1], 4)
+    packed, place = weights.blocks, (height, width, frame.top, frame.left)
+    x1, below, s1 = ops.block1(images, *convs[0], *convs[1], *levels[0], packed[0], *place)
+    shortcut = weights.shortcuts[0]
+    f2, below, s2 = ops.block2(below, *convs[2], *convs[3], shortcut, *levels[1], packed[1])
     x = ops.deform(below, *deforms[0])
     f3, below, s3 = ops.deform_level(x, *deforms[1], below, weights.shortcuts[1], *levels[2], 4)
     x = ops.deform(below, *deforms[2])
     f4, _, s4 = ops.deform_level(x, *deforms[3], below, weights.shortcuts[2], *levels[3], 1)
-    x = ops.blend(s1, s2, s3, s4)
-    x = ops.conv3x3(ops.conv3x3(x, *weights.score_convs[0]), *weights.score_convs[1])
-    return Levels(x1, f2, f3, f4), ops.score_map(x, weights.score_convs[2], *frame)
+    scores, tally = ops.score_head(s1, s2, s3, s4, *weights.score_head, *frame)
+    return Levels(x1, f2, f3, f4), scores, tally
 
 
-def detect(scores: torch.Tensor, selection: Selection, ops: ModuleType) -> tuple:
+def detect(
+    scores: torch.Tensor, tally: torch.Tensor, selection: Selection, ops: ModuleType
+) -> tuple:
     """Keypoints [B, K, 2] and [B, K] each: scores, scores at the maxima, dispersities."""
-    keys, tally = ops.find_maxima(scores)
+    keys = ops.find_maxima(scores, tally)
     height, width = scores.shape[1:]
     room = (height - 2 * RADIUS) * (width - 2 * RADIUS)
     by_threshold = selection.top_k <= 0
@@ -73,9 +74,8 @@ def describe(
     """Unit-length descriptors [B, K, D] of keypoints [B, K, 2]."""
     head = weights.descriptor
     maps = (levels.x1, weights.levels[0].level_weight, *levels[1:])
-    offsets = ops.sample_offsets(keypoints, *maps, *head[:4], *frame)
-    sampled = ops.sample_features(keypoints, offsets, *maps, head.project_weight, *frame)
-    return ops.aggregate(sampled, head.aggregate_weight)
+    offsets, parts = ops.sample_offsets(keypoints, *maps, *head.offsets, *frame)
+    return ops.sample_descriptors(keypoints, offsets, parts, *maps, *head.samples, *frame)
 
 
 def extract(
@@ -87,6 +87,6 @@ def extract(
     """
     height, width = images.shape[1:3]
     frame = Frame(-height % STRIDE // 2, -width % STRIDE // 2, height, width)
-    levels, scores = encode(images, frame, weights, ops)
-    keypoints, *rows = detect(scores, selection, ops)
+    levels, scores, tally = encode(images, frame, weights, ops)
+    keypoints, *rows = detect(scores, tally, selection, ops)
     return Output(keypoints, describe(keypoints, levels, frame, weights, ops), *rows)

@@ -12,6 +12,7 @@ from aliked.detection import RADIUS, inner, soft_argmax, suppress_non_maxima
 from aliked.model import unit_length
 from aliked.patches import get_patches
 from aliked.sampling import bilinear_sample
+from custom_ops.fused.describe import KEYPOINTS
 from custom_ops.fused.maxima import BIN_SHIFT, BINS, LOWEST_BIN, TALLY
 
 INDEX_MASK = 0xFFFFFFFF
@@ -38,7 +39,7 @@ def project(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def stem(images, weight, bias, height, width, top, left):
-    """Twin of `kernels.stem`."""
+    """Twin of `stem.stem`."""
     x = planar(images) / 255
     padding = (left, width - left - x.shape[3], top, height - top - x.shape[2])
     x = F.conv2d(F.pad(x, padding, mode="replicate"), kernel3x3(weight), bias, padding=1)
@@ -46,7 +47,7 @@ def stem(images, weight, bias, height, width, top, left):
 
 
 def conv3x3(x, weight, bias):
-    """Twin of `kernels.conv3x3`."""
+    """Twin of `conv.conv3x3`."""
     return channels_last(F.selu(F.conv2d(planar(x), kernel3x3(weight), bias, padding=1)), x)
 
 
@@ -63,9 +64,27 @@ def finish_level(values, shortcut, shortcut_weight, level_weight, score_weight, 
 
 
 def conv3x3_level(x, weight, bias, shortcut, shortcut_weight, level_weight, score_weight, pool):
-    """Twin of `kernels.conv3x3_level`."""
+    """Twin of `conv.conv3x3_level`."""
     values = F.conv2d(planar(x), kernel3x3(weight), bias, padding=1)
     return finish_level(values, shortcut, shortcut_weight, level_weight, score_weight, pool, x)
+
+
+def block1(
+    images, stem_weight, stem_bias, weight, bias, level_weight, score_weight, fragments,
+    height, width, top, left,
+):  # fmt: skip
+    """Twin of `kernels.block1`, which rounds the stem's output."""
+    x = stem(images, stem_weight, stem_bias, height, width, top, left)
+    return conv3x3_level(x, weight, bias, None, None, level_weight, score_weight, 2)
+
+
+def block2(
+    x, first_weight, first_bias, weight, bias, shortcut_weight, level_weight, score_weight,
+    fragments,
+):  # fmt: skip
+    """Twin of `kernels.block2`, which rounds the first layer's output."""
+    y = conv3x3(x, first_weight, first_bias)
+    return conv3x3_level(y, weight, bias, x, shortcut_weight, level_weight, score_weight, 4)
 
 
 def deform_values(x, offset_weight, offset_bias, weight, bias):
@@ -76,13 +95,13 @@ def deform_values(x, offset_weight, offset_bias, weight, bias):
     return deform_conv2d(planar(x).contiguous(), offsets, kernel3x3(weight), bias, padding=1)
 
 
-def deform(x, offset_weight, offset_bias, weight, bias):
+def deform(x, offset_weight, offset_bias, weight, bias, fragments):
     """Twin of `kernels.deform`."""
     return channels_last(F.selu(deform_values(x, offset_weight, offset_bias, weight, bias)), x)
 
 
 def deform_level(
-    x, offset_weight, offset_bias, weight, bias,
+    x, offset_weight, offset_bias, weight, bias, fragments,
     shortcut, shortcut_weight, level_weight, score_weight, pool,
 ):  # fmt: skip
     """Twin of `kernels.deform_level`."""
@@ -95,19 +114,20 @@ def upsample(level: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
     return F.interpolate(planar(level), full.shape[1:3], mode="bilinear", align_corners=True)
 
 
-def blend(s1, s2, s3, s4):
-    """Twin of `kernels.blend`."""
-    total = planar(s1) + upsample(s2, s1) + upsample(s3, s1) + upsample(s4, s1)
-    return channels_last(F.selu(total), s1)
+def score_head(
+    s1, s2, s3, s4, first_weight, first_bias, second_weight, second_bias, last_weight, fragments,
+    top, left, height, width,
+):  # fmt: skip
+    """Twin of `kernels.score_head`."""
+    x = F.selu(planar(s1) + upsample(s2, s1) + upsample(s3, s1) + upsample(s4, s1))
+    x = F.selu(F.conv2d(x, kernel3x3(first_weight), first_bias, padding=1))
+    x = F.selu(F.conv2d(x, kernel3x3(second_weight), second_bias, padding=1))
+    scores = torch.sigmoid(F.conv2d(x, kernel3x3(last_weight), padding=1))
+    tally = torch.zeros(len(s1), TALLY.value, dtype=torch.int32, device=s1.device)
+    return scores[:, 0, top : top + height, left : left + width].contiguous(), tally
 
 
-def score_map(x, weight, top, left, height, width):
-    """Twin of `kernels.score_map`."""
-    scores = torch.sigmoid(F.conv2d(planar(x), kernel3x3(weight), padding=1))
-    return scores[:, 0, top : top + height, left : left + width].contiguous()
-
-
-def find_maxima(scores):
+def find_maxima(scores, tally):
     """Twin of `kernels.find_maxima`; the keys are sorted."""
     batch, height, width = scores.shape
     maps = scores[:, None]
@@ -117,16 +137,14 @@ def find_maxima(scores):
     keys = (bits.long() << 32) | (INDEX_MASK - inner(index.expand(batch, -1, -1, -1)))
     keys = torch.where(found > 0, keys, 0).sort(dim=1, descending=True).values
     bins = ((bits >> BIN_SHIFT.value) - LOWEST_BIN.value).clamp(min=0)
-    counts = torch.zeros(batch, TALLY.value, device=scores.device, dtype=torch.int32)
-    counts.scatter_add_(1, bins.long(), (found > 0).int())
-    counts[:, 0] = 0  # not counted
-    counts[:, BINS.value] = (found > 0).sum(dim=1)
-    return keys, counts
+    tally.scatter_add_(1, bins.long(), ((found > 0) & (bins > 0)).int())
+    tally[:, BINS.value] += (found > 0).sum(dim=1)
+    return keys
 
 
 def select(keys, tally, means, k, threshold):
     """Twin of `kernels.select`: exactly the k best where there are more, sorted, no slack."""
-    total, kept = tally[:, BINS.value, None], tally[:, BINS.value + 1 :]
+    total, kept = tally[:, BINS.value, None], tally[:, BINS.value + 1 : BINS.value + 3]
     keys = torch.where(torch.arange(keys.shape[1], device=keys.device) < total, keys, 0)
     keys = keys.sort(dim=1, descending=True).values
     kept[:, 0] = total[:, 0].clamp(max=k)
@@ -141,7 +159,7 @@ def select(keys, tally, means, k, threshold):
 
 def refine(chosen, tally, scores, k):
     """Twin of `kernels.refine`."""
-    info = tally[:, BINS.value + 1 :]
+    info = tally[:, BINS.value + 1 : BINS.value + 3]
     width = scores.shape[2]
     i = torch.arange(chosen.shape[1], device=scores.device)
     keys = torch.where(i < info[:, :1], chosen, 0)
@@ -168,8 +186,8 @@ def feature_map(x1, x1_weight, f2, f3, f4, top, left, height, width):
 
 
 def sample_offsets(
-    keypoints, x1, x1_weight, f2, f3, f4,
-    patch_weight, patch_bias, offset_weight, offset_bias, top, left, height, width,
+    keypoints, x1, x1_weight, f2, f3, f4, patch_weight, patch_bias, offset_weight, offset_bias,
+    level_fragments, patch_fragments, top, left, height, width,
 ):  # fmt: skip
     """Twin of `kernels.sample_offsets`."""
     features = feature_map(x1, x1_weight, f2, f3, f4, top, left, height, width)
@@ -177,21 +195,19 @@ def sample_offsets(
     offsets = patches.flatten(2) @ patch_weight.float() + patch_bias
     offsets = F.selu(offsets) @ offset_weight.float() + offset_bias
     limit = max(height, width) / 4
-    return offsets.clamp(-limit, limit)
+    parts = -(-keypoints.shape[0] * keypoints.shape[1] // KEYPOINTS)
+    zeros = torch.zeros(parts, device=keypoints.device, dtype=torch.int32)
+    return offsets.clamp(-limit, limit), zeros
 
 
-def sample_features(
-    keypoints, offsets, x1, x1_weight, f2, f3, f4, weight, top, left, height, width
-):
-    """Twin of `kernels.sample_features`."""
+def sample_descriptors(
+    keypoints, offsets, parts, x1, x1_weight, f2, f3, f4, project_weight, aggregate_weight,
+    level_fragments, sample_fragments, top, left, height, width,
+):  # fmt: skip
+    """Twin of `kernels.sample_descriptors`."""
     features = feature_map(x1, x1_weight, f2, f3, f4, top, left, height, width)
     offsets = offsets.unflatten(2, (2, -1)).transpose(2, 3)  # [B, K, M, 2]
     positions = keypoints[:, :, None] + offsets
     sampled = bilinear_sample(features, positions.flatten(1, 2)).transpose(1, 2)  # [B, K * M, D]
-    sampled = F.selu(sampled @ weight.float())
-    return sampled.reshape(*keypoints.shape[:2], -1).to(x1.dtype)
-
-
-def aggregate(sampled, weight):
-    """Twin of `kernels.aggregate`."""
-    return F.normalize(sampled.float() @ weight.float(), dim=2)
+    sampled = F.selu(sampled @ project_weight.float()).reshape(*keypoints.shape[:2], -1)
+    return F.normalize(sampled @ aggregate_weight.float(), dim=2)

@@ -36,8 +36,6 @@ DEFAULTS = {
     },
     "blend": {0: {"M": 128, "num_warps": 2}},
     "score_map": {0: {"M": 512, "num_warps": 4}},
-    "select": {0: {"num_warps": 8}},
-    "refine": {0: {"M": 4, "num_warps": 1}},
     "sample_offsets": {0: {"M": 8, "R": 128, "K": 64, "STAGES": 3, "num_warps": 8}},
     "sample_features": {0: {"M": 16, "num_warps": 4}},
     "aggregate": {0: {"M": 16, "K": 64, "STAGES": 3, "num_warps": 4}},
