@@ -21,6 +21,7 @@ PACKAGES = (
     "nvidia-ml-py",
     "opencv-python-headless",
     "numpy",
+    "aliked-custom-ops",
 )
 
 
@@ -47,18 +48,37 @@ def backends() -> dict[str, str]:
     return {name: reason_against(name) or "available" for name in BACKENDS}
 
 
+def custom_operators() -> dict[str, str]:
+    """Every operator that can be compiled: which form of it is in use."""
+    try:
+        from aliked import patches  # here, because the doctor also runs without PyTorch
+    except ModuleNotFoundError as error:
+        return {"get_patches": missing(error)}
+    return {"get_patches": patches.form_in_use()}
+
+
+def missing(error: ModuleNotFoundError) -> str:
+    """What is not installed, and how to install it."""
+    return f"the package {error.name} is not installed; pip install {error.name}"
+
+
 def reason_against(name: str) -> str | None:
     """Why backend `name` cannot run here, or None."""
     try:
         module = load_backend(name)
     except ModuleNotFoundError as error:
-        return f"the package {error.name} is not installed; pip install {error.name}"
+        return missing(error)
     return module.unavailable()
 
 
 def main() -> None:
     """Print all of it."""
-    sections = {"Installed": packages(), "Devices": graphics_cards(), "Backends": backends()}
+    sections = {
+        "Installed": packages(),
+        "Devices": graphics_cards(),
+        "Backends": backends(),
+        "Operators": custom_operators(),
+    }
     for title, rows in sections.items():
         print(f"{title}:")
         width = max(map(len, rows))

@@ -158,9 +158,12 @@ class ALIKED(nn.Module):
         size = images.shape[-2:]
         levels = [self.gate(self.conv1(x1))]
         for conv, x in ((self.conv2, x2), (self.conv3, x3), (self.conv4, x4)):
-            x = self.gate(conv(x))
-            levels.append(F.interpolate(x, size, mode="bilinear", align_corners=True))
+            levels.append(self.upsample(self.gate(conv(x)), size))
         return torch.cat(levels, dim=1)
+
+    def upsample(self, x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """[B, C, h, w] to [B, C, *size], bilinear, corners on corners."""
+        return F.interpolate(x, size, mode="bilinear", align_corners=True)
 
     def dense(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """RGB float [B, 3, H, W] in [0, 1] to unit-length features [B, D, H, W] and scores.

@@ -65,12 +65,19 @@ def launch_early(function: ctypes.c_void_p, grid: tuple, block: tuple, arguments
     torch.cuda._utils._check_cuda(status)
 
 
+def driver_version() -> int:
+    """The CUDA version that the driver supports, 12030 for 12.3."""
+    version = ctypes.c_int()
+    torch.cuda._utils._get_gpu_runtime_library().cuDriverGetVersion(ctypes.byref(version))
+    return version.value
+
+
 def can_overlap(device: torch.device) -> bool:
     """Whether kernels may start early here: the GPU and the driver must know of it."""
     return (
         OVERLAP
         and torch.cuda.get_device_capability(device) >= OVERLAPS_FROM
-        and torch._C._cuda_getDriverVersion() >= OVERLAPS_IN_GRAPHS_FROM
+        and driver_version() >= OVERLAPS_IN_GRAPHS_FROM
     )
 
 
