@@ -1,0 +1,129 @@
+"""Everything that a training run can be told, read from one TOML file."""
+
+import tomllib
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from aliked.errors import InputError
+
+
+@dataclass(frozen=True)
+class Run:
+    """How long, how much at a time, and how often to report."""
+
+    model: str
+    seed: int
+    steps: int
+    batch_size: int  # pairs
+    image_size: int  # pixels, both sides, a multiple of 32
+    log_every: int  # steps
+    validate_every: int  # steps
+
+
+@dataclass(frozen=True)
+class Pool:
+    """How many images of which kind, and their size in pixels."""
+
+    height: int
+    width: int
+    photographs: int
+    blended: int
+    drawn: int
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Limits of the random homographies, reached once `ramp` of the training is over."""
+
+    ramp: float
+    start: float  # the share of the limits that training starts with
+    rotation: float  # degrees
+    scale: float  # octaves
+    stretch: float  # octaves, of one axis against the other
+    perspective: float  # change of the denominator from the centre to an edge
+    translation: float  # of half the side
+
+
+@dataclass(frozen=True)
+class Appearance:
+    """Limits of the photometric changes, of values in [0, 1]."""
+
+    contrast: float  # octaves
+    gamma: float  # octaves
+    brightness: float
+    colour: float  # of each channel's gain
+    grey: float  # how often the colour is taken away
+    shading: float
+    blur: float  # pixels, standard deviation
+    noise: float  # standard deviation
+    jpeg: float  # how often
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Weights of the losses, and what they count with."""
+
+    reprojection: float
+    dispersity: float
+    reliability: float
+    descriptor: float
+    detected: int  # keypoints per image
+    random: int  # points per pair
+    match_radius: float  # pixels: keypoints closer than this are one point seen twice
+    exclusion_radius: float  # pixels: points closer than this are no wrong matches
+    temperature: float  # of similarities, in the softmax over wrong and right matches
+
+
+@dataclass(frozen=True)
+class Optimiser:
+    """AdamW with a linear warm-up and a cosine decay, and the average of the weights."""
+
+    learning_rate: float
+    final_learning_rate: float
+    warm_up: float  # share of the training
+    weight_decay: float
+    max_gradient: float  # norm
+    average_decay: float
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What the matching score is measured on."""
+
+    pairs: int
+    image_size: int  # pixels, both sides
+    top_k: int
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One training run."""
+
+    run: Run
+    pool: Pool
+    validation_pool: Pool
+    geometry: Geometry
+    appearance: Appearance
+    losses: Losses
+    optimiser: Optimiser
+    validation: Validation
+
+
+def load_settings(path: Path, smoke: bool = False) -> Settings:
+    """The settings in a TOML file; with `smoke` those of its table `smoke` replace the others.
+
+    Raises `InputError` where the file cannot be read, or has a key too many or too few.
+    """
+    try:
+        tables = tomllib.loads(path.read_text())
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"cannot read the settings {path}: {error}") from error
+    small = tables.pop("smoke", {}) if smoke else {}
+    tables.pop("smoke", None)
+    kinds = {field.name: field.type for field in fields(Settings)}
+    try:
+        return Settings(
+            **{name: kinds[name](**table | small.get(name, {})) for name, table in tables.items()}
+        )
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path} does not fit training/settings.py: {error}") from error
