@@ -264,6 +264,10 @@ static int __ffs(int x) { return __builtin_ffs(x); }
 static int __ffsll(long long x) { return __builtin_ffsll(x); }
 static int __clz(int x) { return x ? __builtin_clz(x) : 32; }
 #define __expf expf  // the C library has a function of this name
+static float __fadd_rd(float a, float b) {
+  const double sum = (double)a + b;
+  return (float)sum > sum ? nextafterf((float)sum, -INFINITY) : (float)sum;
+}
 static float rsqrtf(float x) { return 1 / sqrtf(x); }
 static float __fdividef(float a, float b) { return a / b; }
 template <typename T> T __ldg(const T *at) { return *at; }

@@ -76,7 +76,8 @@ class FusedExtractor:
     def infer(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
         """uint8 [B, H, W, 3] to `keypoints`, `descriptors` and `scores` on the device.
 
-        The next call for the same size on the same stream overwrites the result.
+        The next call for the same size on the same stream overwrites the result. Nothing but bytes
+        is accepted, so that no value can be NaN.
         """
         if batch.dtype != torch.uint8 or batch.ndim != 4 or batch.shape[3] != 3:
             raise InputError(

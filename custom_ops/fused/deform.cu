@@ -115,7 +115,7 @@ struct Offsets {
       const int step = (start + i) * WARPS;
       for (int j = 0; j < OFFSET_TILES; ++j)
         b[i][j] = load_early(weight + (step * OFFSET_TILES + j) * 32,
-                             step + threadIdx.x / 32 < STEPS);
+                             step + WARPS <= STEPS || step + threadIdx.x / 32 < STEPS);
     }
   }
 
@@ -217,13 +217,13 @@ struct Sample {
   float share[4];
 
   // `x` is the map from these channels on.
-  __device__ __forceinline__ void ask(const uint4 *x, int width, const Places &places, int place) {
+  __device__ __forceinline__ void ask(const unsigned char *x, int width, const Places &places, int place) {
     const float4 shares = places.shares[place];
     const u32 corner = places.corners[place];
     const int right = corner & 1, below = corner & 2 ? width : 0;
     for (int i = 0; i < 4; ++i) {
       const int pixel = (int)(corner >> 2) + (i / 2 ? below : 0) + (i % 2 ? right : 0);
-      corners[i] = load_early(x + (long long)pixel * CHUNKS);
+      corners[i] = load_early((const uint4 *)(x + (long long)pixel * (2 * CI)));
       share[i] = (i / 2 ? shares.y : shares.x) * (i % 2 ? shares.w : shares.z);
     }
   }
@@ -245,13 +245,14 @@ __device__ __forceinline__ void fill_samples(const uint4 *x, int width, const Pl
   constexpr int CHUNKS_HERE = 2 * SLICES, STRIDE = THREADS / CHUNKS_HERE;
   static_assert(STRIDE * CHUNKS_HERE == THREADS, "threads share evenly");
   const int chunk = threadIdx.x % CHUNKS_HERE, first = threadIdx.x / CHUNKS_HERE;
-  x += chunk;
+  const unsigned char *const from = (const unsigned char *)(x + chunk);
   samples += chunk / 2 * SLICE + chunk % 2;
+#pragma unroll 1
   for (int start = 0; start < PLACES; start += AT_ONCE * STRIDE) {
     Sample some[AT_ONCE];
 #pragma unroll
     for (int k = 0; k < AT_ONCE; ++k)
-      some[k].ask(x, width, places, min(start + k * STRIDE + first, PLACES - 1));
+      some[k].ask(from, width, places, min(start + k * STRIDE + first, PLACES - 1));
     __syncwarp();  // as above
 #pragma unroll
     for (int k = 0; k < AT_ONCE; ++k) {
@@ -261,13 +262,12 @@ __device__ __forceinline__ void fill_samples(const uint4 *x, int width, const Pl
   }
 }
 
-#if LEVEL
-// The shortcut's pixels, a chunk of each slice.
-struct Shortcut {
+// What follows the taps in each slice: the shortcut's pixels, if any, and zeros.
+struct Rest {
   static constexpr int COUNT = PIXELS * SLICES, EACH = (COUNT + THREADS - 1) / THREADS;
-  uint4 chunks[EACH];
+  uint4 chunks[EACH] = {};
 
-  __device__ __forceinline__ Shortcut(const uint4 *below, const Map &map) {
+  __device__ __forceinline__ void ask(const uint4 *below, const Map &map) {
 #pragma unroll
     for (int k = 0; k < EACH; ++k) {
       const int i = threadIdx.x + k * THREADS, m = i / SLICES, y = map.y(m), x = map.x(m);
@@ -280,11 +280,12 @@ struct Shortcut {
 #pragma unroll
     for (int k = 0; k < EACH; ++k) {
       const int i = threadIdx.x + k * THREADS;
-      if (i < COUNT) samples[i / SLICES * ROW + i % SLICES * SLICE + SHORTCUT] = chunks[k];
+      if (i >= COUNT) continue;
+      uint4 *const rest = samples + i / SLICES * ROW + i % SLICES * SLICE + SHORTCUT;
+      rest[0] = chunks[k], rest[1] = make_uint4(0, 0, 0, 0);
     }
   }
 };
-#endif
 
 // A warp's part of the product: TILES tiles of 8 columns, every GROUPS-th step.
 struct Product {
@@ -293,10 +294,13 @@ struct Product {
   uint4 b[AHEAD][TILES];
   float sums[UNITS][TILES][4] = {};
 
+  __device__ __forceinline__ bool has(int i) const {
+    return (i + 1) * GROUPS <= STEPS || i * GROUPS + group < STEPS;
+  }
+
   __device__ __forceinline__ void ask(int i) {
-    const int step = i * GROUPS + group;
     for (int j = 0; j < TILES; ++j)
-      b[i % AHEAD][j] = load_early(weight + (i * GROUPS * (CO / 8) + j) * 32, step < STEPS);
+      b[i % AHEAD][j] = load_early(weight + (i * GROUPS * (CO / 8) + j) * 32, has(i));
   }
 
   __device__ __forceinline__ Product(const uint4 *all, int first_column) {
@@ -314,17 +318,15 @@ struct Product {
 
   __device__ __forceinline__ void run(const uint4 *samples) {
     const int lane = threadIdx.x % 32;
-    const uint4 none = make_uint4(0, 0, 0, 0);
+    samples += lane / 4 * ROW + 4 * group + lane % 4;
 #pragma unroll
     for (int i = 0; i < WARP_STEPS; ++i) {
-      const int step = i * GROUPS + group, chunk = 4 * step + lane % 4;
-      const bool used = step < STEPS && step % SLICE_STEPS * 4 + lane % 4 < SHORTCUT + LEVEL;
-      const uint4 *row = samples + lane / 4 * ROW + chunk;
-      for (int u = 0; u < UNITS; ++u) {
-        const uint4 low = used ? row[16 * u * ROW] : none;
-        const uint4 high = used && !HALF ? row[(16 * u + 8) * ROW] : none;
-        for (int j = 0; j < TILES; ++j) product32(sums[u][j], low, high, b[i % AHEAD][j]);
-      }
+      if (has(i))
+        for (int u = 0; u < UNITS; ++u) {
+          const uint4 *row = samples + 16 * u * ROW + i * GROUPS * 4;
+          const uint4 low = row[0], high = HALF ? make_uint4(0, 0, 0, 0) : row[8 * ROW];
+          for (int j = 0; j < TILES; ++j) product32(sums[u][j], low, high, b[i % AHEAD][j]);
+        }
       if (i + AHEAD < WARP_STEPS) ask(i + AHEAD);
     }
   }
@@ -476,8 +478,9 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, 512 / THREADS) def
   Product product(weight + rank * STEPS * (CO / 8) * 32, first_column);
   if (EARLY) product.begin();
   await_previous_kernel();
+  Rest rest;
 #if LEVEL
-  const Shortcut beside(shortcut + before * (CS / 8) + rank * SLICES, map);
+  rest.ask(shortcut + before * (CS / 8) + rank * SLICES, map);
 #endif
   share.run(0, x, map);
 #pragma unroll
@@ -500,9 +503,7 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, 512 / THREADS) def
     places.set(i, block_offset(offsets, i), map);
 #endif
   __syncthreads();
-#if LEVEL
-  beside.store(samples);
-#endif
+  rest.store(samples);
   fill_samples(x, width, places, samples);
   __syncthreads();
   product.run(samples);

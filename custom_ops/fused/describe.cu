@@ -28,14 +28,14 @@ struct Maps {
 template <int N> __device__ __forceinline__ void load(u32 (&to)[N], const u32 *from) {
   if constexpr (N >= 4) {
     for (int i = 0; i < N; i += 4) {
-      const uint4 v = __ldg((const uint4 *)(from + i));
+      const uint4 v = *(const uint4 *)(from + i);
       to[i] = v.x, to[i + 1] = v.y, to[i + 2] = v.z, to[i + 3] = v.w;
     }
   } else if constexpr (N == 2) {
-    const uint2 v = __ldg((const uint2 *)from);
+    const uint2 v = *(const uint2 *)from;
     to[0] = v.x, to[1] = v.y;
   } else {
-    to[0] = __ldg(from);
+    to[0] = *from;
   }
 }
 
@@ -50,7 +50,12 @@ __device__ __forceinline__ void load_if(u32 (&to)[2], const u32 *from, bool used
 }
 
 __device__ __forceinline__ u32 both(float value) { return pack(value, value); }
-__device__ __forceinline__ int clamp(int x, int size) { return x < 0 ? 0 : x < size ? x : size - 1; }
+
+// SELU of y for x = y log2(e): the weights bring the factor.
+__device__ __forceinline__ float selu_of_power(float x) {
+  const float scale = 1.0507009873554805f, alpha = 1.6732632423543772f, ln2 = 0.6931471805599453f;
+  return power_below_zero(x, scale * ln2 * x, scale * alpha);
+}
 
 // The maps of image `b`.
 __device__ __forceinline__ Maps maps_of(Maps maps, int b) {
@@ -83,11 +88,21 @@ struct Projection {
       } else {
         product8(sums, x[0], y[0], weights[i][0]);
       }
-      low[i] = pack(selu(sums[0]), selu(sums[1]));
-      high[i] = pack(selu(sums[2]), selu(sums[3]));
+      low[i] = pack(selu_of_power(sums[0]), selu_of_power(sums[1]));
+      high[i] = pack(selu_of_power(sums[2]), selu_of_power(sums[3]));
     }
   }
 };
+
+// Places in a frame are whole numbers from 0 on in float32: conversions are dear. This one is for
+// less than 2^23, rounding down: above 2^23 the lowest bits of a float32 count ones.
+__device__ __forceinline__ int whole(float x) {
+  return __float_as_int(__fadd_rd(x, 0x1p23f)) & 0x7FFFFF;
+}
+__device__ __forceinline__ float rounded_down(float x) { return __fadd_rd(x, 0x1p23f) - 0x1p23f; }
+__device__ __forceinline__ float clamp(float x, int size) {
+  return fminf(fmaxf(x, 0.f), size - 1.f);
+}
 
 // Where a pixel of the padded frame lies in a level along one axis: between `first` and the next.
 struct Between {
@@ -95,14 +110,15 @@ struct Between {
   float share;  // of the next
 };
 
-__device__ __forceinline__ Between between(int at, float scale, int size) {
+__device__ __forceinline__ Between between(float at, float scale, int size) {
   const float source = at * scale;
-  const int first = source;
-  return {first, first + 1 < size ? first + 1 : size - 1, source - first};
+  const int first = whole(source);
+  return {first, min(first + 1, size - 1), source - rounded_down(source)};
 }
 
 // A level at one pixel (y, x) of the padded frame, corners aligned.
-__device__ __forceinline__ void upsample(u32 (&out)[REGS], const Level &level, int y, int x, int t) {
+__device__ __forceinline__ void upsample(u32 (&out)[REGS], const Level &level, float y, float x,
+                                         int t) {
   const Between row = between(y, level.scale_y, level.height);
   const Between column = between(x, level.scale_x, level.width);
   const u32 *at = level.values + t * REGS;
@@ -130,7 +146,7 @@ struct Pair {
   bool wide;
 };
 
-__device__ __forceinline__ Pair pair_between(const int (&at)[2], float scale, int size) {
+__device__ __forceinline__ Pair pair_between(const float (&at)[2], float scale, int size) {
   const Between one = between(at[0], scale, size), two = between(at[1], scale, size);
   Pair pair;
   pair.wide = two.first > one.first;
@@ -145,18 +161,18 @@ __device__ __forceinline__ Pair pair_between(const int (&at)[2], float scale, in
 
 // A level at the four pixels (y[i / 2], x[i % 2]) of the padded frame.
 __device__ __forceinline__ void upsample_square(u32 (&out)[4][REGS], const Level &level,
-                                                const int (&y)[2], const int (&x)[2], int t) {
+                                                const float (&y)[2], const float (&x)[2], int t) {
   const Pair rows = pair_between(y, level.scale_y, level.height);
   const Pair columns = pair_between(x, level.scale_x, level.width);
-  const u32 *level_of_lane = level.values + t * REGS;
-  const int stride = level.width * (QUARTER / 2);
+  const char *values = (const char *)(level.values + t * REGS);
+  const u32 stride = level.width * QUARTER * 2;  // bytes
 #pragma unroll
   for (int r = 0; r < 3; ++r) {
-    const u32 *row = level_of_lane + rows.at[r] * stride;
+    const char *row = values + (unsigned long long)u32(rows.at[r]) * stride;
     u32 source[3][REGS];
 #pragma unroll
     for (int c = 0; c < 3; ++c) {
-      const u32 *from = row + columns.at[c] * (QUARTER / 2);
+      const u32 *from = (const u32 *)(row + u32(columns.at[c] * QUARTER * 2));
       if (r < 2 && c < 2) load(source[c], from);
       else load_if(source[c], from, (r < 2 || rows.wide) && (c < 2 || columns.wide));
     }
@@ -206,7 +222,7 @@ struct Geometry {
   int top, left, height, width;  // of the image in the padded frame
 };
 
-__device__ __forceinline__ bool inside(const Geometry &image, int y, int x) {
+__device__ __forceinline__ bool inside(const Geometry &image, float y, float x) {
   return y >= 0 && y < image.height && x >= 0 && x < image.width;
 }
 
@@ -226,53 +242,108 @@ constexpr int CHUNKS = DIM / 32;        // of the weights: see `fragments.by_chu
 constexpr int HIDDEN_ROW = OFFSETS / 2 + 4;
 constexpr int KEYPOINTS = 32;           // of a block of `sample_descriptors`
 
+// The weights of 16 offsets by 32 channels: the left operands of two products.
+struct Weights {
+  uint4 low, high;  // of offsets 0 to 7 and 8 to 15
+
+  __device__ __forceinline__ void load(const u32 *fragments, int number, int lane) {
+    const uint4 *from = (const uint4 *)fragments + number * 64 + lane;
+    low = load_early(from), high = load_early(from + 32);
+  }
+
+  // Times four registers of each lane, whose quad has a keypoint.
+  __device__ __forceinline__ void multiply(float (&sums)[4], u32 f0, u32 f1, u32 f2,
+                                           u32 f3) const {
+    const u32 a[4] = {low.x, high.x, low.y, high.y}, b[2] = {f0, f1};
+    const u32 c[4] = {low.z, high.z, low.w, high.w}, d[2] = {f2, f3};
+    product16(sums, a, b);
+    product16(sums, c, d);
+  }
+};
+
+// The patches' first layer, added up over the taps: [GROUP, OFFSETS] in half precision.
+__device__ __forceinline__ void hide(u32 (*hidden)[HIDDEN_ROW],
+                                     const float (*sums)[OFFSETS][GROUP], const float *bias) {
+  for (int i = threadIdx.x; i < OFFSETS / 2 * GROUP; i += 32 * TAPS) {
+    const int channel = i / GROUP * 2, point = i % GROUP;
+    float low = bias[channel], high = bias[channel + 1];
+    for (int n = 0; n < TAPS; ++n) {
+      low += sums[n][channel][point];
+      high += sums[n][channel + 1][point];
+    }
+    hidden[point][channel / 2] = pack(selu(low), selu(high));
+  }
+}
+
+// The second layer's 16 offsets from `first_offset` on of `count` keypoints, clamped.
+__device__ __forceinline__ void store_offsets(float *offsets, const u32 (*hidden)[HIDDEN_ROW],
+                                              const Weights (&weights)[OFFSETS / 32],
+                                              const float *bias, int first_offset, int count,
+                                              float limit, int lane) {
+  const int g = lane / 4, t = lane % 4;
+  float sums[4] = {};
+#pragma unroll
+  for (int chunk = 0; chunk < OFFSETS / 32; ++chunk) {
+    const uint4 f = *(const uint4 *)&hidden[g][16 * chunk + 4 * t];
+    weights[chunk].multiply(sums, f.x, f.y, f.z, f.w);
+  }
+  for (int i = 0; i < 4; ++i) {
+    const int channel = first_offset + g + i / 2 * 8, point = 2 * t + i % 2;
+    const float offset = sums[i] + bias[channel];
+    if (point < count)
+      offsets[point * OFFSETS + channel] = fminf(fmaxf(offset, -limit), limit);
+  }
+}
+
 // Offsets of the sample positions of 8 keypoints; zeroes the counter of parts of every 32.
 extern "C" __global__ void __launch_bounds__(32 * TAPS)
 sample_offsets(const float *keypoints, MAPS_PARAMETERS, const u32 *level_fragments,
                const u32 *patch_fragments, const float *patch_bias, const float *offset_bias,
                float *offsets, int *parts, int rows, int k, int top, int left, int height,
                int width) {
+  constexpr int PIECES = CHUNKS * OFFSET_TILES, BATCH = 2;
   __shared__ __align__(16) float sums[TAPS][OFFSETS][GROUP];
   __shared__ __align__(16) u32 hidden[GROUP][HIDDEN_ROW];
-  await_previous_kernel();
   const int lane = threadIdx.x % 32, tap = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int first = blockIdx.x * GROUP;
+  // Nobody writes weights: they need not wait.
+  const u32 *fragments = patch_fragments + tap * PIECES * 256;
+  Weights weights[2][BATCH];
+#pragma unroll
+  for (int i = 0; i < BATCH; ++i) weights[0][i].load(fragments, i, lane);
+  const Projection projection(level_fragments, lane);
+  await_previous_kernel();
   if (threadIdx.x == 0 && first % KEYPOINTS == 0) parts[first / KEYPOINTS] = 0;
 
   const int row = first + g < rows ? first + g : rows - 1;
   const Maps maps = maps_of(MAPS, row / k);
-  const float2 point = __ldg((const float2 *)keypoints + row);
-  const Projection projection(level_fragments, lane);
+  const float2 point = ((const float2 *)keypoints)[row];
   // Truncated, not rounded: the patch is centred as the weights were trained.
-  const int y = (int)point.y + tap / 3 - 1, x = (int)point.x + tap % 3 - 1;
+  const float y = truncf(point.y) + (tap / 3 - 1), x = truncf(point.x) + (tap % 3 - 1);
   const bool used = inside({top, left, height, width}, y, x);
-  const int padded_y = clamp(y + top, maps.height), padded_x = clamp(x + left, maps.width);
+  const float padded_y = clamp(y + top, maps.height), padded_x = clamp(x + left, maps.width);
 
   u32 features[4][REGS], inner[INNER], none[REGS];
   const u32 zeros[INNER] = {};
-  load(inner, maps.x1 + (padded_y * maps.width + padded_x) * (C1 / 2) + t * INNER);
+  const int pixel = whole(padded_y) * maps.width + whole(padded_x);
+  load(inner, maps.x1 + pixel * (C1 / 2) + t * INNER);
 #pragma unroll
   for (int l = 0; l < 3; ++l) upsample(features[1 + l], maps.levels[l], padded_y, padded_x, t);
+#pragma unroll
+  for (int i = 0; i < BATCH; ++i) weights[1][i].load(fragments, BATCH + i, lane);
   projection.apply(features[0], none, inner, zeros);
-
   Squares squares;
   for (int l = 0; l < 4; ++l) squares.add(features[l]);
   const float length = squares.sum(lane), scale = used ? reciprocal_length(length) : 0;
 
   float partial[OFFSET_TILES][4] = {};
-  const uint4 *weights = (const uint4 *)patch_fragments + tap * CHUNKS * 2 * OFFSET_TILES * 32 + lane;
 #pragma unroll
-  for (int chunk = 0; chunk < CHUNKS; ++chunk)
-#pragma unroll
-    for (int tile = 0; tile < OFFSET_TILES; ++tile) {
-      const uint4 one = __ldg(weights + (chunk * 2 * OFFSET_TILES + 2 * tile) * 32);
-      const uint4 two = __ldg(weights + (chunk * 2 * OFFSET_TILES + 2 * tile + 1) * 32);
-      const u32 *f = &features[0][0] + 4 * chunk;
-      const u32 a0[4] = {one.x, two.x, one.y, two.y}, a1[4] = {one.z, two.z, one.w, two.w};
-      const u32 b0[2] = {f[0], f[1]}, b1[2] = {f[2], f[3]};
-      product16(partial[tile], a0, b0);
-      product16(partial[tile], a1, b1);
-    }
+  for (int i = 0; i < PIECES; ++i) {
+    const u32 *f = &features[0][0] + i / OFFSET_TILES * 4;
+    Weights &now = weights[i / BATCH % 2][i % BATCH];
+    now.multiply(partial[i % OFFSET_TILES], f[0], f[1], f[2], f[3]);
+    if (i + 2 * BATCH < PIECES) now.load(fragments, i + 2 * BATCH, lane);
+  }
   // Columns 2t and 2t + 1 of the products are the pixels of those quads.
   const float even = __shfl_sync(FULL_WARP, scale, 8 * t);
   const float odd = __shfl_sync(FULL_WARP, scale, 8 * t + 4);
@@ -280,41 +351,18 @@ sample_offsets(const float *keypoints, MAPS_PARAMETERS, const u32 *level_fragmen
   for (int tile = 0; tile < OFFSET_TILES; ++tile)
     for (int i = 0; i < 4; ++i)
       sums[tap][16 * tile + g + i / 2 * 8][2 * t + i % 2] = partial[tile][i] * (i % 2 ? odd : even);
-  __syncthreads();
 
-  for (int i = threadIdx.x; i < OFFSETS / 2 * GROUP; i += 32 * TAPS) {
-    const int channel = i / GROUP * 2, point = i % GROUP;
-    float low = patch_bias[channel], high = patch_bias[channel + 1];
-    for (int n = 0; n < TAPS; ++n) {
-      low += sums[n][channel][point];
-      high += sums[n][channel + 1][point];
-    }
-    hidden[point][channel / 2] = pack(selu(low), selu(high));
-  }
+  Weights second[OFFSETS / 32];
+  if (tap < OFFSET_TILES)
+    for (int i = 0; i < OFFSETS / 32; ++i)
+      second[i].load(patch_fragments + TAPS * CHUNKS * OFFSET_TILES * 256, i * OFFSET_TILES + tap,
+                     lane);
   __syncthreads();
-  if (tap >= OFFSET_TILES) return;
-
-  const int tile = tap;
-  float found[4] = {};
-  weights = (const uint4 *)patch_fragments + TAPS * CHUNKS * 2 * OFFSET_TILES * 32 + lane;
-#pragma unroll
-  for (int chunk = 0; chunk < OFFSETS / 32; ++chunk) {
-    const uint4 one = __ldg(weights + (chunk * 2 * OFFSET_TILES + 2 * tile) * 32);
-    const uint4 two = __ldg(weights + (chunk * 2 * OFFSET_TILES + 2 * tile + 1) * 32);
-    const uint4 f = *(const uint4 *)&hidden[g][16 * chunk + 4 * t];
-    const u32 a0[4] = {one.x, two.x, one.y, two.y}, a1[4] = {one.z, two.z, one.w, two.w};
-    const u32 b0[2] = {f.x, f.y}, b1[2] = {f.z, f.w};
-    product16(found, a0, b0);
-    product16(found, a1, b1);
-  }
-  const float limit = 0.25f * (height > width ? height : width);
-  for (int i = 0; i < 4; ++i) {
-    const int channel = 16 * tile + g + i / 2 * 8, row = first + 2 * t + i % 2;
-    const float offset = found[i] + offset_bias[channel];
-    if (row < rows)
-      offsets[size_t(row) * OFFSETS + channel] =
-          offset < -limit ? -limit : offset > limit ? limit : offset;
-  }
+  hide(hidden, sums, patch_bias);
+  __syncthreads();
+  if (tap < OFFSET_TILES)
+    store_offsets(offsets + size_t(first) * OFFSETS, hidden, second, offset_bias, 16 * tap,
+                  rows - first, 0.25f * (height > width ? height : width), lane);
 }
 
 constexpr int SHARE = 4;                 // sample positions of a block of `sample_descriptors`
@@ -332,17 +380,18 @@ __device__ __forceinline__ void sample(u32 (&sum)[4][REGS], const Maps &maps, co
                                        float y, float x, const u32 *level_fragments, int lane) {
   const int t = lane % 4;
   const float floor_y = floorf(y), floor_x = floorf(x);
-  const int top = floor_y, left = floor_x;
-  const int rows[2] = {clamp(top + image.top, maps.height),
-                       clamp(top + 1 + image.top, maps.height)};
-  const int columns[2] = {clamp(left + image.left, maps.width),
-                          clamp(left + 1 + image.left, maps.width)};
+  const float rows[2] = {clamp(floor_y + image.top, maps.height),
+                         clamp(floor_y + 1 + image.top, maps.height)};
+  const float columns[2] = {clamp(floor_x + image.left, maps.width),
+                            clamp(floor_x + 1 + image.left, maps.width)};
   u32 features[4][4][REGS], inner[4][INNER];  // by level and corner
-  for (int i = 0; i < 4; ++i)
-    load(inner[i],
-         maps.x1 + (rows[i / 2] * maps.width + columns[i % 2]) * (C1 / 2) + t * INNER);
-#pragma unroll
-  for (int l = 0; l < 3; ++l) upsample_square(features[1 + l], maps.levels[l], rows, columns, t);
+  upsample_square(features[1], maps.levels[0], rows, columns, t);
+  upsample_square(features[2], maps.levels[1], rows, columns, t);
+  for (int i = 0; i < 4; ++i) {
+    const u32 pixel = whole(rows[i / 2]) * maps.width + whole(columns[i % 2]);
+    load(inner[i], maps.x1 + t * INNER + size_t(pixel) * (C1 / 2));
+  }
+  upsample_square(features[3], maps.levels[2], rows, columns, t);
   const Projection projection(level_fragments, lane);
   projection.apply(features[0][0], features[0][1], inner[0], inner[1]);
   projection.apply(features[0][2], features[0][3], inner[2], inner[3]);
@@ -354,7 +403,7 @@ __device__ __forceinline__ void sample(u32 (&sum)[4][REGS], const Maps &maps, co
 #pragma unroll
     for (int l = 0; l < 4; ++l) squares.add(features[l][i]);
     const float share = (i / 2 ? below : 1 - below) * (i % 2 ? right : 1 - right);
-    const bool used = inside(image, top + i / 2, left + i % 2);
+    const bool used = inside(image, floor_y + i / 2, floor_x + i % 2);
     const float length = squares.sum(lane);  // by all lanes, used or not
     const float scale = used ? share * reciprocal_length(length) : 0;
     const u32 factor = both(scale < 6e4f ? scale : 6e4f);
@@ -415,8 +464,10 @@ __device__ __forceinline__ void store_projected(u32 *rows, const float (&sums)[2
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     u32 out[REGS];
-    for (int n = 0; n < REGS; ++n)
-      out[n] = pack(selu(sums[i / 2][n][i % 2 * 2]), selu(sums[i / 2][n][i % 2 * 2 + 1]));
+    for (int n = 0; n < REGS; ++n) {
+      const float *pair = sums[i / 2][n] + i % 2 * 2;
+      out[n] = pack(selu_of_power(pair[0]), selu_of_power(pair[1]));
+    }
     for (int n = 0; n < REGS; n += 2)
       *(uint2 *)(rows + 8 * i * ROW + n) = make_uint2(out[n], out[n + 1]);
   }
@@ -505,9 +556,9 @@ sample_descriptors(const float *keypoints, const float *offsets, MAPS_PARAMETERS
   {
     const int wanted = group * KEYPOINTS + warp % 4 * 8 + g, position = part * SHARE + warp / 4;
     const int row = wanted < rows ? wanted : rows - 1;
-    const float2 point = __ldg((const float2 *)keypoints + row);
+    const float2 point = ((const float2 *)keypoints)[row];
     const float *offset = offsets + size_t(row) * OFFSETS + position;
-    const float x = point.x + __ldg(offset), y = point.y + __ldg(offset + POSITIONS);
+    const float x = point.x + offset[0], y = point.y + offset[POSITIONS];
     u32 sum[4][REGS];
     sample(sum, maps_of(MAPS, row / k), {top, left, height, width}, y, x, level_fragments, lane);
     u32 *to = values + (8 * warp + g) * ROW + t * REGS;
@@ -534,12 +585,13 @@ sample_descriptors(const float *keypoints, const float *offsets, MAPS_PARAMETERS
   sums += size_t(group) * PARTS * KEYPOINTS * DIM;
   aggregate(sums + part * KEYPOINTS * DIM, values, second, weights, lane, warp);
 
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) last = atomicAdd(finished + group, 1) == PARTS - 1;
+  if (threadIdx.x == 0) {  // the barriers around order everyone's writes and reads
+    __threadfence();
+    last = atomicAdd(finished + group, 1) == PARTS - 1;
+    if (last) finished[group] = 0;
+    __threadfence();
+  }
   __syncthreads();
   if (!last) return;
-  if (threadIdx.x == 0) finished[group] = 0;
-  __threadfence();
   add_parts(descriptors + size_t(group) * KEYPOINTS * DIM, sums, rows - group * KEYPOINTS);
 }

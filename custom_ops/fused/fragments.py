@@ -114,10 +114,12 @@ def deform(
 def first_level(weight: torch.Tensor) -> torch.Tensor:
     """The first level's projection [C1, Q], a row for every lane of `describe.cu`: [32, .].
 
-    Lane 4g + t has the C1 / 4 rows from C1 / 4 * t on of column g of every product.
+    Lane 4g + t has the C1 / 4 rows from C1 / 4 * t on of column g of every product. Times log2(e),
+    for the SELU behind it.
     """
     rows, columns = weight.shape
-    split = weight[:, lane_order(columns)].reshape(4, rows // 4, columns // 8, 8)
+    weight = weight[:, lane_order(columns)] * math.log2(math.e)
+    split = weight.reshape(4, rows // 4, columns // 8, 8)
     return split.permute(3, 0, 2, 1).reshape(32, -1)
 
 
@@ -136,7 +138,11 @@ def offsets(patch_weight: torch.Tensor, offset_weight: torch.Tensor) -> torch.Te
 
 
 def samples(project_weight: torch.Tensor, aggregate_weight: torch.Tensor) -> torch.Tensor:
-    """What the CUDA kernel `sample_descriptors` reads: a warp projects to a quarter of columns."""
+    """What the CUDA kernel `sample_descriptors` reads: a warp projects to a quarter of columns.
+
+    The projection is times log2(e), for the SELU behind it.
+    """
     quarters = torch.arange(len(project_weight)).reshape(4, -1)
     order = quarters[:, lane_order(quarters.shape[1])].flatten()
-    return torch.cat([fragments(project_weight[:, order]), fragments(aggregate_weight)])
+    projection = project_weight[:, order] * math.log2(math.e)
+    return torch.cat([fragments(projection), fragments(aggregate_weight)])
