@@ -1,6 +1,7 @@
 """Download the official weights and the image folders: checksums checked, resumable.
 
-Weights go into the user cache, where every script finds them; images into `assets/`.
+Weights go into the user cache, where every script finds them; images into `assets/`. HPatches, of
+1.3 GB, is not part of `all`.
 """
 
 import argparse
@@ -12,13 +13,14 @@ from aliked.configs import CONFIGS
 from aliked.datasets import datasets
 from aliked.download import FileSet, fetch
 from aliked.errors import InputError
+from aliked.evaluation import hpatches
 from aliked.weights import WEIGHTS, cache_dir, files_of
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    names = ["weights", *datasets(), "all"]
+    names = ["weights", *datasets(), "all", "hpatches"]
     parser.add_argument("names", nargs="+", choices=names, metavar="NAME", help=", ".join(names))
     parser.add_argument(
         "--model", metavar="NAME", help=f"weights of one model only: {', '.join(CONFIGS)}"
@@ -40,8 +42,10 @@ def parser() -> argparse.ArgumentParser:
 def file_sets(args: argparse.Namespace) -> dict[str, FileSet]:
     """What the command line asks for, by name."""
     weights = files_of(args.model) if args.model else WEIGHTS
-    known = {"weights": weights} | datasets()
-    wanted = known if "all" in args.names else {name: known[name] for name in args.names}
+    usual = {"weights": weights} | datasets()
+    known = usual | {"hpatches": hpatches.ARCHIVE}
+    wanted = {name: known[name] for name in args.names if name != "all"}
+    wanted |= usual if "all" in args.names else {}
     if args.model and "weights" not in wanted:
         raise InputError("--model chooses among the weights; add `weights` or leave it out")
     if args.output and len(wanted) > 1:
@@ -54,14 +58,22 @@ def file_sets(args: argparse.Namespace) -> dict[str, FileSet]:
 def main(args: argparse.Namespace) -> None:
     """Download what is missing of everything asked for."""
     for name, files in file_sets(args).items():
-        default = cache_dir() if name == "weights" else Path(files.folder)
-        folder = args.output or default
+        folder = args.output or default_folder(name, files)
         print(f"{name}: {files.title}, {files.size / 1e6:.1f} MB; licence {files.licence}")
-        downloaded = fetch(files, folder)
-        if downloaded:
-            print(f"{name}: downloaded {len(downloaded)} of {len(files.files)} files to {folder}")
+        if name == "hpatches":
+            written, total = hpatches.download(folder, files), hpatches.NUM_FILES
+        else:
+            written, total = len(fetch(files, folder)), len(files.files)
+        if written:
+            print(f"{name}: downloaded {written} of {total} files to {folder}")
         else:
             print(f"{name}: already complete in {folder}")
+
+
+def default_folder(name: str, files: FileSet) -> Path:
+    """Where the scripts look for a set."""
+    folders = {"weights": cache_dir(), "hpatches": Path("assets")}
+    return folders.get(name, Path(files.folder))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ def longest_side(maps: torch.Tensor) -> int | torch.Tensor:
     height, width = maps.shape[-2:]
     if isinstance(height, torch.Tensor):  # where the model is traced; Python's max would freeze it
         return torch.maximum(height, width)
+    if isinstance(height, int) and isinstance(width, int):
+        return max(height, width)  # PyTorch 2.11 cannot compile `sym_max` of plain numbers
     return torch.sym_max(height, width)
 
 

@@ -32,13 +32,14 @@ def draw_matches(
     features1: Features,
     matches: np.ndarray,
     caption: str,
+    correct: np.ndarray | None = None,
 ) -> np.ndarray:
     """Two images, uint8 [H, W, 3] RGB, and a line from each matched keypoint to its partner.
 
     The images are side by side, or one above the other where the first is wider than twice its
     height. `matches` [P, 2] are indices into the features. Neighbouring lines have like colours,
-    so that a line out of step shows; keypoints without partner are grey circles. Returns uint8
-    [H', W', 3] RGB.
+    so that a line out of step shows; with `correct` [P] bool, right matches are green and wrong
+    ones red. Keypoints without partner are grey circles. Returns uint8 [H', W', 3] RGB.
     """
     height, width = image0.shape[:2]
     stacked = width > 2 * height
@@ -51,7 +52,7 @@ def draw_matches(
     _draw_unmatched(canvas, points1, matches[:, 1], radius)
     start, end = points0[matches[:, 0]], points1[matches[:, 1]]
     across = start[:, 0] / (width * scale) if stacked else start[:, 1] / (height * scale)
-    colours = _hues(0.85 * across.clip(0, 1))
+    colours = _hues(0.85 * across.clip(0, 1) if correct is None else correct / 3)
     _draw_lines(canvas, start, end, colours, np.clip(200 / max(len(matches), 1), 0.3, 0.8))
     _draw_dots(canvas, start, colours, radius)
     _draw_dots(canvas, end, colours, radius)

@@ -8,12 +8,16 @@ import itertools
 from pathlib import Path
 
 from aliked import cli
+from aliked.benchmark.records import read_records
 from aliked.benchmark.results import Result, load_results, sections
 from aliked.benchmark.tables import section_text
 from aliked.errors import InputError
+from aliked.evaluation import report as evaluation
+from aliked.evaluation.records import is_evaluation, load_outcomes
 from aliked.files import whole_file
 
 BEGIN, END = "<!-- timings:begin -->", "<!-- timings:end -->"
+EVALUATION = "<!-- evaluation:begin -->", "<!-- evaluation:end -->"
 
 
 def report_text(results: list[Result]) -> str:
@@ -31,14 +35,20 @@ def write_report(results: list[Result], folder: Path) -> list[Path]:
     return [tables, *itertools.chain(*(draw_all(own, folder) for own in sections(results)))]
 
 
-def put_between_markers(path: Path, text: str) -> None:
+def put_between_markers(path: Path, text: str, begin: str = BEGIN, end: str = END) -> None:
     """Replace what stands between the markers of a Markdown file; `InputError` without them."""
-    before, begin, rest = path.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise InputError(f"{path} has no lines {BEGIN} and {END}; add them where the tables go")
+    before, first, rest = path.read_text().partition(begin)
+    _, last, after = rest.partition(end)
+    if not first or not last:
+        raise InputError(f"{path} has no lines {begin} and {end}; add them where the tables go")
     with whole_file(path) as partial:
-        partial.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}")
+        partial.write_text(f"{before}{begin}\n\n{text}\n{end}{after}")
+
+
+def split_files(paths: list[Path]) -> tuple[list[Path], list[Path]]:
+    """The files of measure_timings.py, and those of evaluate.py, by their first record."""
+    of_evaluation = [path for path in paths if any(map(is_evaluation, read_records(path)[:1]))]
+    return [path for path in paths if path not in of_evaluation], of_evaluation
 
 
 def parser() -> argparse.ArgumentParser:
@@ -54,21 +64,36 @@ def parser() -> argparse.ArgumentParser:
         help="folder for tables.md and the plots (default: report/ beside the first file)",
     )
     parser.add_argument(
-        "--readme", type=Path, metavar="FILE", help=f"put the tables between {BEGIN} and {END}"
+        "--readme",
+        type=Path,
+        metavar="FILE",
+        help=f"put the tables between {BEGIN} and {END}, those of evaluations between "
+        + " and ".join(EVALUATION),
     )
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
     """Print the tables, write them and the plots."""
-    results = load_results(args.records)
-    text = report_text(results)
+    folder = args.output or args.records[0].parent / "report"
+    of_timings, of_evaluation = split_files(args.records)
+    timings = load_results(of_timings) if of_timings or not of_evaluation else []
+    if timings:
+        show(report_text(timings), write_report(timings, folder), args.readme, (BEGIN, END))
+    if of_evaluation:
+        outcomes = load_outcomes(of_evaluation)
+        written = evaluation.write_report(outcomes, timings, folder)
+        show(evaluation.report_text(outcomes, timings), written, args.readme, EVALUATION)
+
+
+def show(text: str, written: list[Path], readme: Path | None, markers: tuple[str, str]) -> None:
+    """Print the tables, and put them into the README if there is one."""
     print(text)
-    for path in write_report(results, args.output or args.records[0].parent / "report"):
+    for path in written:
         print(f"wrote {path}")
-    if args.readme:
-        put_between_markers(args.readme, text)
-        print(f"put the tables into {args.readme}")
+    if readme:
+        put_between_markers(readme, text, *markers)
+        print(f"put the tables into {readme}")
 
 
 if __name__ == "__main__":

@@ -43,6 +43,15 @@ def test_a_match_is_a_line_from_keypoint_to_keypoint():
     assert not picture[300:480].any()
 
 
+def test_right_matches_are_green_and_wrong_ones_red():
+    points, matches = features((100, 50), (100, 250)), np.array([[0, 0], [1, 1]])
+    correct = np.array([True, False])
+    image = grey(480, 640)
+    picture = draw_matches(image, points, image, points, matches, "", correct).astype(int)
+    (right, wrong) = picture[50, 100], picture[250, 100]
+    assert right[1] > right[0] + 100 and wrong[0] > wrong[1] + 100
+
+
 def test_a_keypoint_without_partner_is_drawn_without_colour():
     picture = draw_matches(
         grey(480, 640), features((100, 50)), grey(480, 640), features(), NO_MATCHES, ""

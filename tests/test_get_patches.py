@@ -274,7 +274,7 @@ def test_pip_installs_the_operator_beside_the_fused_kernels(tmp_path):
     sources, installed = tmp_path / "custom_ops", tmp_path / "installed"
     shutil.copytree(ROOT / "custom_ops", sources)
     options = ["--no-build-isolation", "--no-deps", "--quiet", "--target", str(installed)]
-    # Without a toolkit: this is about the package, and compiling for GPUs takes half a minute.
+    # Without a toolkit: this is about the package, and compiling for GPUs takes longer.
     python("-m", "pip", "install", *options, str(sources), CUDA_HOME="", CUDA_VISIBLE_DEVICES="")
     code = (
         "import aliked_custom_ops, custom_ops.fused, torch\n"

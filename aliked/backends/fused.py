@@ -72,7 +72,6 @@ class FusedExtractor:
         """uint8 [B, H, W, 3] RGB to the same on the device."""
         return torch.from_numpy(np.ascontiguousarray(images)).to(self.device)
 
-    @torch.inference_mode()
     def infer(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
         """uint8 [B, H, W, 3] to `keypoints`, `descriptors` and `scores` on the device.
 
@@ -108,6 +107,7 @@ class FusedExtractor:
             torch.cuda.synchronize()
             self.plans.popitem(last=False)
 
+    @torch.no_grad()  # inference mode would bind every call: it alone may write to its tensors
     def _capture(self, shape: tuple) -> Plan:
         """Run once, which compiles the kernels, then capture the same run as a graph."""
         images = torch.zeros(shape, dtype=torch.uint8, device=self.device)

@@ -33,7 +33,8 @@ def draw_all(results: list[Result], folder: Path) -> list[Path]:
         if own:
             device = own[0].record["configuration"]["machine"][name]
             written += [
-                _save(figure, folder, f"{device} {what}") for what, figure in draw(own, device)
+                save_figure(figure, folder, f"{device} {what}")
+                for what, figure in draw(own, device)
             ]
     return written
 
@@ -109,7 +110,7 @@ def draw_scatter(results: list[Result], colours: Colours, title: str) -> Figure:
                 label=f"{result.row.runtime} {result.row.precision}",
             )
         axis.set_xscale("log")
-        _plain_ticks(axis.xaxis)
+        plain_ticks(axis.xaxis)
         axis.set_title(model, fontsize="medium")
         axis.set_xlabel("ms per image (median)")
         axis.grid(alpha=0.3)
@@ -160,7 +161,7 @@ def _draw_lines(
     ticks = {x(r): text(r) for r in results}
     axis.set_xticks(list(ticks), list(ticks.values()))
     axis.set_yscale("log")
-    _plain_ticks(axis.yaxis)
+    plain_ticks(axis.yaxis)
     axis.grid(alpha=0.3)
 
 
@@ -188,7 +189,7 @@ def _opacity(result: Result) -> float:
     return 1.0 if result.ranked else FADED
 
 
-def _plain_ticks(axis) -> None:
+def plain_ticks(axis) -> None:
     """1, 2, 5, 10 and so on along a logarithmic axis, as plain numbers."""
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -216,7 +217,8 @@ def _finish(figure: Figure, axes, title: str) -> None:
     figure.suptitle(title, fontsize="medium")
 
 
-def _save(figure: Figure, folder: Path, name: str) -> Path:
+def save_figure(figure: Figure, folder: Path, name: str) -> Path:
+    """Write a PNG named after what it shows; its path."""
     path = folder / (re.sub(r"[^\w.]+", "_", name).strip("_").lower() + ".png")
     with whole_file(path) as partial:
         figure.savefig(partial, dpi=120)

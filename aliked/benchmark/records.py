@@ -59,7 +59,8 @@ def _parse(path: Path, number: int, line: str) -> dict:
         schema = record["schema"]
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(
-            f"line {number} of {path} is not a record of measure_timings.py; remove it"
+            f"line {number} of {path} is not a record of measure_timings.py or evaluate.py; remove "
+            "it"
         ) from error
     if schema != SCHEMA:
         raise InputError(

@@ -6,6 +6,7 @@ import numpy as np
 
 from aliked.backends import Spec, create_extractor
 from aliked.features import Features
+from aliked.files import whole_file
 
 PARTS = ("keypoints", "scores", "descriptors")
 
@@ -17,7 +18,8 @@ def make_reference(spec: Spec, images: dict[str, np.ndarray], path: Path) -> Non
     arrays = {
         f"{name}/{part}": getattr(found, part) for name, found in features.items() for part in PARTS
     }
-    np.savez(path, **arrays)
+    with whole_file(path) as partial, open(partial, "wb") as file:
+        np.savez(file, **arrays)
 
 
 def load_reference(path: Path, k: int | None) -> dict[str, Features]:

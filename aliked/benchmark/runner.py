@@ -2,9 +2,8 @@
 
 import contextlib
 import hashlib
-import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -102,35 +101,49 @@ def run_rows(session: Session, rows: list[Row], output: Path, jobs: int = 1) -> 
     References, model files and what compilers keep come first, `jobs` at a time.
     """
     can_run = [row for row in rows if not session.unavailable[row.backend]]
-    with tempfile.TemporaryDirectory() as folder:
-        references = make_references(session, can_run, Path(folder), jobs)
-        files = make_files(session, can_run, jobs)
-        fill_compiler_cache(session, can_run, jobs)
-        with Bar("row", len(rows)) as bar:
-            for row in rows:
-                bar.start(str(row))
-                record = make_record(session, row, references, files, bar)
-                append_record(output, record)
-                bar.finish()
-                yield record
+    references = make_references(session, can_run, jobs)
+    files = make_files(session, can_run, jobs)
+    fill_compiler_cache(session, can_run, jobs)
+    with Bar("row", len(rows)) as bar:
+        for row in rows:
+            bar.start(str(row))
+            record = make_record(session, row, references, files, bar)
+            append_record(output, record)
+            bar.finish()
+            yield record
 
 
-def make_references(session: Session, rows: list[Row], folder: Path, jobs: int) -> dict[Any, Path]:
-    """The reference's file of every row, by `reference_key`: PyTorch in float32 on the CPU."""
+def make_references(session: Session, rows: list[Row], jobs: int) -> dict[Any, Path]:
+    """The reference's file of every row, by `reference_key`: PyTorch in float32 on the CPU.
+
+    They are kept, as model files are.
+    """
     largest: dict[Any, Row] = {}
     for row in rows:
         key = reference_key(row)
         if key not in largest or row.top_k > largest[key].top_k:
             largest[key] = row
-    paths = {key: folder / f"{number}.npz" for number, key in enumerate(largest)}
+    paths = {key: reference_path(session, row) for key, row in largest.items()}
     tasks = [
-        session.task(row) | {"task": "reference", "path": str(paths[key])}
+        session.task(row) | {"task": "reference", "path": str(paths[key]), "jobs": jobs}
         for key, row in largest.items()
+        if not paths[key].exists()
     ]
     with Bar("reference", len(tasks)) as bar:
         for failure in filter(None, run_tasks(tasks, jobs, bar.finish)):
             raise InputError(f"the reference cannot be made: {failure}") from failure
     return paths
+
+
+def reference_path(session: Session, row: Row) -> Path:
+    """Where the reference of a row is kept."""
+    made_on = {
+        "versions": session.versions,
+        "machine": session.machine,
+        "images": session.image_sets[row.image_set].sha256,
+    }
+    single = replace(row, batch=1, precision="fp32")
+    return artifact_path(single, ".reference.npz", session.weights, made_on)
 
 
 def reference_key(row: Row) -> tuple:

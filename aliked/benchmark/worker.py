@@ -69,11 +69,17 @@ def describe(task: dict, channel: Channel) -> dict:
 
 def reference(task: dict, channel: Channel) -> None:
     """The reference features of a model on an image set."""
+    import torch
+
     from aliked.benchmark.reference import make_reference
 
     _, spec = spec_of(task)
     spec = replace(spec, device="cpu", precision="fp32")
-    make_reference(spec, load_named(task["images"]), Path(task["path"]))
+    # Each on its share of the processor: as many threads as cores in each would slow all down.
+    torch.set_num_threads(max(1, torch.get_num_threads() // task["jobs"]))
+    path = Path(task["path"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    make_reference(spec, load_named(task["images"]), path)
 
 
 def build(task: dict, channel: Channel) -> None:

@@ -14,7 +14,7 @@ FOLDER = Path(__file__).parent
 HEADER = "warp.cuh"
 
 # Kernels start while the one before them in the stream still ends (programmatic dependent launch).
-OVERLAP = False
+OVERLAP = True
 OVERLAPS_FROM = (9, 0)  # compute capability
 OVERLAPS_IN_GRAPHS_FROM = 12030  # version of the driver
 ALLOW_OVERLAP = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION

@@ -34,7 +34,7 @@ def sources() -> list[Path]:
 def build() -> ModuleType:
     """Compile and load the library; the module `binding`.
 
-    Takes some seconds, or half a minute with CUDA, the first time; afterwards the library comes out
+    Takes some seconds, or about 20 with CUDA, the first time; afterwards the library comes out
     of PyTorch's cache of extensions (`$TORCH_EXTENSIONS_DIR`). `RuntimeError` where it fails.
     """
     cpp_extension.load(

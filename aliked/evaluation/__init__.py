@@ -1,0 +1,1 @@
+"""What a user of features cares about: homographies, poses and tracks, for any runtime."""
