@@ -193,6 +193,7 @@ static void arrive_at_cluster() {
   cuda_host::current->cluster_generation = group.generation;
   if (++group.arrived == group.size) group.arrived = 0, ++group.generation;
 }
+static void leave_cluster() { arrive_at_cluster(); }
 static void wait_for_cluster() {
   while (cuda_host::cluster.generation == cuda_host::current->cluster_generation)
     cuda_host::yield();

@@ -50,10 +50,8 @@ def run(tmp_path, x, wide, definitions, tile, arguments, outputs):
     ("channels", "wide", "size", "few", "clusters"),
     [
         (16, 32, (1, 5, 11), 0, False),
-        (32, 64, (2, 4, 7), 0, False),
         (32, 64, (1, 3, 6), 128, False),
         (16, 32, (1, 3, 6), 128, True),
-        (32, 64, (1, 3, 6), 128, True),
         (64, 128, (2, 3, 5), 128, True),
     ],
 )

@@ -161,22 +161,20 @@ class Tile(NamedTuple):
     PIXELS: int  # of a block, or of the blocks of a cluster
     BLOCKS: int  # of a cluster, which share the channels that go in
     COLUMNS: int  # channels of a block that come out
-    TILES: int  # 8 of these each, of a warp
+    TILES: int  # 16 of these each, of a warp
     WARPS: int
+    RESIDENT: int  # blocks that a multiprocessor should hold
+    EARLY: int  # 1: weights of the product are asked for before all else
     AHEAD: int  # steps of the product whose weights a warp has asked for
+    OFFSET_AHEAD: int  # the same of the offset convolution
     AT_ONCE: int  # samples whose corners a thread has asked for
 
 
 SOURCE = "deform.cu"
-UNIT = 4  # a unit has 4 x 4 pixels
-FEW = 128  # units: fewer leave multiprocessors idle, so that latency counts and not throughput
+ACROSS = 4  # pixels of a block, in rows of so many
+FEW = 128  # blocks of 16 pixels: with fewer, latency counts and not throughput
 SLICE = 16  # channels that a block of a cluster has at least
 CLUSTERS_FROM = (9, 0)  # compute capability
-
-
-def _units(x: torch.Tensor) -> int:
-    batch, height, width = x.shape[:3]
-    return batch * triton.cdiv(height, UNIT) * triton.cdiv(width, UNIT)
 
 
 def has_clusters(device: torch.device) -> bool:
@@ -185,15 +183,23 @@ def has_clusters(device: torch.device) -> bool:
 
 
 def choose_tile(x: torch.Tensor, wide: int, level: bool, pool: int, clusters: bool) -> Tile:
-    """Small blocks for small maps; a level needs all `wide` channels, its means whole units."""
-    if _units(x) >= FEW:
-        pixels = 32 if x.shape[3] <= 64 else 16  # as many as fit in shared memory
-        return Tile(pixels, 1, wide, min(4, wide // 16), 8, 2, 2)
+    """Many blocks for small maps; a level needs all `wide` channels, its means 16 pixels."""
+    batch, height, width, channels = x.shape
+    many = Tile(
+        PIXELS=16, BLOCKS=1, COLUMNS=wide, TILES=1, WARPS=9,
+        RESIDENT=3 if max(channels, wide) <= 64 else 2,  # as registers allow
+        EARLY=0, AHEAD=1, OFFSET_AHEAD=1, AT_ONCE=2,
+    )  # fmt: skip
+    if batch * triton.cdiv(height, ACROSS) * triton.cdiv(width, ACROSS) >= FEW:
+        return many
     if clusters and pool <= 1:
-        blocks = x.shape[3] // SLICE
-        return Tile(16 if blocks > 4 else 8, blocks, wide, max(1, wide // 64), 8, 5, 2)
+        blocks = channels // SLICE
+        return many._replace(BLOCKS=blocks, RESIDENT=2, EARLY=1, AHEAD=5, AT_ONCE=1)
     columns = wide if level else min(32, wide)
-    return Tile(8 if pool <= 1 else 16, 1, columns, min(4, columns // 8), 16, 3, 3)
+    return many._replace(
+        PIXELS=8 if pool <= 1 else 16, COLUMNS=columns, TILES=max(1, columns // 64),
+        RESIDENT=1, EARLY=1, AHEAD=3, OFFSET_AHEAD=3,
+    )  # fmt: skip
 
 
 def constants(x, wide: int, tile: Tile, shortcut=None, quarter: int = 0, pool: int = 0) -> tuple:
@@ -206,9 +212,9 @@ def constants(x, wide: int, tile: Tile, shortcut=None, quarter: int = 0, pool: i
 def grid(x: torch.Tensor, wide: int, tile: Tile) -> tuple[int, int, int]:
     """Blocks: along a row (and the channels of each tile), rows, images."""
     batch, height, width = x.shape[:3]
-    down, across = min(UNIT, tile.PIXELS // UNIT), max(UNIT, tile.PIXELS // UNIT)
     split = wide // tile.COLUMNS * tile.BLOCKS
-    return triton.cdiv(width, across) * split, triton.cdiv(height, down), batch
+    rows = triton.cdiv(height, tile.PIXELS // ACROSS)
+    return triton.cdiv(width, ACROSS) * split, rows, batch
 
 
 def _run(x, wide: int, tile: Tile, definitions: tuple, arguments: list) -> None:

@@ -70,6 +70,18 @@ def by_chunks(matrix: torch.Tensor) -> torch.Tensor:
     return tiles.permute(0, 3, 4, 1, 2).reshape(-1, 256)
 
 
+def transposed(matrix: torch.Tensor) -> torch.Tensor:
+    """[K, N] to [K / 32 * N / 16 * 2, 256], filled up with zeros: the left operands of products.
+
+    Their right operand is 16 bytes of 32 rows per lane, as in `by_chunks`: lane 4g + t has rows
+    8t + 4i + (0, 1) and 8t + 4i + (2, 3) of columns g and g + 8 for the i-th of two products.
+    """
+    padded = F.pad(matrix, (0, -matrix.shape[1] % 16, 0, -matrix.shape[0] % 32))
+    # step, t, product, later rows, row of two, tile, later column, g
+    split = padded.reshape(len(padded) // 32, 4, 2, 2, 2, -1, 2, 8)
+    return split.permute(0, 5, 2, 7, 1, 3, 6, 4).reshape(-1, 256)
+
+
 def in_slices(weight: torch.Tensor, below: torch.Tensor | None = None) -> torch.Tensor:
     """[9 * CI, N] and [CI / 2, N] with their rows in the order of the kernel `deform`.
 
@@ -106,9 +118,8 @@ def deform(
     level_weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What the CUDA kernel `deform` reads."""
-    parts = [in_slices(offset_weight), in_slices(weight, shortcut_weight)]
-    parts += [] if level_weight is None else [level_weight]
-    return torch.cat([by_chunks(part) for part in parts])
+    parts = [transposed(in_slices(offset_weight)), transposed(in_slices(weight, shortcut_weight))]
+    return torch.cat(parts if level_weight is None else [*parts, by_chunks(level_weight)])
 
 
 def first_level(weight: torch.Tensor) -> torch.Tensor:

@@ -28,12 +28,9 @@ DEFAULTS = {
         # Two warps: with four, Triton 3.6 gives wrong results on Hopper here (NOTES.md).
         32: {"ROWS": 8, "COLUMNS": 8, "TAPS": 1, "STAGES": 1, "num_warps": 2},
     },
-    "deform": {0: {"M": 16, "N": 64, "TAPS": 3, "R": 64, "K": 64, "STAGES": 3, "num_warps": 4}},
-    "deform_level": {
-        0: {"M": 16, "TAPS": 3, "R": 64, "K": 64, "STAGES": 3, "num_warps": 4},
-        # 99 KiB of shared memory is what most GPUs have.
-        64: {"M": 16, "TAPS": 1, "R": 64, "K": 64, "STAGES": 2, "num_warps": 4},
-    },
+    # In float32 only.
+    "deform": {0: {"M": 16, "N": 32, "TAPS": 1, "R": 64, "K": 16, "STAGES": 3, "num_warps": 4}},
+    "deform_level": {0: {"M": 16, "TAPS": 1, "R": 64, "K": 16, "STAGES": 1, "num_warps": 8}},
     "blend": {0: {"M": 128, "num_warps": 2}},
     "score_map": {0: {"M": 512, "num_warps": 4}},
     "sample_offsets": {0: {"M": 8, "R": 128, "K": 64, "STAGES": 3, "num_warps": 8}},
@@ -42,8 +39,6 @@ DEFAULTS = {
 }
 # Numbers of four bytes on the arithmetic units: smaller products.
 FLOAT32 = {
-    "deform": {"N": 32, "TAPS": 1, "K": 16},
-    "deform_level": {"TAPS": 1, "K": 16, "STAGES": 1, "num_warps": 8},
     "sample_offsets": {"R": 32, "K": 32},
 }
 
