@@ -3,7 +3,7 @@
 # make readme-tables   the README's tables and plots, drawn again from results/
 PYTHON ?= python3
 VENV ?= .venv
-MODEL ?= aliked-n16rot
+MODEL ?= aliked-t16-homography
 FRAMES ?= assets/sequence_640x480
 RUN = $(VENV)/bin/python
 
@@ -28,7 +28,8 @@ demo: $(VENV)/.installed
 	    --model_path converted_model/$(MODEL)-top1k.onnx --output demo/timings.jsonl
 
 readme-tables: $(VENV)/.installed
-	$(RUN) -m aliked.report results/*.jsonl --output results/report --readme README.md
+	$(RUN) -m aliked.report results/*.jsonl results/evaluation/*.jsonl \
+	    --output results/report --readme README.md
 
 lint: $(VENV)/.installed-dev
 	$(RUN) -m ruff check .

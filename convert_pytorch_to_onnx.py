@@ -25,7 +25,7 @@ from aliked.options import add_model_options, add_selection_options, check_selec
 from aliked.parity import Verdict
 from aliked.sampling import SAMPLERS
 from aliked.versions import installed_versions
-from aliked.weights import find_weights
+from aliked.weights import describe_weights, find_weights
 
 # What decides the content of the file and the verdict.
 PACKAGES = ("torch", "torchvision", "onnx", "onnxscript", "onnxruntime", "numpy")
@@ -187,7 +187,10 @@ def main(args: argparse.Namespace) -> int:
     model, reference = load_models(args)
     with scratch_file(path) as candidate:
         proto = export_onnx(model, candidate, options, args.verbose)
-        print(f"exported {args.model} to ONNX opset {options.opset}; ONNX's full check passed")
+        print(
+            f"exported {args.model} ({describe_weights(args.model, args.weights)}) to ONNX opset "
+            f"{options.opset}; ONNX's full check passed"
+        )
         if args.verbose:
             print_graph(proto)
         progress = tqdm(images, desc="PyTorch fp32 and ONNX Runtime", unit="image")

@@ -18,6 +18,7 @@ from aliked.files import writable_folder
 from aliked.images import list_images, load_image
 from aliked.matching import match_mutual
 from aliked.options import add_extractor_options, extractor_from
+from aliked.weights import describe_weights
 from aliked.window import show, why_no_window
 
 MAX_FRAMES = 100  # of the animation, which is held in memory
@@ -144,7 +145,8 @@ def main(args: argparse.Namespace) -> None:
     extractor = extractor_from(args)
     obstacle = None if args.output else why_no_window()
     output = writable_folder(args.output or Path("demo")) if args.output or obstacle else None
-    print(f"{args.model_path or args.model} on {extractor.name}, {len(paths)} images")
+    model = args.model_path or f"{args.model} ({describe_weights(args.model, args.weights)})"
+    print(f"{model} on {extractor.name}, {len(paths)} images")
     if obstacle:
         print(f"no window, because {obstacle}: writing pictures into {output}")
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from aliked import cli
-from aliked.configs import CONFIGS
+from aliked.configs import OFFICIAL
 from aliked.datasets import datasets
 from aliked.download import FileSet, fetch
 from aliked.errors import InputError
@@ -23,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
     names = ["weights", *datasets(), "all", "hpatches"]
     parser.add_argument("names", nargs="+", choices=names, metavar="NAME", help=", ".join(names))
     parser.add_argument(
-        "--model", metavar="NAME", help=f"weights of one model only: {', '.join(CONFIGS)}"
+        "--model", metavar="NAME", help=f"weights of one model only: {', '.join(OFFICIAL)}"
     )
     parser.add_argument(
         "--output",

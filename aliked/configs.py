@@ -1,4 +1,4 @@
-"""The published ALIKED variants as one table (arXiv 2304.03608, table I)."""
+"""The ALIKED variants as one table: the published ones (arXiv 2304.03608, table I) and our own."""
 
 from dataclasses import dataclass
 
@@ -13,14 +13,21 @@ class Config:
     dim: int  # D: descriptor length, also the channels of the aggregated feature map
     kernel_size: int  # K: side of the patch that predicts the sample offsets
     num_positions: int  # M: deformable sample positions per keypoint
+    shipped: bool = False  # its weights are part of the project, trained by `training/train.py`
 
 
 CONFIGS = {
+    "aliked-t16-homography": Config(
+        (8, 16, 32, 64), dim=64, kernel_size=3, num_positions=16, shipped=True
+    ),
     "aliked-t16": Config((8, 16, 32, 64), dim=64, kernel_size=3, num_positions=16),
     "aliked-n16": Config((16, 32, 64, 128), dim=128, kernel_size=3, num_positions=16),
     "aliked-n16rot": Config((16, 32, 64, 128), dim=128, kernel_size=3, num_positions=16),
     "aliked-n32": Config((16, 32, 64, 128), dim=128, kernel_size=3, num_positions=32),
 }
+
+
+OFFICIAL = tuple(name for name, config in CONFIGS.items() if not config.shipped)
 
 
 def get_config(name: str) -> Config:

@@ -119,13 +119,18 @@ class ALIKED(nn.Module):
         device: str | torch.device = "cpu",
         precision: str = "fp32",
     ) -> "ALIKED":
-        """The variant `name` with its official weights, ready for inference on `device`.
+        """The variant `name` with its weights, ready for inference on `device`.
 
-        `weights` is a file; by default `$ALIKED_WEIGHTS_DIR`, the user cache and the download
-        are tried in turn. Raises `InputError` where the weights are missing or are not `name`'s.
+        `weights` is a file; by default the shipped one or, for an official variant,
+        `$ALIKED_WEIGHTS_DIR`, the user cache and the download in turn. Raises `InputError` where
+        the weights are missing or are not `name`'s.
         """
         model = cls(name, top_k, scores_th, n_limit)
-        model.load_state_dict(load_state_dict(name, weights), strict=True)
+        state = load_state_dict(name, weights)
+        try:
+            model.load_state_dict(state, strict=True)
+        except (RuntimeError, TypeError) as error:  # names or sizes of another model
+            raise InputError(f"{weights} does not hold the weights of {name}: {error}") from error
         model.eval().fold_batch_norm().requires_grad_(False)
         return model.set_precision(precision).to(device)
 

@@ -39,13 +39,13 @@ def add_model_options(group: argparse._ArgumentGroup) -> None:
 
 
 def add_weights_option(group: argparse._ArgumentGroup) -> None:
-    """Where the official weights are."""
+    """Where the weights are."""
     group.add_argument(
         "--weights",
         type=Path,
         metavar="PATH",
-        help="official .pth file, or a folder with it (default: $ALIKED_WEIGHTS_DIR, "
-        "the user cache, download)",
+        help="the model's .pth file, or a folder with it (default: the shipped file; of an "
+        "official model $ALIKED_WEIGHTS_DIR, the user cache, download)",
     )
 
 

@@ -1,6 +1,7 @@
-"""Finding the official weights and making sure that they are the ones asked for."""
+"""Finding weights, the shipped and the official ones, and making sure they are those asked for."""
 
 import os
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from aliked.files import sha256
 if TYPE_CHECKING:
     from torch import Tensor
 
+SHIPPED = Path(__file__).with_name("pretrained")
 WEIGHTS = FileSet(
     title="the official ALIKED weights",
     licence="BSD-3-Clause",
@@ -49,24 +51,37 @@ def cache_dir() -> Path:
 
 
 def files_of(name: str) -> FileSet:
-    """The part of `WEIGHTS` that model `name` needs; `InputError` for an unknown model."""
-    get_config(name)
+    """The part of `WEIGHTS` that model `name` needs.
+
+    `InputError` for an unknown model, and for one whose weights are part of the project.
+    """
+    if get_config(name).shipped:
+        raise InputError(
+            f"the weights of {name} are part of this project ({SHIPPED / name}.pth): there is "
+            "nothing to download"
+        )
     return replace(WEIGHTS, files=tuple(f for f in WEIGHTS.files if f.name == f"{name}.pth"))
 
 
 def find_weights(name: str, path: str | Path | None = None) -> Path:
-    """The file with the official weights of model `name`, its SHA-256 checked.
+    """The file with the weights of model `name`.
 
-    The first that exists of: `path` (the file, or a folder that holds it), the folder
+    Of a model that the project trained itself: `path` (the file, or a folder that holds it), which
+    may come from another training, or the shipped file. Of an official one, with its SHA-256
+    checked: the first that exists of: `path` (the file, or a folder that holds it), the folder
     `$ALIKED_WEIGHTS_DIR`, the user cache. Where there is none it is downloaded into the user cache.
     Raises `InputError` where `path` does not exist, the content is not that of model `name`, or the
     download fails.
     """
+    if path is not None:
+        path = Path(path).expanduser()
+        path = path / f"{name}.pth" if path.is_dir() else path
+    if get_config(name).shipped:
+        return _not_official(name, path or SHIPPED / f"{name}.pth")
     files = files_of(name)
     (file,) = files.files
     if path is not None:
-        path = Path(path).expanduser()
-        return _checked(name, path / file.name if path.is_dir() else path)
+        return _checked(name, path)
     folders = [cache_dir()]
     if os.environ.get("ALIKED_WEIGHTS_DIR"):
         folders.insert(0, Path(os.environ["ALIKED_WEIGHTS_DIR"]).expanduser())
@@ -77,24 +92,50 @@ def find_weights(name: str, path: str | Path | None = None) -> Path:
     return cache_dir() / file.name
 
 
+def describe_weights(name: str, path: str | Path | None = None) -> str:
+    """Whose weights of model `name` are used, and where they are; looked up as by `find_weights`."""
+    found = find_weights(name, path)
+    if not get_config(name).shipped:
+        return f"official weights {found}"
+    whose = "this project's own" if found.parent == SHIPPED else "self-trained"
+    return f"{whose} weights {os.path.relpath(found)}"
+
+
 def load_state_dict(name: str, path: str | Path | None = None) -> dict[str, "Tensor"]:
-    """The official weights of model `name`, on the CPU; looked up as by `find_weights`."""
+    """The weights of model `name`, on the CPU; looked up as by `find_weights`."""
     import torch  # here, because downloading weights needs no PyTorch
 
-    return torch.load(find_weights(name, path), map_location="cpu", weights_only=True)
+    path = find_weights(name, path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise InputError(f"{path} holds no weights of {name}: PyTorch cannot load it") from error
 
 
-def _checked(name: str, path: Path) -> Path:
-    """`path`, once its SHA-256 has shown that it holds the weights of model `name`."""
+def _owner(name: str, path: Path) -> tuple[str | None, str]:
+    """Which official model's weights a file holds, if any, and its SHA-256."""
     try:
         found = sha256(path)
     except OSError as error:
         raise InputError(
-            f"cannot read the weights {path} ({error.strerror}); give the path of the official "
-            f"{name}.pth or of a folder that holds it"
+            f"cannot read the weights {path} ({error.strerror}); give the path of {name}.pth or "
+            "of a folder that holds it"
         ) from error
     owners = {file.sha256: Path(file.name).stem for file in WEIGHTS.files}
-    owner = owners.get(found)
+    return owners.get(found), found
+
+
+def _not_official(name: str, path: Path) -> Path:
+    """`path`, once its SHA-256 has shown that it holds no official weights under another name."""
+    owner, _ = _owner(name, path)
+    if owner is not None:
+        raise InputError(f"{path} is the official {owner} file, not {name}; pass --model {owner}")
+    return path
+
+
+def _checked(name: str, path: Path) -> Path:
+    """`path`, once its SHA-256 has shown that it holds the weights of model `name`."""
+    owner, found = _owner(name, path)
     if owner is None:
         raise InputError(
             f"{path} is corrupt or not official: its SHA-256 is {found}, not that of {name}; "

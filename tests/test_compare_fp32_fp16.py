@@ -283,15 +283,13 @@ def test_one_image_has_no_matching_to_compare(run, folder, models, tmp_path):
     assert results(output)["consecutive"] == []
 
 
-def test_by_default_half_precision_pytorch_is_compared_with_float32(run, weights_dir, tmp_path):
+def test_by_default_half_precision_pytorch_is_compared_with_float32(run, tmp_path):
     for i in range(2):
         view = data.astronaut()[100 + 5 * i : 292 + 5 * i, 150 + 12 * i : 406 + 12 * i, ::-1]
         cv2.imwrite(str(tmp_path / f"{i}.png"), view)
-    status, out, err = run(
-        tmp_path, "--weights", weights_dir, "--top_k", 200, "--device", "cpu", "--output", "out"
-    )
+    status, out, err = run(tmp_path, "--top_k", 200, "--device", "cpu", "--output", "out")
     assert status == 0, err
-    assert out.startswith("# aliked-n16rot: pytorch-cpu fp16 against pytorch-cpu fp32")
+    assert out.startswith("# aliked-t16-homography: pytorch-cpu fp16 against pytorch-cpu fp32")
     total = results(tmp_path / "out")["total"]
     # The limits that half precision is held to: 98.5 % of keypoints, mean cosine 0.9995.
     assert total["both"] >= 0.985 * total["reference"] > 0

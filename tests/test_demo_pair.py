@@ -46,13 +46,11 @@ def refused(result: subprocess.CompletedProcess) -> str:
     return sentence
 
 
-def test_the_true_motion_is_found_and_drawn(sequence, weights_dir, tmp_path):
-    result = demo(
-        sequence, "--weights", weights_dir, "--top_k", 200, "--device", "cpu", cwd=tmp_path
-    )
+def test_the_true_motion_is_found_and_drawn(sequence, tmp_path):
+    result = demo(sequence, "--top_k", 200, "--device", "cpu", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
-    assert lines[0].startswith("aliked-n16rot on pytorch")
+    assert lines[0].startswith("aliked-t16-homography (this project's own weights ")
     assert "there is no display: writing pictures into demo" in lines[1]
     assert lines[2].startswith("0.png - 1.png: 200 and 200 keypoints, ")
     assert lines[4].startswith("in total: 2 pairs, ")
@@ -63,10 +61,10 @@ def test_the_true_motion_is_found_and_drawn(sequence, weights_dir, tmp_path):
     assert "demo/pair_0001.jpg" in lines[5] and "demo/motion.webp" in lines[6]
 
 
-def test_threshold_mode_needs_a_threshold(sequence, weights_dir, tmp_path):
+def test_threshold_mode_needs_a_threshold(sequence, tmp_path):
     assert "pass --scores_th" in refused(demo(sequence, "--top_k", 0))
     result = demo(
-        sequence, "--weights", weights_dir, "--top_k", 0, "--scores_th", 0.2, "--n_limit", 30,
+        sequence, "--top_k", 0, "--scores_th", 0.2, "--n_limit", 30,
         "--output", tmp_path / "out",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -74,9 +72,9 @@ def test_threshold_mode_needs_a_threshold(sequence, weights_dir, tmp_path):
     assert "no window" not in result.stdout  # files were asked for
 
 
-def test_a_similarity_that_nothing_reaches_gives_no_matches(sequence, weights_dir, tmp_path):
+def test_a_similarity_that_nothing_reaches_gives_no_matches(sequence, tmp_path):
     result = demo(
-        sequence, "--weights", weights_dir, "--top_k", 50, "--min_similarity", 1.1,
+        sequence, "--top_k", 50, "--min_similarity", 1.1,
         "--output", tmp_path / "out",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -98,19 +96,19 @@ def test_one_image_is_not_a_pair(sequence, tmp_path):
     assert "has one image" in refused(demo(tmp_path))
 
 
-def test_an_output_folder_that_cannot_be_made_is_refused_first(sequence, weights_dir, tmp_path):
+def test_an_output_folder_that_cannot_be_made_is_refused_first(sequence, tmp_path):
     (tmp_path / "file").touch()
-    result = demo(sequence, "--weights", weights_dir, "--output", tmp_path / "file" / "out")
+    result = demo(sequence, "--output", tmp_path / "file" / "out")
     assert "cannot write into" in refused(result)
     assert result.stdout == ""
 
 
-def test_a_truncated_image_ends_the_run_by_name(sequence, weights_dir, tmp_path):
+def test_a_truncated_image_ends_the_run_by_name(sequence, tmp_path):
     for path in sequence.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "2.jpg").write_bytes(cv2.imencode(".jpg", data.coffee())[1].tobytes()[:5000])
     (tmp_path / "2.png").unlink()
-    result = demo(tmp_path, "--weights", weights_dir, "--top_k", 50, "--output", tmp_path / "out")
+    result = demo(tmp_path, "--top_k", 50, "--output", tmp_path / "out")
     assert "2.jpg is truncated" in refused(result)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["pair_0001.jpg"]
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from aliked.backends import Spec, create_extractor
-from aliked.configs import CONFIGS
+from aliked.configs import OFFICIAL
 from aliked.errors import InputError
 from aliked.features import drop_fill_ins
 from aliked.model import plain_float32, to_tensor
@@ -25,7 +25,7 @@ def extractors(weights_dir, model, **options):
     return create_extractor("fused", spec), create_extractor("pytorch", spec)
 
 
-@pytest.mark.parametrize("model", CONFIGS)
+@pytest.mark.parametrize("model", OFFICIAL)
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", FP32), ("fp16", FP16)])
 def test_features_are_those_of_the_plain_model(weights_dir, model, precision, tolerance):
     fused, plain = extractors(weights_dir, model, precision=precision)

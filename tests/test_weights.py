@@ -5,11 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from aliked import weights
-from aliked.configs import CONFIGS
+from aliked.configs import CONFIGS, OFFICIAL
 from aliked.download import RemoteFile
 from aliked.errors import InputError
+from aliked.model import ALIKED
 from aliked.weights import find_weights, load_state_dict
 from tests.file_server import FileServer
 
@@ -19,7 +21,7 @@ NOBODY = "http://127.0.0.1:9"  # the discard port: no server listens there
 @pytest.fixture
 def contents(monkeypatch: pytest.MonkeyPatch, cache: Path) -> dict[str, bytes]:
     """Stand-ins for the official files, in a table of their own; nobody serves them."""
-    contents = {name: f"the weights of {name}".encode() for name in CONFIGS}
+    contents = {name: f"the weights of {name}".encode() for name in OFFICIAL}
     files = tuple(
         RemoteFile(f"{name}.pth", len(data), hashlib.sha256(data).hexdigest())
         for name, data in contents.items()
@@ -121,7 +123,38 @@ def test_unknown_model_is_refused() -> None:
         find_weights("aliked-n17")
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+def test_shipped_weights_load_without_network_or_cache(cache: Path) -> None:
+    ALIKED.from_pretrained("aliked-t16-homography")
+    assert not cache.exists()
+
+
+def test_another_training_of_a_shipped_model_can_be_given(cache: Path, tmp_path: Path) -> None:
+    path = tmp_path / "mine.pth"
+    torch.save(ALIKED("aliked-t16-homography").state_dict(), path)
+    assert find_weights("aliked-t16-homography", path) == path
+    ALIKED.from_pretrained("aliked-t16-homography", weights=path)
+
+
+def test_official_weights_do_not_pass_for_shipped_ones(
+    contents: dict[str, bytes], tmp_path: Path
+) -> None:
+    path = put(tmp_path, "aliked-t16-homography", contents["aliked-t16"])
+    with pytest.raises(InputError, match="is the official aliked-t16 file"):
+        find_weights("aliked-t16-homography", path)
+
+
+@pytest.mark.parametrize("data", [b"", b"no weights", "another model"])
+def test_a_file_without_the_models_weights_is_refused(tmp_path: Path, data: bytes | str) -> None:
+    path = tmp_path / "mine.pth"
+    if data == "another model":
+        torch.save(ALIKED("aliked-n16").state_dict(), path)
+    else:
+        path.write_bytes(data)
+    with pytest.raises(InputError, match=r"mine\.pth"):
+        ALIKED.from_pretrained("aliked-t16-homography", weights=path)
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
 def test_official_weights_load(weights_dir: Path, name: str) -> None:
     state = load_state_dict(name, weights_dir)
     positions, dim = CONFIGS[name].num_positions, CONFIGS[name].dim

@@ -1,6 +1,6 @@
 """The four losses that keypoints and descriptors are trained with.
 
-After ALIKE (arXiv 2112.02906, section III-D) and ALIKED (arXiv 2304.03608, section III-C). All
+After ALIKE (arXiv 2112.02906) and ALIKED (arXiv 2304.03608), in their sections on training. All
 take fixed-size batches with masks, so that nothing waits for the device.
 """
 
@@ -25,7 +25,7 @@ def reprojection_loss(
     visible: tuple[torch.Tensor, torch.Tensor],
     radius: float,
 ) -> torch.Tensor:
-    """Mean distance, in pixels, of keypoints that show the same point (ALIKE, eq. 9).
+    """Mean distance, in pixels, of keypoints that show the same point (ALIKE).
 
     Keypoints of both images, [B, N, 2] and [B, M, 2], also projected into the other one, and
     which are visible there, [B, N] and [B, M]. The distance of a pair is the mean of those in
@@ -48,7 +48,7 @@ def reprojection_loss(
 
 
 def dispersity_loss(dispersity: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """Mean spread of the score around each keypoint (ALIKE's dispersity peak loss, eq. 11).
+    """Mean spread of the score around each keypoint (ALIKE's dispersity peak loss).
 
     `dispersity` [B, N] is the softmax-weighted mean squared distance from the keypoint, in units
     of the window's radius: small for a peak, 1 for a plateau.
@@ -59,7 +59,7 @@ def dispersity_loss(dispersity: torch.Tensor, kept: torch.Tensor) -> torch.Tenso
 def matching_log_probability(
     descriptors: torch.Tensor, others: torch.Tensor, ignored: torch.Tensor, temperature: float
 ) -> torch.Tensor:
-    """log q_m of ALIKED, section III-C: [B, N, D] and [B, M, D] unit vectors to [B, N, M].
+    """log q_m of ALIKED: [B, N, D] and [B, M, D] unit vectors to [B, N, M].
 
     The softmax of similarity / temperature over the other image's points without those that are
     `ignored`, [B, N, M].
@@ -69,7 +69,7 @@ def matching_log_probability(
 
 
 def sparse_nre_loss(log_probability: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-    """The sparse neural reprojection error: mean -log q_m of the true match (ALIKED, eq. 9).
+    """The sparse neural reprojection error: mean -log q_m of the true match (ALIKED).
 
     `log_probability` [B, N, N] has the true matches on its diagonal; `visible` [B, N] says which
     points have one.
@@ -80,7 +80,7 @@ def sparse_nre_loss(log_probability: torch.Tensor, visible: torch.Tensor) -> tor
 def reliability_loss(
     scores: torch.Tensor, others: torch.Tensor, reliability: torch.Tensor, visible: torch.Tensor
 ) -> torch.Tensor:
-    """Scores should be high where descriptors match (ALIKE, eq. 15): sum of w (1 - reliability).
+    """Scores should be high where descriptors match (ALIKE): sum of w (1 - reliability).
 
     All [B, N]: the scores of a point in both images, how reliably its descriptor finds the other
     one, in [0, 1], and whether both images show it. The weights w are the products of the scores,

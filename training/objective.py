@@ -30,8 +30,8 @@ class Points(NamedTuple):
 def detect_for_training(model: ALIKED, score_map: torch.Tensor, count: int) -> Detections:
     """The `count` best keypoints of [B, 1, H, W], differentiable in the score map.
 
-    Which pixels are selected is no function of the scores that could be differentiated (ALIKE,
-    section III-B): gradients flow through the soft-argmax, its dispersity and the scores.
+    Which pixels are selected is no function of the scores that could be differentiated: gradients
+    flow through the soft-argmax, its dispersity and the scores, as in ALIKE.
     """
     with torch.no_grad():
         maxima = inner(suppress_non_maxima(score_map))

@@ -34,7 +34,7 @@ BACKENDS = {
 class Spec:
     """What to run. A backend that runs a file (`model_path`) takes the rest from that file."""
 
-    model: str = "aliked-n16rot"
+    model: str = "aliked-t16-homography"  # the one whose weights are part of the project
     top_k: int = 1000  # <= 0: threshold mode
     scores_th: float = 0.2
     n_limit: int = 5000
