@@ -1,23 +1,31 @@
-"""Draw the time of every fused kernel against its limit, from records of `tools.bench_fused`.
+"""Draw the time of every fused kernel beside what the card's full rates would allow.
 
-The limit is the larger of two times: the bytes that a kernel must move at the rate of a copy, and
-its arithmetic at the rate of a large half-precision product, both as measured on the same card.
+The latter is the larger of two times: all arguments and results of a kernel once at the rate of a
+copy, and its arithmetic at the rate of a large half-precision product, both as measured on the same
+card. It is a scale and no bound: maps may still be in the cache, and sampling reads only parts.
 """
 
 import argparse
 import itertools
 import json
+import math
+from collections import Counter
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from aliked import cli
 from aliked.errors import InputError
 from aliked.files import whole_file
 
+ACROSS = 2  # panels side by side
+# The maps of operators that run more than once, in their order.
+MAP_SIZES = {"deform": ("1/8", "1/32"), "deform_level": ("1/8", "1/32")}
 
-def limit_us(record: dict, ceiling: dict) -> float:
-    """No version of this kernel that reads its inputs from memory is faster, microseconds."""
+
+def full_rate_us(record: dict, ceiling: dict) -> float:
+    """Time of a kernel's bytes or arithmetic at the card's rates, microseconds."""
     moving = record["bytes"] / ceiling["bytes_per_s"]
     return 1e6 * max(moving, record["flops"] / ceiling["flops_per_s"])
 
@@ -32,28 +40,57 @@ def cases_of(records: list[dict]) -> list[list[dict]]:
     return [list(group) for _, group in itertools.groupby(timed, case)]
 
 
+def labels(operators: list[dict]) -> list[str]:
+    """The operators' names; those that run at several sizes, with the size of the map."""
+    names, seen = [], Counter()
+    for operator in (record["operator"] for record in operators):
+        sizes = MAP_SIZES.get(operator, ())
+        names.append(f"{operator} {sizes[seen[operator]]}" if sizes else operator)
+        seen[operator] += 1
+    return names
+
+
+def title(whole: dict, full_rate: float) -> str:
+    """What was timed, and the whole call beside the sum over its kernels at full rate."""
+    batch, height, width = whole["shape"]
+    images = f"{width}x{height}" + (f", batch {batch}" if batch > 1 else "")
+    return (
+        f"{whole['model']}, {whole['precision']}, {images}\n"
+        f"whole call {whole['us']:.0f} µs, at full rate {full_rate:.0f} µs"
+    )
+
+
+def draw_case(axes: Axes, case: list[dict], ceiling: dict) -> None:
+    """A bar per kernel, its time at full rate within."""
+    operators = [record for record in case if "bytes" in record]
+    (whole,) = (record for record in case if record["operator"] == "infer")
+    measured = [record["us"] for record in operators]
+    full_rate = [full_rate_us(record, ceiling) for record in operators]
+    places = range(len(operators))
+    axes.barh(places, measured, color="#9ecae1", label="measured")
+    axes.barh(places, full_rate, color="#08519c", height=0.4, label="at full rate")
+    for place, us, least in zip(places, measured, full_rate, strict=True):
+        axes.text(max(us, least) + 0.3, place, f"{us:.1f}", va="center", fontsize=8)
+    axes.set_yticks(places, labels(operators))
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelbottom=True)
+    axes.set_xlabel("µs")
+    axes.set_title(title(whole, sum(full_rate)), fontsize=10)
+
+
 def draw(cases: list[list[dict]], ceiling: dict) -> Figure:
-    """A panel per case: a bar per kernel, its limit within."""
+    """A panel per case, two side by side, all to one scale."""
+    down, across = math.ceil(len(cases) / ACROSS), min(ACROSS, len(cases))
     rows = max(len(case) for case in cases)
-    figure = Figure(figsize=(5 * len(cases), 0.3 * rows + 1.2), layout="constrained")
-    for axes, case in zip(figure.subplots(1, len(cases), squeeze=False)[0], cases, strict=True):
-        operators = [record for record in case if "bytes" in record]
-        (whole,) = (record for record in case if record["operator"] == "infer")
-        places = range(len(operators))
-        axes.barh(places, [r["us"] for r in operators], color="#9ecae1", label="measured")
-        limits = [limit_us(r, ceiling) for r in operators]
-        axes.barh(places, limits, color="#08519c", height=0.4, label="limit")
-        axes.set_yticks(places, [r["operator"] for r in operators])
-        axes.invert_yaxis()
-        axes.set_xlabel("µs")
-        batch, height, width = case[0]["shape"]
-        images = f"{width}x{height}" + (f", batch {batch}" if batch > 1 else "")
-        axes.set_title(
-            f"{case[0]['model']}, {case[0]['precision']}, {images}\n"
-            f"whole call {whole['us']:.0f} µs, limit {sum(limits):.0f} µs",
-            fontsize=10,
-        )
-        axes.legend(fontsize=8)
+    figure = Figure(figsize=(5 * across, (0.22 * rows + 1) * down), layout="constrained")
+    panels = figure.subplots(down, across, squeeze=False, sharex=True).flatten()
+    for axes, case in zip(panels, cases, strict=False):
+        draw_case(axes, case, ceiling)
+    for axes in panels[len(cases) :]:
+        axes.remove()
+    panels[0].legend(fontsize=8, loc="lower right")
     figure.suptitle(ceiling["gpu"], fontsize=10)
     return figure
 

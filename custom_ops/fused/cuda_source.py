@@ -1,4 +1,4 @@
-"""CUDA C++ kernels, for what Triton cannot say: stencils chained inside one tile.
+"""Compiles and launches the CUDA C++ kernels: all of half precision, and the choice of keypoints.
 
 Their sources are compiled on first use by NVRTC, which comes with PyTorch: no compiler is needed.
 """

@@ -1,4 +1,6 @@
-"""Tile sizes and warps of each kernel: defaults, and what was found faster on this very GPU.
+"""Tile sizes and warps of the Triton kernels, which run in float32 only.
+
+Defaults, and what was found faster on this very GPU.
 
 Found settings live in one JSON file per GPU model and Triton version, in the user's cache folder
 or `$ALIKED_CACHE_DIR`: {"<kernel> <type> <map shape> <channels>": {"ROWS": 8, ...}}.
@@ -14,7 +16,7 @@ import torch
 import triton
 
 # By kernel, then by the channels that go in: the entry of the largest number that is not above
-# them. Fastest on an H200 in half precision at 640x480, and right on every GPU.
+# them. Most were chosen in half precision on an H200, when that still was Triton.
 DEFAULTS = {
     "stem": {0: {"ROWS": 4, "COLUMNS": 32, "num_warps": 4}},
     "conv3x3": {
@@ -25,10 +27,9 @@ DEFAULTS = {
     "conv3x3_level": {
         0: {"ROWS": 8, "COLUMNS": 8, "TAPS": 3, "STAGES": 1, "num_warps": 2},
         16: {"ROWS": 8, "COLUMNS": 16, "TAPS": 1, "STAGES": 3, "num_warps": 4},
-        # Two warps: with four, Triton 3.6 gives wrong results on Hopper here (NOTES.md).
+        # Two warps: in half precision Triton 3.6 gave wrong results on Hopper with four.
         32: {"ROWS": 8, "COLUMNS": 8, "TAPS": 1, "STAGES": 1, "num_warps": 2},
     },
-    # In float32 only.
     "deform": {0: {"M": 16, "N": 32, "TAPS": 1, "R": 64, "K": 16, "STAGES": 3, "num_warps": 4}},
     "deform_level": {0: {"M": 16, "TAPS": 1, "R": 64, "K": 16, "STAGES": 1, "num_warps": 8}},
     "blend": {0: {"M": 128, "num_warps": 2}},
