@@ -93,7 +93,7 @@ def find_weights(name: str, path: str | Path | None = None) -> Path:
 
 
 def describe_weights(name: str, path: str | Path | None = None) -> str:
-    """Whose weights of model `name` are used, and where they are; looked up as by `find_weights`."""
+    """Whose weights of model `name` are used, and where they are, as found by `find_weights`."""
     found = find_weights(name, path)
     if not get_config(name).shipped:
         return f"official weights {found}"
