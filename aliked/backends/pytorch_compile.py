@@ -29,7 +29,5 @@ def create(spec: Spec) -> ForwardExtractor:
     model = load_model(spec, device)
     # What was compiled for another model counts against this one: both share their code.
     torch._dynamo.reset()
-    compiled = torch.compile(
-        model.forward, mode=spec.compile_mode, dynamic=False, fullgraph=True
-    )
+    compiled = torch.compile(model.forward, mode=spec.compile_mode, dynamic=False, fullgraph=True)
     return ForwardExtractor("pytorch-compile", device, lambda batch: named(compiled(batch)))
