@@ -69,7 +69,7 @@ def test_poses_of_the_scene_are_found(scene_record):
         assert np.median(row["errors"]["opencv"]) < 5
 
 
-def test_the_same_views_in_tum_format_give_the_same_errors(views, scene_record, tmp_path):
+def test_the_same_views_in_tum_format_are_judged_by_the_same_poses(views, scene_record, tmp_path):
     lines = []
     for index, (name, pose) in enumerate(zip(views.names, views.poses, strict=True)):
         (tmp_path / f"{index}.5.webp").write_bytes((SCENE / name).read_bytes())
@@ -84,8 +84,10 @@ def test_the_same_views_in_tum_format_give_the_same_errors(views, scene_record, 
     for row, same in zip(record["pairs"], scene_record["pairs"], strict=True):
         assert row["correct"] is None  # no depth
         assert row["matches"] == same["matches"]
-        # Poses by quaternions differ in the last digits; errors are kept to three decimals.
-        np.testing.assert_allclose(row["errors"]["opencv"], same["errors"]["opencv"], atol=3e-3)
+        # By the same poses and intrinsics: within 1 px of the true epipolar lines.
+        assert row["epipolar"] == same["epipolar"] > 0
+        # Random numbers go by the names of the images.
+        assert np.median(row["errors"]["opencv"]) < 5
 
 
 def test_a_sequence_needs_no_ground_truth(tmp_path):

@@ -12,6 +12,7 @@ from aliked.evaluation.pose import KIND
 from aliked.evaluation.pose_errors import direction_error, epipolar_distance, rotation_error
 from aliked.evaluation.pose_estimators import estimators
 from aliked.evaluation.pose_measure import agree, measure
+from aliked.evaluation.pose_repeats import seeds_of
 from aliked.evaluation.scene_pairs import scene_data
 from aliked.features import Features
 
@@ -149,6 +150,12 @@ def test_a_pair_with_too_few_matches_counts_as_a_failure(pairs, count):
     good = measured(pairs[0], *exact(pairs[0]))
     auc = next(score for score in KIND.scores if score.name == "AUC@20")
     assert auc.value([row, good]) == pytest.approx(0.5, abs=0.01)  # not dropped
+
+
+def test_every_pair_and_every_repeat_has_random_numbers_of_its_own():
+    seeds = [seeds_of(name, seed, 3) for name in ("a - b", "b - c") for seed in (0, 1)]
+    assert len({number for own in seeds for number in own}) == 12
+    assert seeds[0] == seeds_of("a - b", 0, 3)
 
 
 def test_the_same_seed_gives_the_same_row(pairs):

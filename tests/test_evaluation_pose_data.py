@@ -160,10 +160,16 @@ def test_megadepth_is_read_as_published(published):
     np.testing.assert_allclose(motion.intrinsics[0], expected, atol=1e-9)
 
 
-def test_megadepth_in_the_layout_of_glue_factory(tmp_path):
+TO_THE_RIGHT = np.array([[1, 0, 0, -1], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+
+
+@pytest.mark.parametrize(
+    "pose", [[*np.eye(3).ravel(), -1, 0, 0], TO_THE_RIGHT.ravel()], ids=["R t", "4x4"]
+)
+def test_megadepth_in_the_layout_of_glue_factory(tmp_path, pose):
     for index in range(2):
         write_image(tmp_path / "images" / "0015" / f"{index}.png", 800, 600)
-    numbers = [*COLMAP.ravel(), *COLMAP.ravel(), *np.eye(3).ravel(), -1, 0, 0]
+    numbers = [*COLMAP.ravel(), *COLMAP.ravel(), *pose]
     line = " ".join(["0015/0.png", "0015/1.png", *map(str, numbers)])
     path = tmp_path / "pairs_calibrated.txt"
     path.write_text("\n".join([line] * 1500))

@@ -61,17 +61,18 @@ def views(outliers: int) -> tuple[Features, Features]:
 
 @pytest.mark.parametrize("intrinsics", [None, CAMERA])
 def test_the_inlier_ratio_is_that_of_the_matches_that_move_as_one(intrinsics):
-    assert measure(PAIR, *views(0), intrinsics, seed=0)["inliers"] == 200
-    row = measure(PAIR, *views(100), intrinsics, seed=0)
+    assert measure(PAIR, *views(0), intrinsics, seed=0, repeats=1)["inliers"] == 200
+    row = measure(PAIR, *views(100), intrinsics, seed=0, repeats=3)
     # A wrong match is within 1 px of a line across 480 px about once in 200 times.
     assert 100 <= row["inliers"] <= 105
-    assert row["matches"] == len(row["links"]) + 200 - row["inliers"] == 200
+    assert 100 <= len(row["links"]) <= 105
+    assert row["matches"] == 200
 
 
 @pytest.mark.parametrize("count", [0, 7])
 def test_a_pair_with_too_few_matches_counts_as_a_failure(count):
     few = [Features(f.keypoints[:count], f.scores[:count], f.descriptors[:count]) for f in views(0)]
-    row = measure(PAIR, *few, None, seed=0)
+    row = measure(PAIR, *few, None, seed=0, repeats=2)
     assert (row["matches"], row["inliers"]) == (count, 0)
     rows = with_tracks([row | {"group": "a"}])
     assert score(rows, "inlier ratio") == score(rows, "track length") == 0
@@ -84,8 +85,8 @@ def test_a_folder_that_is_no_sequence_is_refused(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(tmp_path / name), texture(32, 48))
     with pytest.raises(InputError, match="a has one image"):
-        task_of([tmp_path / "a"], None, 0)
+        task_of([tmp_path / "a"], None, 0, 1)
     with pytest.raises(InputError, match=r"one name \(b, b\)"):
-        task_of([tmp_path / "b", tmp_path / "c" / "b"], None, 0)
-    task = task_of([tmp_path / "b"], None, 0)
+        task_of([tmp_path / "b", tmp_path / "c" / "b"], None, 0, 1)
+    task = task_of([tmp_path / "b"], None, 0, 1)
     assert [image.name for image in task.images] == ["b/1.png", "b/2.png"]

@@ -28,7 +28,10 @@ LISTS = ("0015_0.1_0.3", "0015_0.3_0.5", "0022_0.1_0.3", "0022_0.3_0.5", "0022_0
 LIST_FOLDERS = (".", "scene_info", "index", "megadepth_test_1500_scene_info")
 PHOTOGRAPHS = "Undistorted_SfM"
 TEXT_LIST = "pairs_calibrated.txt"
-PAIR_LINE = "two names, two intrinsics of 9 numbers, a rotation of 9 and a translation of 3"
+PAIR_LINE = (
+    "two names, two intrinsics of 9 numbers, then a rotation of 9 and a translation of 3, or a 4x4 "
+    "matrix"
+)
 CURE = (
     "MegaDepth-1500 is either megadepth1500.zip of https://cvg-data.inf.ethz.ch/megadepth, or "
     "megadepth_test_1500.tar of https://github.com/zju3dv/LoFTR (see its README) with the .npz "
@@ -116,15 +119,18 @@ def _short(view: View) -> str:
 
 
 def _pairs_of_text(folder: Path, photograph: Photographs) -> list[Pair]:
-    """Glue Factory's layout: `first second`, both intrinsics row by row, rotation, translation."""
+    """Glue Factory's layout."""
     path = folder / TEXT_LIST
     pairs = []
     for number, words in read_lines(path):
-        values = read_numbers(path, number, words[2:], 30, PAIR_LINE)
+        matrix = len(words) == 2 + 18 + 16
+        values = read_numbers(path, number, words[2:], 34 if matrix else 30, PAIR_LINE)
         intrinsics, pose = values[:18].reshape(2, 3, 3), np.eye(4)
-        pose[:3, :3], pose[:3, 3] = values[18:27].reshape(3, 3), values[27:]
+        if matrix:
+            pose = values[18:].reshape(4, 4)
+        else:
+            pose[:3, :3], pose[:3, 3] = values[18:27].reshape(3, 3), values[27:]
         first, second = (photograph(f"images/{name}") for name in words[:2])
         motion = Motion(_view(first, intrinsics[0], np.eye(4)), _view(second, intrinsics[1], pose))
-        name = " - ".join(words[:2])
-        pairs.append(posed_pair(name, NAME, motion))
+        pairs.append(posed_pair(" - ".join(words[:2]), words[0].split("/")[0], motion))
     return pairs

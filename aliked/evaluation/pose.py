@@ -15,6 +15,7 @@ from aliked.evaluation.pairs import Pair, match, measure_pairs
 from aliked.evaluation.pose_data import PoseData
 from aliked.evaluation.pose_estimators import INLIER_PX, estimators
 from aliked.evaluation.pose_measure import agree, measure
+from aliked.evaluation.pose_repeats import add_repeats_option, check_repeats
 from aliked.evaluation.pose_scores import KIND, errors_of
 from aliked.evaluation.runner import Task, run
 from aliked.evaluation.scene_pairs import scene_data
@@ -33,14 +34,7 @@ def add_pose_options(parser: argparse.ArgumentParser) -> None:
         help="folder: assets/scene_640x480 (or any other with scene.json), MegaDepth-1500, or a "
         "sequence with groundtruth.txt in TUM format",
     )
-    parser.add_argument(
-        "--repeats",
-        type=int,
-        default=5,
-        metavar="N",
-        help="robust estimations of each pose, all of them counted: their random numbers change "
-        "more than precision does (default: %(default)s)",
-    )
+    add_repeats_option(parser)
     group = parser.add_argument_group("sequences in TUM format")
     group.add_argument(
         "--intrinsics",
@@ -75,8 +69,7 @@ def add_pose_options(parser: argparse.ArgumentParser) -> None:
 
 def run_pose(args: argparse.Namespace) -> int:
     """Evaluate on one data set."""
-    if args.repeats < 1:
-        raise InputError(f"--repeats {args.repeats} estimates nothing; give at least 1")
+    check_repeats(args.repeats)
     return run(args, task_of(load_data(args), args.seed, args.repeats))
 
 

@@ -6,6 +6,7 @@ from aliked.evaluation.pairs import Pair, match
 from aliked.evaluation.pose_data import Motion
 from aliked.evaluation.pose_errors import direction_error, epipolar_distance, rotation_error
 from aliked.evaluation.pose_estimators import RelativePose, estimators
+from aliked.evaluation.pose_repeats import seeds_of
 from aliked.features import Features
 
 EPIPOLAR_PX = 1  # of a match that agrees with the true pose
@@ -25,8 +26,9 @@ def measure(pair: Pair, first: Features, second: Features, seed: int, repeats: i
     motion: Motion = pair.truth
     matches = match(first, second)
     points = first.keypoints[matches[:, 0]], second.keypoints[matches[:, 1]]
+    seeds = seeds_of(pair.name, seed, repeats)
     poses = {
-        name: [estimate(*points, *motion.intrinsics, seed + repeat) for repeat in range(repeats)]
+        name: [estimate(*points, *motion.intrinsics, own_seed) for own_seed in seeds]
         for name, estimate in estimators().items()
     }
     off = {name: np.array([angles(pose, motion) for pose in own]) for name, own in poses.items()}

@@ -15,6 +15,7 @@ from aliked.evaluation.images import Image
 from aliked.evaluation.options import add_shared_options
 from aliked.evaluation.pairs import Pair, match, measure_pairs
 from aliked.evaluation.pose_estimators import by_opencv, magsac
+from aliked.evaluation.pose_repeats import add_repeats_option, check_repeats, seeds_of
 from aliked.evaluation.runner import Rows, Task, run
 from aliked.evaluation.scores import Kind, Score
 from aliked.evaluation.store import FeatureStore
@@ -51,7 +52,8 @@ KIND = Kind(
     notes=(
         "Consecutive images, mutual nearest neighbours, no limit of similarity. inliers: matches "
         f"within {INLIER_PX:g} px of the epipolar lines that most of them agree on, by OpenCV's "
-        "MAGSAC++ (the fundamental matrix, or the essential one where intrinsics are given). "
+        "MAGSAC++ (the fundamental matrix, or the essential one where intrinsics are given), "
+        "estimated several times with other random numbers. "
         "inlier ratio: their share, in %, mean over the pairs. track length: images that a "
         "keypoint is followed through by inliers, mean over the tracks, at least 2."
     ),
@@ -70,16 +72,18 @@ def add_sequences_options(parser: argparse.ArgumentParser) -> None:
         help="FX FY CX CY in pixels, of all images, or a file with these four: inliers of an "
         "essential matrix instead of a fundamental one",
     )
+    add_repeats_option(parser)
     add_shared_options(parser)
 
 
 def run_sequences(args: argparse.Namespace) -> int:
     """Evaluate on all folders together."""
+    check_repeats(args.repeats)
     intrinsics = None if args.intrinsics is None else read_intrinsics(args.intrinsics)
-    return run(args, task_of(args.folders, intrinsics, args.seed))
+    return run(args, task_of(args.folders, intrinsics, args.seed, args.repeats))
 
 
-def task_of(folders: list[Path], intrinsics: np.ndarray | None, seed: int) -> Task:
+def task_of(folders: list[Path], intrinsics: np.ndarray | None, seed: int, repeats: int) -> Task:
     """What the runner needs to know; `InputError` where a folder is no sequence."""
     names = [folder.resolve().name for folder in folders]
     if len(set(names)) < len(names):
@@ -87,7 +91,7 @@ def task_of(folders: list[Path], intrinsics: np.ndarray | None, seed: int) -> Ta
     sequences = [sequence(folder) for folder in folders]
     pairs = [pair for images in sequences for pair in consecutive(images)]
     by_name = {pair.name: pair for pair in pairs}
-    measure_pair = functools.partial(measure, intrinsics=intrinsics, seed=seed)
+    measure_pair = functools.partial(measure, intrinsics=intrinsics, seed=seed, repeats=repeats)
     return Task(
         name="sequences",
         dataset=", ".join(names),
@@ -96,6 +100,7 @@ def task_of(folders: list[Path], intrinsics: np.ndarray | None, seed: int) -> Ta
         draw=lambda row, store: draw(by_name[row["name"]], row, store),
         parameters={
             "inlier_px": INLIER_PX,
+            "repeats": repeats,
             "intrinsics": None if intrinsics is None else intrinsics.tolist(),
         },
     )
@@ -120,17 +125,26 @@ def consecutive(images: list[Image]) -> list[Pair]:
 
 
 def measure(
-    pair: Pair, first: Features, second: Features, intrinsics: np.ndarray | None, seed: int
+    pair: Pair,
+    first: Features,
+    second: Features,
+    intrinsics: np.ndarray | None,
+    seed: int,
+    repeats: int,
 ) -> dict:
-    """Matches and inliers of a pair, and as `links` which keypoints are the same."""
+    """Matches of a pair, and inliers, mean of the repeats.
+
+    As `links` the keypoints that are the same: matches that are inliers in most repeats.
+    """
     matches = match(first, second)
     points = first.keypoints[matches[:, 0]], second.keypoints[matches[:, 1]]
-    links = matches[inliers_of(points, intrinsics, seed)]
+    seeds = seeds_of(pair.name, seed, repeats)
+    inliers = np.array([inliers_of(points, intrinsics, own_seed) for own_seed in seeds])
     return {
         "keypoints": [len(first), len(second)],
         "matches": len(matches),
-        "inliers": len(links),
-        "links": links,
+        "inliers": float(inliers.sum(axis=1).mean()),
+        "links": matches[inliers.mean(axis=0) > 0.5],
     }
 
 
@@ -166,5 +180,5 @@ def draw(pair: Pair, row: dict, store: FeatureStore) -> np.ndarray:
         pair.second.load(),
         second,
         match(first, second),
-        f"{pair.name}: {row['inliers']} inliers of {row['matches']} matches",
+        f"{pair.name}: {row['inliers']:.0f} inliers of {row['matches']} matches",
     )
