@@ -66,13 +66,16 @@ def settings() -> dict:
     """The switches that decide what "float32" and "fast" mean, as they are during the runs."""
     import torch
 
+    from aliked.patches import form_in_use
+
     cudnn = torch.backends.cudnn
     return {
         "tf32": False,  # every backend switches it off
-        "inference_mode": True,
+        "gradients": False,
         "garbage_collector": "off in timed runs",
         "cudnn_benchmark": cudnn.benchmark,
         "cudnn_deterministic": cudnn.deterministic,
+        "get_patches": form_in_use(),
     }
 
 
