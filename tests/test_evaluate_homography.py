@@ -1,7 +1,6 @@
 """`evaluate.py homography` as users run it."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,8 +26,7 @@ def scenes(tmp_path_factory) -> Path:
 def script(*arguments, cwd: Path = ROOT):
     """Run the script; its result."""
     command = [sys.executable, str(ROOT / "evaluate.py"), *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
 
 
 def tables(folder: Path) -> str:
