@@ -17,6 +17,7 @@ from training.appearance import change_appearance
 from training.drawn import drawn_image
 from training.geometry import project, random_homographies, random_pairs
 from training.model import TrainableALIKED
+from training.pool import fill_with
 from training.settings import load_settings
 from training.train import CONFIG, Trainer
 
@@ -72,6 +73,32 @@ def test_a_drawn_image_is_its_seeds():
     assert np.array_equal(first, again) and not np.array_equal(first, other)
 
 
+@pytest.mark.parametrize("size", [(50, 60), (80, 200), (300, 400), (120, 160)])
+def test_a_photograph_fills_an_image_without_a_second_copy(size):
+    y, x = np.mgrid[0 : size[0], 0 : size[1]]
+    # Colours name the place: a pixel of the same colour shows the same place of the photograph.
+    photograph = np.stack((x * 255 // size[1], y * 255 // size[0], 0 * x), axis=-1)
+    for seed in range(8):
+        image = fill_with(np.random.default_rng(seed), photograph.astype(np.uint8), 120, 160)
+        assert image.shape == (120, 160, 3) and image.dtype == np.uint8
+        # Along each axis the colour turns back at most once on either side.
+        for axis in (0, 1):
+            middle = np.take(image.astype(int), image.shape[axis] // 2, axis=1 - axis)
+            varying = middle[:, np.ptp(middle, axis=0).argmax()]
+            steps = np.sign(np.diff(varying))
+            assert np.count_nonzero(np.diff(steps[steps != 0])) <= 2
+
+
+def test_steps_take_the_image_sizes_in_turn():
+    run = dataclasses.replace(SMOKE.run, image_sizes=(64, 96), batch_pixels=4 * 64**2)
+    trainer = Trainer(dataclasses.replace(SMOKE, run=run), torch.device("cpu"))
+    pool = torch.randint(256, (4, 100, 120, 3), dtype=torch.uint8)
+    shapes = []
+    for trainer.step in range(3):
+        shapes.append(tuple(trainer.draw_pair(pool, 0.5).second.shape))
+    assert shapes == [(4, 3, 64, 64), (1, 3, 96, 96), (4, 3, 64, 64)]
+
+
 def test_settings_with_a_key_too_many_are_refused(tmp_path):
     path = tmp_path / "config.toml"
     path.write_text(CONFIG.read_text().replace("jpeg = 0.3", "jpeg = 0.3\nfog = 1"))
@@ -106,7 +133,7 @@ def test_a_smoke_run_writes_weights_logs_and_a_checkpoint(tmp_path):
 
 def test_resumed_training_goes_on_as_if_never_stopped(tmp_path):
     pool = torch.randint(256, (4, 100, 120, 3), dtype=torch.uint8)
-    settings = dataclasses.replace(SMOKE, run=dataclasses.replace(SMOKE.run, image_size=64))
+    settings = dataclasses.replace(SMOKE, run=dataclasses.replace(SMOKE.run, image_sizes=(64, 96)))
     straight = Trainer(settings, torch.device("cpu"))
     stopped = Trainer(settings, torch.device("cpu"))
     for _ in range(3):

@@ -14,6 +14,7 @@ Rng = np.random.Generator
 Texture = Callable[[Rng, int, int], np.ndarray]  # rng, height, width to float [H, W, 3] in [0, 1]
 
 SUPERSAMPLING = 3  # of drawn edges, per direction: Pillow itself draws them jagged
+SHAPES = (1.3e-4, 5e-4, 1.3e-3)  # per pixel of a scene: few, some or many
 LETTERS = string.ascii_letters + string.digits + ".,:;!?&%()/+-"
 
 
@@ -149,7 +150,7 @@ def put_shape(image: np.ndarray, rng: Rng, radius: float, fill: Texture) -> None
 def scene(rng: Rng, height: int, width: int, fill: Texture = texture) -> np.ndarray:
     """Shapes of all sizes in front of each other, small ones most often, as things are seen."""
     image = fill(rng, height, width).astype(np.float32)
-    count = int(rng.choice((40, 150, 400)))
+    count = int(rng.choice(SHAPES) * height * width)
     # Few large and many small: sizes follow a power law, as in photographs.
     radii = 6 * rng.uniform(0.005, 1, count) ** -0.8
     for radius in np.sort(radii.clip(max=200))[::-1]:

@@ -10,6 +10,7 @@ from training.settings import Geometry
 
 SUPERSAMPLING = 2  # samples per pixel and direction: a view may be half the source's scale
 SOURCE_SCALE = (0.7, 1.5)  # source pixels per pixel of the first view
+LARGEST_VIEW = 1.2  # of the source's shorter side
 HORIZON = 0.05  # the homogeneous denominator below which a point is as good as at infinity
 
 
@@ -91,6 +92,8 @@ def random_source_frames(
     """
     height, width = source
     low, high = SOURCE_SCALE
+    # A large view of a small source would show much of it twice, reflected.
+    high = max(low, min(high, LARGEST_VIEW * min(source) / size))
     half = uniform(count, low, high, generator) * size / 2
     angle = uniform(count, -1, 1, generator)
     angle = angle * torch.where(uniform(count, 0, 1, generator) < 0.5, math.pi, math.pi / 12)

@@ -127,12 +127,15 @@ def pair_losses(
     images = torch.cat((pair.first, pair.second))
     with torch.autocast(images.device.type, torch.float16, enabled=half_precision):
         features, score_map = model.dense(images)
-    both = detect_for_training(model, score_map, settings.detected)
+    detected, random = (
+        round(share * images.shape[-1]) for share in (settings.detected, settings.random)
+    )
+    both = detect_for_training(model, score_map, detected)
     found = (
         Detections(*(rows[:count] for rows in both)),
         Detections(*(rows[count:] for rows in both)),
     )
-    points = common_points(pair, found, settings.random, generator)
+    points = common_points(pair, found, random, generator)
     places = torch.cat((points.first, points.second))
     with torch.autocast(images.device.type, torch.float16, enabled=half_precision):
         descriptors = model.desc_head(features, places, model.form)

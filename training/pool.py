@@ -1,6 +1,7 @@
 """The images that training and validation cut their pairs from, all of one size."""
 
 import functools
+import math
 import os
 from concurrent.futures import ProcessPoolExecutor
 
@@ -14,21 +15,35 @@ from training.settings import Pool
 TRAIN, VALIDATE = 0, 1  # keep the random numbers of the two sets apart
 
 
-def crop(rng: np.random.Generator, photograph: np.ndarray, height: int, width: int) -> np.ndarray:
-    """A random part of a photograph, scaled to `height` x `width`, uint8 [H, W, 3].
+def fill_with(
+    rng: np.random.Generator, photograph: np.ndarray, height: int, width: int
+) -> np.ndarray:
+    """`height` x `width` of a photograph at a random scale, uint8 [H, W, 3].
 
-    The largest such part of the photograph, or down to 0.4 of its sides; mirrored and turned by
-    multiples of 90 degrees.
+    Mirrored and turned by multiples of 90 degrees; magnified at most until it fills the image, so
+    that it stays sharp, and reflected at its edges where it does not.
     """
     photograph = np.rot90(photograph, rng.integers(4))[:, :: rng.choice((-1, 1))]
     rows, columns = photograph.shape[:2]
-    largest = min(rows / height, columns / width)
-    # Never magnified by more than 2, unless the whole photograph is small.
-    scale = rng.uniform(min(max(0.4 * largest, 0.5), largest), largest)
-    left, top = (rng.uniform(0, n - scale * m) for n, m in ((columns, width), (rows, height)))
-    box = (left, top, left + scale * width, top + scale * height)
+    needed = height / rows, width / columns
+    # Twice its size has to fill the image: a second copy would look like a wrong match.
+    smallest = max(min(1, *needed), *(side / 2 for side in needed))
+    scale = rng.uniform(smallest, max(smallest, 1, *needed))
+    size = math.ceil(columns * scale), math.ceil(rows * scale)
     image = Image.fromarray(np.ascontiguousarray(photograph))
-    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC, box))
+    image = np.asarray(image.resize(size, Image.Resampling.BICUBIC))
+    missing = [max(0, n - m) for n, m in zip((height, width), image.shape, strict=False)]
+    before = [rng.integers(n + 1) for n in missing]
+    padding = [(b, n - b) for b, n in zip(before, missing, strict=True)]
+    image = np.pad(image, (*padding, (0, 0)), mode="symmetric")
+    return cut(rng, image, height, width)
+
+
+def cut(rng: np.random.Generator, image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A random `height` x `width` of an image that is no smaller."""
+    rows, columns = image.shape[:2]
+    top, left = rng.integers(rows - height + 1), rng.integers(columns - width + 1)
+    return image[top : top + height, left : left + width]
 
 
 def photograph_or_texture(
@@ -40,9 +55,8 @@ def photograph_or_texture(
     photograph = cached_photograph(names[rng.integers(len(names))])
     rows, columns = photograph.shape[:2]
     if rows < height or columns < width:
-        return crop(rng, photograph, height, width) / 255
-    top, left = rng.integers(rows - height + 1), rng.integers(columns - width + 1)
-    return photograph[top : top + height, left : left + width] / 255
+        return fill_with(rng, photograph, height, width) / 255
+    return cut(rng, photograph, height, width) / 255
 
 
 cached_photograph = functools.cache(load_photograph)
@@ -55,7 +69,7 @@ def make_image(task: tuple[int, int, int, Pool]) -> np.ndarray:
     names = (TRAINING, HELD_OUT)[subset]
     size = pool.height, pool.width
     if index < pool.photographs:
-        return crop(rng, cached_photograph(names[index % len(names)]), *size)
+        return fill_with(rng, cached_photograph(names[index % len(names)]), *size)
     if index < pool.photographs + pool.blended:
         return drawn.drawn_image(rng, *size, functools.partial(photograph_or_texture, names))
     return drawn.drawn_image(rng, *size)

@@ -14,8 +14,8 @@ class Run:
     model: str
     seed: int
     steps: int
-    batch_size: int  # pairs
-    image_size: int  # pixels, both sides, a multiple of 32
+    image_sizes: tuple[int, ...]  # pixels, both sides, multiples of 32; a step has one of them
+    batch_pixels: int  # of the first images of a step's pairs together
     log_every: int  # steps
     validate_every: int  # steps
 
@@ -67,8 +67,8 @@ class Losses:
     dispersity: float
     reliability: float
     descriptor: float
-    detected: int  # keypoints per image
-    random: int  # points per pair
+    detected: float  # keypoints per image, in sides of the image: with 0.5, 160 in 320x320
+    random: float  # points per pair, likewise
     match_radius: float  # pixels: keypoints closer than this are one point seen twice
     exclusion_radius: float  # pixels: points closer than this are no wrong matches
     temperature: float  # of similarities, in the softmax over wrong and right matches
@@ -91,7 +91,7 @@ class Validation:
     """What the matching score is measured on."""
 
     pairs: int
-    image_size: int  # pixels, both sides
+    image_sizes: tuple[int, ...]  # pixels, both sides; pairs take turns
     top_k: int
 
 

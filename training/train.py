@@ -93,12 +93,12 @@ class Trainer:
     def draw_pair(self, pool: torch.Tensor, progress: float) -> Pair:
         """A fresh batch of views of random images of the pool, uint8 [N, H, W, 3]."""
         run, settings = self.settings.run, self.settings
-        chosen = torch.randint(
-            len(pool), (run.batch_size,), generator=self.generator, device=self.device
-        )
+        size = run.image_sizes[self.step % len(run.image_sizes)]
+        count = max(1, run.batch_pixels // size**2)
+        chosen = torch.randint(len(pool), (count,), generator=self.generator, device=self.device)
         sources = pool[chosen].permute(0, 3, 1, 2).float() / 255
         share = geometry_share(progress, settings.geometry)
-        pair = random_pairs(sources, run.image_size, settings.geometry, share, self.generator)
+        pair = random_pairs(sources, size, settings.geometry, share, self.generator)
         first, second = (
             change_appearance(v, settings.appearance, self.generator) for v in pair[:2]
         )
@@ -230,7 +230,7 @@ def main(args: argparse.Namespace) -> None:
     images = make_pool(TRAIN, settings.run.seed, settings.pool)
     pairs = make_pairs(settings, device)
     print(f"{len(images)} images made in {time.monotonic() - started:.0f} s", flush=True)
-    torch.backends.cudnn.benchmark = True  # all batches have one shape
+    torch.backends.cudnn.benchmark = True  # batches have few shapes
     trainer = Trainer(settings, device)
     if args.resume:
         trainer.load(args.resume)

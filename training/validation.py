@@ -30,12 +30,13 @@ def make_pairs(settings: Settings, device: torch.device) -> list[Pair]:
     """The validation pairs: the same for a seed on the same kind of device; uint8 views of one."""
     pool = make_pool(VALIDATE, settings.run.seed, settings.validation_pool)
     generator = torch.Generator(device).manual_seed(settings.run.seed)
+    sizes = settings.validation.image_sizes
     pairs = []
     for index in range(settings.validation.pairs):
         source = torch.from_numpy(pool[index % len(pool)]).to(device)[None]
         pair = random_pairs(
             source.permute(0, 3, 1, 2) / 255,
-            settings.validation.image_size,
+            sizes[index % len(sizes)],
             settings.geometry,
             1.0,
             generator,
