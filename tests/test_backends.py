@@ -89,6 +89,45 @@ def test_onnxruntime_refuses_cuda_where_its_provider_is_missing(tmp_path):
         )
 
 
+def test_onnxruntime_loads_cuda_before_its_provider_and_not_for_the_cpu(tmp_path, monkeypatch):
+    """The libraries of pip packages are on no loader's path: somebody has to load them."""
+    import onnxruntime
+
+    from aliked.backends.onnxruntime import CPU, CUDA, open_session
+
+    class Session:
+        def __init__(self, path, settings, providers):
+            steps.append(providers[0][0])
+
+        def get_providers(self):
+            return steps[-1:]
+
+    def preload() -> None:
+        print("Failed to load libcudnn.so.9")
+        steps.append("libraries")
+
+    steps, model = [], write_small_model(tmp_path / "model.onnx")
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    monkeypatch.setattr(onnxruntime, "preload_dlls", preload, raising=False)
+    open_session(model, CPU, {})
+    open_session(model, CUDA, {})
+    assert steps == [CPU, "libraries", CUDA]
+
+
+@pytest.mark.parametrize(("library", "runs"), [(None, False), ("libnvinfer.so.10", True)])
+def test_a_provider_without_tensorrt_itself_cannot_run(library, runs, monkeypatch):
+    import onnxruntime
+
+    from aliked.backends import onnxruntime_tensorrt
+
+    monkeypatch.setattr(
+        onnxruntime, "get_available_providers", lambda: [onnxruntime_tensorrt.TENSORRT]
+    )
+    monkeypatch.setattr(onnxruntime_tensorrt.ctypes.util, "find_library", lambda name: library)
+    reason = onnxruntime_tensorrt.unavailable()
+    assert reason is None if runs else "libraries are not installed" in reason
+
+
 def test_onnxruntime_tells_which_provider_runs_what(tmp_path):
     model = write_small_model(tmp_path / "model.onnx")
     extractor = create_extractor("onnxruntime-cpu", Spec("aliked-t16", model_path=model, top_k=20))

@@ -1,6 +1,8 @@
 """ONNX Runtime on an exported `.onnx` file, on the CPU or through its CUDA provider."""
 
+import contextlib
 import importlib.util
+import io
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -64,6 +66,19 @@ def choose_providers(device: str) -> Providers:
     return [chosen]
 
 
+def load_cuda_libraries() -> None:
+    """Load CUDA's and cuDNN's libraries from their pip packages, which no loader searches.
+
+    PyTorch's own count, where it was imported before. What is missing shows when the provider
+    does not load.
+    """
+    import onnxruntime
+
+    if hasattr(onnxruntime, "preload_dlls"):  # since ONNX Runtime 1.21
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it cannot find
+            onnxruntime.preload_dlls()
+
+
 def open_session(path: Path, provider: str, options: dict[str, str], others: Providers = ()):
     """An inference session on `provider`; nodes that it does not take go to `others`, then the CPU.
 
@@ -76,6 +91,8 @@ def open_session(path: Path, provider: str, options: dict[str, str], others: Pro
     settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     if not Path(path).is_file():
         raise InputError(f"{path} does not exist; export it with convert_pytorch_to_onnx.py")
+    if provider != CPU:
+        load_cuda_libraries()
     try:
         session = onnxruntime.InferenceSession(str(path), settings, [(provider, options), *others])
     except Exception as error:  # ONNX Runtime raises a class of its own for every status code

@@ -1,5 +1,8 @@
 """ONNX Runtime's TensorRT provider; nodes that it does not take run on the CUDA provider."""
 
+import ctypes.util
+import importlib.util
+
 from aliked.backends import Spec
 from aliked.backends.onnxruntime import (
     SUFFIX,
@@ -16,8 +19,15 @@ TENSORRT = "TensorrtExecutionProvider"
 
 
 def unavailable() -> str | None:
-    """Why the TensorRT provider cannot run here, or None."""
-    return provider_missing(TENSORRT)
+    """Why the TensorRT provider cannot run here, or None.
+
+    ONNX Runtime names the provider wherever it was built with it, TensorRT itself or not.
+    """
+    reason = provider_missing(TENSORRT)
+    installed = importlib.util.find_spec("tensorrt_libs") or ctypes.util.find_library("nvinfer")
+    if reason or installed:
+        return reason
+    return "TensorRT's libraries are not installed; see requirements-tensorrt.txt"
 
 
 def create(spec: Spec) -> ONNXRuntimeExtractor:
