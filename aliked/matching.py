@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 BLOCK = 2**22  # affinities held at a time: all of 20000 x 20000 would be 1.6 GB or more
+NEAR_BLOCK = 2**18  # distances: what fits into the processor's cache is computed twice as fast
 
 
 def match_mutual(
@@ -17,7 +18,10 @@ def match_mutual(
     index into each, ascending in the first.
     """
     i, j, similarity = _mutual_best(
-        lambda rows: descriptors0[rows] @ descriptors1.T, len(descriptors0), len(descriptors1)
+        lambda rows: descriptors0[rows] @ descriptors1.T,
+        len(descriptors0),
+        len(descriptors1),
+        BLOCK,
     )
     kept = similarity >= min_similarity
     return np.stack([i[kept], j[kept]], axis=1)
@@ -39,25 +43,25 @@ def mutual_nearest_keypoints(
         dy = a[rows, None, 1] - b[None, :, 1]
         return -(dx * dx + dy * dy)
 
-    i, j, _ = _mutual_best(nearness, len(a), len(b))
+    i, j, _ = _mutual_best(nearness, len(a), len(b), NEAR_BLOCK)
     distance = np.hypot(*(a[i] - b[j]).T)
     kept = distance <= radius
     return i[kept], j[kept], distance[kept]
 
 
 def _mutual_best(
-    affinity: Callable[[slice], np.ndarray], n: int, m: int
+    affinity: Callable[[slice], np.ndarray], n: int, m: int, block_size: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Pairs (row, column) of an [n, m] matrix that are the largest of both their row and column.
 
-    `affinity(rows)` computes some rows of it. Returns rows [P], columns [P], values [P]; among
-    equal values the lowest index wins.
+    `affinity(rows)` computes some rows of it, `block_size` values at a time. Returns rows [P],
+    columns [P], values [P]; among equal values the lowest index wins.
     """
     if n == 0 or m == 0:
         return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0)
     row_best = np.empty(n, np.int64)
     column_best, column_value = np.zeros(m, np.int64), np.full(m, -np.inf)
-    step = max(1, BLOCK // m)
+    step = max(1, block_size // m)
     for start in range(0, n, step):
         block = affinity(slice(start, start + step))
         block = np.where(np.isnan(block), -np.inf, block)  # what is not a number is nobody's best

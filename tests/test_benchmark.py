@@ -3,13 +3,15 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from aliked.benchmark import process, subject
+from aliked.benchmark import process, runner, subject, worker
 from aliked.benchmark.measure import measure
 from aliked.benchmark.records import append_record, read_records, resume
 from aliked.benchmark.reference import PARTS
@@ -22,6 +24,7 @@ from aliked.nvml import ProcessMemory
 from tests.fake_backends import FakeBackend, features_of
 from tests.timing_records import CONFIGURATION, ROW, measured, outcome
 
+ROOT = Path(__file__).resolve().parents[1]
 NOISE = np.random.default_rng(0).normal(scale=0.01, size=2000)
 
 
@@ -243,6 +246,30 @@ def test_bad_input_in_a_task_is_expected():
     assert caught.value.expected
 
 
+LOADED = """
+import importlib, os, sys, threading
+from aliked.benchmark import process
+for name in [*process.IMPORTED, *process.IMPORTED_FOR_A_GPU]:
+    importlib.import_module(name)
+import torch
+assert threading.active_count() == 1 and not torch.cuda.is_initialized()
+children = f"/proc/self/task/{os.getpid()}/children"
+assert not os.path.exists(children) or open(children).read() == "", "a process was started"
+"""
+
+
+def test_what_workers_find_imported_has_started_nothing():
+    """A fork has none of its parent's threads, and cannot use CUDA where its parent has."""
+    subprocess.run([sys.executable, "-c", LOADED], cwd=ROOT, check=True)
+
+
+def test_workers_without_a_gpu_are_as_small_as_before(monkeypatch):
+    monkeypatch.setattr(process.gpu, "driver", lambda: None)
+    assert process.imported_once() == list(process.IMPORTED)
+    monkeypatch.setattr(process.gpu, "driver", object)
+    assert "aliked.model" in process.imported_once()
+
+
 def dying(task, connection):
     os.write(2, b"illegal memory access\n")
     os.kill(os.getpid(), signal.SIGSEGV)
@@ -263,6 +290,30 @@ def test_progress_is_passed_on():
     seen = []
     result = process.run_task({"task": "row"}, lambda *stage: seen.append(stage), main=working)
     assert (result, seen) == ("row", [("timing", 3, 9)])
+
+
+def test_what_was_compiled_once_is_not_compiled_again(tmp_path, monkeypatch):
+    """Nor does what failed count as compiled."""
+    asked = []
+
+    def run_here(tasks, jobs, done, cache):
+        asked.append([task["row"]["backend"] for task in tasks])
+        for task in tasks:
+            if task["row"]["backend"] == "pytorch-compile":  # the other fails
+                worker.fill_cache(task, None)
+
+    paths = tuple(sorted((ROOT / "assets" / "sequence_640x480").glob("*.jpg"))[:1])
+    images = {ROW.image_set: ImageSet(ROW.image_set, paths, 640, 480, "")}
+    session = runner.Session("cpu", {}, {}, {}, images, Limits(), compiler_cache=tmp_path)
+    row = replace(ROW, model="aliked-t16-homography", top_k=20)
+    rows = [replace(row, backend=name) for name in ("pytorch", "pytorch-compile", "fused")]
+    monkeypatch.setattr(worker, "create_extractor", lambda _, spec: FakeBackend().create(spec))
+    monkeypatch.setattr(runner, "run_tasks", run_here)
+    for _ in range(2):
+        runner.fill_compiler_cache(session, rows, jobs=1)
+    assert asked == [["pytorch-compile", "fused"], ["fused"]]
+    runner.fill_compiler_cache(replace(session, versions={"torch": "3.0"}), rows, jobs=1)
+    assert asked[-1] == ["pytorch-compile", "fused"]
 
 
 # -- memory of a process --

@@ -59,6 +59,7 @@ def test_the_result_does_not_depend_on_the_block_size(rng, monkeypatch):
         [i, j] for i, j in enumerate(similarity.argmax(axis=1)) if similarity[:, j].argmax() == i
     ]
     monkeypatch.setattr(matching, "BLOCK", 200)  # 2 rows at a time
+    monkeypatch.setattr(matching, "NEAR_BLOCK", 200)
     np.testing.assert_array_equal(match_mutual(first, second, -1), matches)
     for blocked, whole in zip(
         mutual_nearest_keypoints(keypoints0, keypoints1, 5), pairs, strict=True

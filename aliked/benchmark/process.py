@@ -1,7 +1,8 @@
 """Running a worker: a task goes in, its result comes out, whatever becomes of the process.
 
-Workers are forks of a process that has loaded PyTorch already, and nothing else: each starts in
-milliseconds instead of seconds, with memory and tuning of its own all the same.
+Workers are forks of a process that has imported PyTorch, and for a GPU what runs through it there,
+but has used nothing of it: each starts in milliseconds instead of seconds, with memory and tuning
+of its own all the same.
 """
 
 import multiprocessing
@@ -15,10 +16,20 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from aliked import gpu
 from aliked.benchmark import worker
 
 LONGEST_S = 3600.0  # of one task, engine builds included
 PROCESSES = multiprocessing.get_context("forkserver")
+IMPORTED = ("aliked.benchmark.measure",)
+# Seconds of every row. None of them starts a thread, a process or CUDA; what is not installed is
+# passed over. Not without a GPU: there the memory that a record holds is that of the process.
+IMPORTED_FOR_A_GPU = (
+    "aliked.model",  # with torchvision
+    "custom_ops.fused.kernels",  # with Triton
+    "torch._inductor.compile_fx",
+    "torch._inductor.cudagraph_trees",
+)
 
 
 class TaskFailed(Exception):
@@ -40,7 +51,7 @@ def run_task(
 
     Compilers find nothing from earlier tasks unless a `compiler_cache` is given: a folder.
     """
-    PROCESSES.set_forkserver_preload(["aliked.benchmark.measure"])
+    PROCESSES.set_forkserver_preload(imported_once())
     with tempfile.TemporaryDirectory() as folder:
         errors = Path(folder) / "errors"
         environment = _environment(compiler_cache or Path(folder))
@@ -64,6 +75,11 @@ def run_task(
         if "error" in last:
             raise TaskFailed(last["error"], last["expected"])
         raise TaskFailed(_post_mortem(process.exitcode, errors.read_text(errors="replace")))
+
+
+def imported_once() -> list[str]:
+    """The modules that workers find imported."""
+    return [*IMPORTED, *(IMPORTED_FOR_A_GPU if gpu.driver() else ())]
 
 
 def run_tasks(

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from aliked.backends import load_backend
 from aliked.benchmark.artifacts import Artifact, artifact_path, make_artifacts
-from aliked.benchmark.environment import git_commit
+from aliked.benchmark.environment import ROOT, git_commit
 from aliked.benchmark.process import TaskFailed, run_task, run_tasks
 from aliked.benchmark.records import SCHEMA, append_record
 from aliked.benchmark.rows import ImageSet, Row, row_fields
@@ -168,13 +168,40 @@ def make_files(session: Session, rows: list[Row], jobs: int) -> dict[Row, Artifa
 
 
 def fill_compiler_cache(session: Session, rows: list[Row], jobs: int) -> None:
-    """Compile for every row, where what compilers make is kept; what fails, fails in its row."""
+    """Compile for every row that the cache lacks, where one is kept; what fails, fails in its row.
+
+    Every extractor that has run leaves a note beside what its compilers keep.
+    """
     if session.compiler_cache is None:
         return
     compiled = [row for row in rows if getattr(load_backend(row.backend), "COMPILES", False)]
-    tasks = [session.task(row) | {"task": "fill_cache"} for row in compiled]
+    tasks = [
+        session.task(row) | {"task": "fill_cache", "note": str(note)}
+        for row in compiled
+        if not (note := compiler_note(session, row)).exists()
+    ]
     with Bar("compiled", len(tasks)) as bar:
         run_tasks(tasks, jobs, bar.finish, session.compiler_cache)
+
+
+def compiler_note(session: Session, row: Row) -> Path:
+    """The file that says that the kept compiler cache has all that `row` needs."""
+    made_on = {
+        "versions": session.versions,
+        "machine": session.machine,
+        "runtime": row.runtime,
+        "kernels": _kernels(),
+    }
+    name = artifact_path(row, f"-{row.backend}.json", session.weights, made_on).name
+    return session.compiler_cache / "filled" / name
+
+
+def _kernels() -> str:
+    """A hash of the fused kernels' sources."""
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "custom_ops" / "fused").glob("*.*")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def make_record(

@@ -93,12 +93,15 @@ def build(task: dict, channel: Channel) -> None:
 
 
 def fill_cache(task: dict, channel: Channel) -> None:
-    """Run a row's extractor once, for what its compilers keep."""
+    """Run a row's extractor once, for what its compilers keep; then note that it has run."""
     row, spec = spec_of(task)
     extractor = create_extractor(row.backend, spec)
     image = load_image(task["images"][0])
     extractor.infer(extractor.to_device(np.stack([image] * row.batch)))
     extractor.synchronize()
+    note = Path(task["note"])
+    note.parent.mkdir(parents=True, exist_ok=True)
+    write_json(note, {"row": task["row"]})
 
 
 def measure_row(task: dict, channel: Channel) -> dict:
