@@ -1,13 +1,16 @@
-"""Adapter for `check_goldens.py`: this project's PyTorch model, everything it can return.
+"""Adapters for `check_goldens.py`: this project's PyTorch model, everything it can return, and the
+fused kernels, which return keypoints, scores and descriptors.
 
-It runs on `$ALIKED_TEST_DEVICE` in `$ALIKED_TEST_PRECISION`, by default the CPU in fp32.
+They run on `$ALIKED_TEST_DEVICE` in `$ALIKED_TEST_PRECISION`, by default the CPU in fp32.
 """
 
 import os
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from aliked.backends import Spec, create_extractor
 from aliked.model import ALIKED, plain_float32, to_tensor
 
 
@@ -26,3 +29,13 @@ def extract(name, image, top_k, scores_th, n_limit, weights_path):
     arrays = {name: getattr(output, name)[0][kept] for name in output._fields}
     arrays |= {"score_map": score_map[0, 0], "feature_map": features[0]}
     return {name: array.cpu() for name, array in arrays.items()}
+
+
+def extract_fused(name, image, top_k, scores_th, n_limit, weights_path):
+    """Run the fused kernels on one image; arrays by name, fill-ins removed."""
+    precision = os.environ.get("ALIKED_TEST_PRECISION", "fp32")
+    spec = Spec(
+        *(name, top_k, scores_th, n_limit), precision, device="cuda", weights=Path(weights_path)
+    )
+    features = create_extractor("fused", spec)(np.ascontiguousarray(image))
+    return {name: getattr(features, name) for name in ("keypoints", "scores", "descriptors")}
