@@ -247,13 +247,17 @@ def test_bad_input_in_a_task_is_expected():
 
 
 LOADED = """
-import importlib, os, sys, threading
+import ctypes, importlib, os, sys, threading
 from aliked.benchmark import process
 for name in [*process.IMPORTED, *process.IMPORTED_FOR_A_GPU]:
     importlib.import_module(name)
 import torch
 assert threading.active_count() == 1 and not torch.cuda.is_initialized()
 children = f"/proc/self/task/{os.getpid()}/children"
+from aliked import gpu
+if gpu.driver():
+    status = ctypes.CDLL("libcuda.so.1").cuDeviceGetCount(ctypes.byref(ctypes.c_int()))
+    assert status == 3, "not CUDA_ERROR_NOT_INITIALIZED: the driver is in use"
 assert not os.path.exists(children) or open(children).read() == "", "a process was started"
 """
 
@@ -281,7 +285,8 @@ def working(task, connection):
 
 
 def test_a_process_that_dies_says_how():
-    with pytest.raises(process.TaskFailed, match=r"SIGSEGV.*illegal memory access") as caught:
+    pattern = r"SIGSEGV.*last words: illegal memory access; it was in File .* in dying"
+    with pytest.raises(process.TaskFailed, match=pattern) as caught:
         process.run_task({"task": "measure"}, main=dying)
     assert not caught.value.expected
 

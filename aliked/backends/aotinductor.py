@@ -44,6 +44,9 @@ class PackagedForward:
 
     def __init__(self, path: Path, device: torch.device):
         self.path = path
+        # PyTorch 2.11 crashed on an H100 wherever a fresh process loaded a package, and not where
+        # CUDA was in use before: initialise it. (Not run on a GPU since.)
+        torch.empty(0, device=device)
         self.package = torch._inductor.aoti_load_package(
             str(path), device_index=device.index if device.index is not None else -1
         )

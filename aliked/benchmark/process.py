@@ -5,6 +5,7 @@ but has used nothing of it: each starts in milliseconds instead of seconds, with
 of its own all the same.
 """
 
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -22,13 +23,13 @@ from aliked.benchmark import worker
 LONGEST_S = 3600.0  # of one task, engine builds included
 PROCESSES = multiprocessing.get_context("forkserver")
 IMPORTED = ("aliked.benchmark.measure",)
-# Seconds of every row. None of them starts a thread, a process or CUDA; what is not installed is
-# passed over. Not without a GPU: there the memory that a record holds is that of the process.
+# Seconds of every row. None starts a thread, a process or CUDA: Inductor, when imported, asks
+# the driver for its devices, and no fork could use them then. What is not installed is passed over.
+# Not without a GPU: there the memory that a record holds is that of the process.
 IMPORTED_FOR_A_GPU = (
     "aliked.model",  # with torchvision
     "custom_ops.fused.kernels",  # with Triton
-    "torch._inductor.compile_fx",
-    "torch._inductor.cudagraph_trees",
+    "torch._dynamo",
 )
 
 
@@ -117,6 +118,7 @@ def _run(main: Callable, task: dict, channel: Connection, environment: dict, err
     file = os.open(errors, os.O_WRONLY | os.O_CREAT)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    faulthandler.enable()  # where a runtime crashes, its caller in Python is in the file
     main(task, channel)
 
 
@@ -132,8 +134,11 @@ def _listen(answers: Connection, progress: Callable | None) -> dict:
 
 
 def _post_mortem(status: int, errors: str) -> str:
-    lines = [line.strip() for line in errors.splitlines() if line.strip()]
+    said, _, stack = errors.partition("Fatal Python error")
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
     last_words = f"; its last words: {lines[-1]}" if lines else ""
+    calls = [line.strip() for line in stack.splitlines() if line.startswith("  File ")]
+    last_words += f"; it was in {calls[0]}" if calls else ""
     if status < 0:
         return f"the process was ended by {signal.Signals(-status).name}{last_words}"
     return f"the process ended with status {status} and no result{last_words}"
