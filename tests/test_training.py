@@ -90,7 +90,7 @@ def test_a_photograph_fills_an_image_without_a_second_copy(size):
 
 
 def test_steps_take_the_image_sizes_in_turn():
-    run = dataclasses.replace(SMOKE.run, image_sizes=(64, 96), batch_pixels=4 * 64**2)
+    run = dataclasses.replace(SMOKE.run, image_sizes=[64, 96], batch_pixels=4 * 64**2)
     trainer = Trainer(dataclasses.replace(SMOKE, run=run), torch.device("cpu"))
     pool = torch.randint(256, (4, 100, 120, 3), dtype=torch.uint8)
     shapes = []
@@ -103,6 +103,16 @@ def test_settings_with_a_key_too_many_are_refused(tmp_path):
     path = tmp_path / "config.toml"
     path.write_text(CONFIG.read_text().replace("jpeg = 0.3", "jpeg = 0.3\nfog = 1"))
     with pytest.raises(InputError, match="fog"):
+        load_settings(path)
+
+
+@pytest.mark.parametrize("sizes", ["320", "[]", "[320, 500]", "[0]", '["320"]'])
+def test_settings_with_impossible_image_sizes_are_refused(tmp_path, sizes):
+    path = tmp_path / "config.toml"
+    path.write_text(
+        CONFIG.read_text().replace("image_sizes = [480, 1024]", f"image_sizes = {sizes}")
+    )
+    with pytest.raises(InputError, match=r"image_sizes of \[validation\]"):
         load_settings(path)
 
 
@@ -133,7 +143,7 @@ def test_a_smoke_run_writes_weights_logs_and_a_checkpoint(tmp_path):
 
 def test_resumed_training_goes_on_as_if_never_stopped(tmp_path):
     pool = torch.randint(256, (4, 100, 120, 3), dtype=torch.uint8)
-    settings = dataclasses.replace(SMOKE, run=dataclasses.replace(SMOKE.run, image_sizes=(64, 96)))
+    settings = dataclasses.replace(SMOKE, run=dataclasses.replace(SMOKE.run, image_sizes=[64, 96]))
     straight = Trainer(settings, torch.device("cpu"))
     stopped = Trainer(settings, torch.device("cpu"))
     for _ in range(3):

@@ -14,7 +14,7 @@ class Run:
     model: str
     seed: int
     steps: int
-    image_sizes: tuple[int, ...]  # pixels, both sides, multiples of 32; a step has one of them
+    image_sizes: list[int]  # pixels, both sides, multiples of 32; a step has one of them
     batch_pixels: int  # of the first images of a step's pairs together
     log_every: int  # steps
     validate_every: int  # steps
@@ -91,7 +91,7 @@ class Validation:
     """What the matching score is measured on."""
 
     pairs: int
-    image_sizes: tuple[int, ...]  # pixels, both sides; pairs take turns
+    image_sizes: list[int]  # pixels, both sides; pairs take turns
     top_k: int
 
 
@@ -112,7 +112,8 @@ class Settings:
 def load_settings(path: Path, smoke: bool = False) -> Settings:
     """The settings in a TOML file; with `smoke` those of its table `smoke` replace the others.
 
-    Raises `InputError` where the file cannot be read, or has a key too many or too few.
+    Raises `InputError` where the file cannot be read, has a key too many or too few, or names image
+    sizes that no image can have.
     """
     try:
         tables = tomllib.loads(path.read_text())
@@ -122,8 +123,24 @@ def load_settings(path: Path, smoke: bool = False) -> Settings:
     tables.pop("smoke", None)
     kinds = {field.name: field.type for field in fields(Settings)}
     try:
-        return Settings(
+        settings = Settings(
             **{name: kinds[name](**table | small.get(name, {})) for name, table in tables.items()}
         )
     except (KeyError, TypeError) as error:
         raise InputError(f"{path} does not fit training/settings.py: {error}") from error
+    for name in ("run", "validation"):
+        sizes = getattr(settings, name).image_sizes
+        if not are_image_sizes(sizes):
+            raise InputError(
+                f"image_sizes of [{name}] in {path} is {sizes}; give a list of multiples of 32"
+            )
+    return settings
+
+
+def are_image_sizes(sizes: object) -> bool:
+    """Whether `sizes` is a list of sides that training can make images of."""
+    return (
+        isinstance(sizes, list)
+        and len(sizes) > 0
+        and all(isinstance(size, int) and size > 0 and size % 32 == 0 for size in sizes)
+    )
