@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from aliked.backends import Spec
-from aliked.backends.pytorch import OUTPUTS, choose_device, named
+from aliked.backends.pytorch import choose_device, named, to_features
 from aliked.errors import InputError
-from aliked.features import Features, check_image, drop_fill_ins
+from aliked.features import Features, check_image
 from aliked.model import ALIKED, PRECISIONS
 
 COMPILES = True
@@ -64,9 +64,7 @@ class FusedExtractor:
 
     def extract_batch(self, images: np.ndarray) -> list[Features]:
         """uint8 [B, H, W, 3] RGB to each image's `Features`, copies included."""
-        outputs = self.infer(self.to_device(images))
-        rows = [outputs[name].cpu().numpy() for name in OUTPUTS]
-        return [drop_fill_ins(*image) for image in zip(*rows, strict=True)]
+        return to_features(self.infer(self.to_device(images)))
 
     def to_device(self, images: np.ndarray) -> torch.Tensor:
         """uint8 [B, H, W, 3] RGB to the same on the device."""

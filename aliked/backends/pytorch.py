@@ -53,6 +53,12 @@ def named(output: Output) -> dict[str, torch.Tensor]:
     return {name: getattr(output, name) for name in OUTPUTS}
 
 
+def to_features(outputs: dict[str, torch.Tensor]) -> list[Features]:
+    """Each image's `Features` of a batch's `named` outputs, once the device has them."""
+    rows = [outputs[name].cpu().numpy() for name in OUTPUTS]
+    return [drop_fill_ins(*image) for image in zip(*rows, strict=True)]
+
+
 class NamedOutputs(torch.nn.Module):
     """A model as a module that returns `named` outputs, for exporters."""
 
@@ -78,9 +84,7 @@ class ForwardExtractor:
 
     def extract_batch(self, images: np.ndarray) -> list[Features]:
         """uint8 [B, H, W, 3] RGB to each image's `Features`, copies included."""
-        outputs = self.infer(self.to_device(images))
-        rows = [outputs[name].cpu().numpy() for name in OUTPUTS]
-        return [drop_fill_ins(*image) for image in zip(*rows, strict=True)]
+        return to_features(self.infer(self.to_device(images)))
 
     def to_device(self, images: np.ndarray) -> torch.Tensor:
         """uint8 [B, H, W, 3] RGB to float32 [B, 3, H, W] in [0, 1] on the device."""
