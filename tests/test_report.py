@@ -6,8 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from aliked import report
+from aliked.benchmark import plots
 from aliked.benchmark.records import write_records
 from aliked.benchmark.results import load_results
 from aliked.benchmark.tables import summary_table
@@ -193,3 +195,26 @@ def test_plots_are_drawn_apart_for_gpu_and_cpu(tmp_path):
             f"{device}_speed_and_precision_1241x376_k_2000.png",
         } <= names
     assert all((tmp_path / "out" / name).read_bytes()[:4] == b"\x89PNG" for name in names)
+
+
+def latency(records: list[dict], tmp_path: Path) -> Figure | None:
+    """The figure of latencies over K and size, if there is one."""
+    write_records(tmp_path / "r.jsonl", records)
+    own = [r for r in load_results([tmp_path / "r.jsonl"]) if r.measured]
+    return dict(plots.draw(own, "Some GPU")).get("latency")
+
+
+def test_latency_has_a_column_for_what_varies_only(tmp_path):
+    records = grid()
+    of_one_k = [record for record in records if record["row"]["top_k"] == 1000]
+    of_one_case = [record for record in of_one_k if record["row"]["width"] == 640]
+    assert len(latency(records, tmp_path).axes) == 2 * 2  # two models
+    assert len(latency(of_one_k, tmp_path).axes) == 2
+    assert latency(of_one_case, tmp_path) is None
+
+
+def test_the_legend_shows_the_colour_of_what_is_ranked_somewhere(tmp_path):
+    wrong = measured(replace(COMPILED, model="aliked-n32"), 0.5, in_common=0.9)
+    records = [wrong, measured(COMPILED, 0.5), measured(replace(COMPILED, width=1000), 0.9)]
+    (legend,) = latency(records, tmp_path).legends
+    assert [handle.get_alpha() for handle in legend.legend_handles] == [1.0]

@@ -20,6 +20,7 @@ from aliked.errors import InputError
 from aliked.files import whole_file
 
 ACROSS = 2  # panels side by side
+NUMBER = {"va": "center", "fontsize": 8}
 # The maps of operators that run more than once, in their order.
 MAP_SIZES = {"deform": ("1/8", "1/32"), "deform_level": ("1/8", "1/32")}
 
@@ -30,9 +31,9 @@ def full_rate_us(record: dict, ceiling: dict) -> float:
     return 1e6 * max(moving, record["flops"] / ceiling["flops_per_s"])
 
 
-def cases_of(records: list[dict]) -> list[list[dict]]:
+def cases_of(records: list[dict], batch: int) -> list[list[dict]]:
     """The timed operators of every model and image size, in the order of the file."""
-    timed = [record for record in records if "us" in record]
+    timed = [record for record in records if "us" in record and record["shape"][0] == batch]
 
     def case(record: dict) -> tuple:
         return record["model"], record["precision"], tuple(record["shape"])
@@ -70,7 +71,9 @@ def draw_case(axes: Axes, case: list[dict], ceiling: dict) -> None:
     axes.barh(places, measured, color="#9ecae1", label="measured")
     axes.barh(places, full_rate, color="#08519c", height=0.4, label="at full rate")
     for place, us, least in zip(places, measured, full_rate, strict=True):
-        axes.text(max(us, least) + 0.3, place, f"{us:.1f}", va="center", fontsize=8)
+        axes.annotate(
+            f"{us:.1f}", (max(us, least), place), (2, 0), textcoords="offset points", **NUMBER
+        )
     axes.set_yticks(places, labels(operators))
     axes.invert_yaxis()
     axes.margins(x=0.12)
@@ -99,6 +102,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("records", type=Path, help="JSONL file of tools.bench_fused")
+    p.add_argument("--batch", type=int, default=1, help="images per batch; default %(default)s")
     p.add_argument("--output", type=Path, required=True, metavar="FILE.png", help="the picture")
     return p
 
@@ -109,8 +113,11 @@ def main(args: argparse.Namespace) -> int:
     ceilings = [record for record in records if record["operator"] == "ceiling"]
     if not ceilings:
         raise InputError(f"{args.records} has no ceilings; make it again with tools.bench_fused")
+    cases = cases_of(records, args.batch)
+    if not cases:
+        raise InputError(f"{args.records} has no times of batch {args.batch}")
     with whole_file(args.output) as partial:
-        figure = draw(cases_of(records), ceilings[0])
+        figure = draw(cases, ceilings[0])
         figure.savefig(partial, format="png", dpi=110, metadata={"Software": None})
     print(f"wrote {args.output}")
     return 0

@@ -43,12 +43,11 @@ def draw(results: list[Result], device: str) -> list[tuple[str, Figure]]:
     """Every plot of the results on one device, with its name."""
     colours = runtime_colours(results)
     figures = []
-    cases = _cases(results)
-    for name, own in cases.items():
+    for name, own in _cases(results).items():
         title = f"{device}, {name}"
         figures.append((f"bars {name}", draw_bars(own, colours, title)))
         figures.append((f"speed and precision {name}", draw_scatter(own, colours, title)))
-    if len(cases) > 1:
+    if _several(results, _top_k) or _several(results, _pixels):
         figures.append(("latency", draw_latency(results, colours, device)))
     return figures
 
@@ -77,7 +76,9 @@ def draw_bars(results: list[Result], colours: Colours, title: str) -> Figure:
         axis.set_xticks(range(len(models)), models)
         axis.set_ylabel(f"{precision.upper()}: ms per image")
         axis.grid(axis="y", alpha=0.3)
-    _finish(figure, axes, f"{title}\nmedian, whiskers from minimum to p90; faded: not ranked")
+        axis.margins(y=0.12)  # room for the numbers
+    title = f"{title}\nmedian, whiskers from minimum to p90; faded: not ranked"
+    _finish(figure, axes, colours, title)
     return figure
 
 
@@ -93,12 +94,22 @@ def _draw_bar(axis: Axes, result: Result, place: float, width: float, colours: C
         alpha=_opacity(result),
         label=result.row.runtime,
     )
+    axis.annotate(
+        f"{clock['p50']:.2f}",
+        (place, clock["p90"]),
+        (0, 4),
+        textcoords="offset points",
+        ha="center",
+        va="bottom",
+        rotation="vertical",
+        fontsize="x-small",
+    )
 
 
 def draw_scatter(results: list[Result], colours: Colours, title: str) -> Figure:
     """Median compute time against keypoints in common with the reference, a panel per model."""
     models = _models(results)
-    figure, axes = _figure(1, len(models), height=3.6)
+    figure, axes = _figure(1, len(models), height=3.6, sharey=True)
     for axis, model in zip(axes.flat, models, strict=True):
         for result in (r for r in results if r.row.model == model):
             axis.plot(
@@ -115,27 +126,32 @@ def draw_scatter(results: list[Result], colours: Colours, title: str) -> Figure:
         axis.set_xlabel("ms per image (median)")
         axis.grid(alpha=0.3)
     axes.flat[0].set_ylabel("keypoints in common with\nPyTorch FP32 on the CPU, %")
-    _finish(figure, axes, f"{title}\nfaded: not ranked")
+    _finish(figure, axes, colours, f"{title}\nfaded: not ranked")
     return figure
 
 
 def draw_latency(results: list[Result], colours: Colours, title: str) -> Figure:
-    """Median compute time against K (smallest image) and against image size (smallest K)."""
+    """Median compute time against K (smallest image) and against image size (smallest K).
+
+    What does not vary has no column.
+    """
     models = _models(results)
-    smallest = min(map(_pixels, results))
+    smallest = min(results, key=_pixels)
     least_k = min(r.row.top_k for r in results)
-    size = next(_size(r) for r in results if _pixels(r) == smallest)
-    figure, axes = _figure(len(models), 2, height=2.6)
-    for (against_k, against_size), model in zip(axes, models, strict=True):
-        own = [r for r in results if r.row.model == model]
-        of_one_size = [r for r in own if _pixels(r) == smallest]
-        _draw_lines(against_k, of_one_size, lambda r: r.row.top_k, lambda r: r.row.top_k, colours)
-        of_one_k = [r for r in own if r.row.top_k == least_k]
-        _draw_lines(against_size, of_one_k, _pixels, _size, colours)
-        against_k.set_ylabel(f"{model}\nms per image (median)")
-    axes[-1][0].set_xlabel(f"K, at {size}")
-    axes[-1][1].set_xlabel(f"image size, at K {least_k}")
-    _finish(figure, axes, title)
+    of_one_size = [r for r in results if _pixels(r) == _pixels(smallest)]
+    of_one_k = [r for r in results if r.row.top_k == least_k]
+    columns = [
+        (of_one_size, _top_k, _top_k, f"K, at {_size(smallest)}"),
+        (of_one_k, _pixels, _size, f"image size, at K {least_k}"),
+    ]
+    columns = [column for column in columns if _several(column[0], column[1])]
+    figure, axes = _figure(len(models), len(columns), height=2.6)
+    for row, model in zip(axes, models, strict=True):
+        for axis, (chosen, x, text, label) in zip(row, columns, strict=True):
+            _draw_lines(axis, [r for r in chosen if r.row.model == model], x, text, colours)
+            axis.set_xlabel(label if model == models[-1] else "")
+        row[0].set_ylabel(f"{model}\nms per image (median)")
+    _finish(figure, axes, colours, title)
     return figure
 
 
@@ -177,6 +193,14 @@ def _models(results: list[Result]) -> list[str]:
     return [model for model in CONFIGS if any(r.row.model == model for r in results)]
 
 
+def _several(results: list[Result], x: Callable) -> bool:
+    return len({x(r) for r in results}) > 1
+
+
+def _top_k(result: Result) -> int:
+    return result.row.top_k
+
+
 def _pixels(result: Result) -> int:
     return result.row.width * result.row.height
 
@@ -196,25 +220,33 @@ def plain_ticks(axis) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _figure(rows: int, columns: int, height: float) -> tuple:
+def _figure(rows: int, columns: int, height: float, sharey: bool = False) -> tuple:
     figure = Figure(figsize=(max(7, 3.4 * columns), height * rows + 1), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
+    return figure, figure.subplots(rows, columns, squeeze=False, sharey=sharey)
 
 
-def _finish(figure: Figure, axes, title: str) -> None:
-    """One legend for all panels, and the title."""
+def _finish(figure: Figure, axes, colours: Colours, title: str) -> None:
+    """One legend for all panels in the order of the runtimes, and the title."""
     entries = {}
     for axis in axes.flat:
-        handles, labels = axis.get_legend_handles_labels()
-        entries |= dict(zip(labels, handles, strict=True))
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            if label not in entries or _alpha(handle) > _alpha(entries[label]):
+                entries[label] = handle
+    order = [name + suffix for name in colours for suffix in ("", " fp32", " fp16")]
+    labels = sorted(entries, key=order.index)
     figure.legend(
-        entries.values(),
-        entries.keys(),
+        [entries[label] for label in labels],
+        labels,
         loc="outside lower center",
         ncols=max(1, int(figure.get_figwidth() / 2.2)),
         fontsize="small",
     )
     figure.suptitle(title, fontsize="medium")
+
+
+def _alpha(handle) -> float:
+    """Opacity of a line, or of a bar in its container."""
+    return getattr(handle, "patches", [handle])[0].get_alpha()
 
 
 def save_figure(figure: Figure, folder: Path, name: str) -> Path:
