@@ -220,23 +220,25 @@ import sys
 from pathlib import Path
 import numpy as np
 from aliked.backends import Spec, create_extractor
-path, height, width = sys.argv[1:]
-spec = Spec("aliked-t16", top_k=200, device="cuda", model_path=Path(path))
+path, device, height, width = sys.argv[1:]
+spec = Spec("aliked-t16", top_k=200, device=device, model_path=Path(path))
 features = create_extractor("aotinductor", spec)(np.zeros((int(height), int(width), 3), np.uint8))
 assert features.descriptors.shape[1] == 64
 """
 
 
 @pytest.mark.gpu
-def test_a_process_that_has_compiled_nothing_runs_a_package(photographs, weights_dir, tmp_path):
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+def test_a_process_that_has_compiled_nothing_runs_a_package(
+    device, photographs, weights_dir, tmp_path
+):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     path, (height, width) = tmp_path / "model.pt2", photographs.shape[1:3]
-    spec = Spec("aliked-t16", top_k=200, device="cuda", weights=weights_dir)
+    spec = Spec("aliked-t16", top_k=200, device=device, weights=weights_dir)
     load_backend("aotinductor").build(spec, (1, height, width), path)
-    subprocess.run(
-        [sys.executable, "-c", LOADED_AFRESH, path, str(height), str(width)], cwd=ROOT, check=True
-    )
+    arguments = [str(argument) for argument in (path, device, height, width)]
+    subprocess.run([sys.executable, "-c", LOADED_AFRESH, *arguments], cwd=ROOT, check=True)
 
 
 @pytest.mark.gpu
