@@ -116,8 +116,11 @@ def test_onnxruntime_loads_cuda_before_its_provider_and_not_for_the_cpu(tmp_path
     assert steps == [CPU, "libraries", CUDA]
 
 
-@pytest.mark.parametrize(("library", "runs"), [(None, False), ("libnvinfer.so.10", True)])
-def test_a_provider_without_tensorrt_itself_cannot_run(library, runs, monkeypatch):
+@pytest.mark.parametrize(
+    ("library", "package", "runs"),
+    [(None, False, False), ("libnvinfer.so.10", False, True), (None, True, True)],
+)
+def test_a_provider_without_tensorrt_itself_cannot_run(library, package, runs, monkeypatch):
     import onnxruntime
 
     from aliked.backends import onnxruntime_tensorrt
@@ -126,6 +129,7 @@ def test_a_provider_without_tensorrt_itself_cannot_run(library, runs, monkeypatc
         onnxruntime, "get_available_providers", lambda: [onnxruntime_tensorrt.TENSORRT]
     )
     monkeypatch.setattr(onnxruntime_tensorrt.ctypes.util, "find_library", lambda name: library)
+    monkeypatch.setattr(onnxruntime_tensorrt, "from_pip", lambda: package)
     reason = onnxruntime_tensorrt.unavailable()
     assert reason is None if runs else "libraries are not installed" in reason
 

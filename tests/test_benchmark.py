@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -267,14 +269,16 @@ def test_what_workers_find_imported_has_started_nothing():
     subprocess.run([sys.executable, "-c", LOADED], cwd=ROOT, check=True)
 
 
-def test_workers_without_a_gpu_are_as_small_as_before(monkeypatch):
+def test_only_workers_for_a_gpu_find_imported_what_runs_there(monkeypatch):
     monkeypatch.setattr(process.gpu, "driver", lambda: None)
-    assert process.imported_once() == list(process.IMPORTED)
+    assert process.imported_once("auto") == list(process.IMPORTED)
     monkeypatch.setattr(process.gpu, "driver", object)
-    assert "aliked.model" in process.imported_once()
+    assert process.imported_once("cpu") == list(process.IMPORTED)
+    assert "aliked.model" in process.imported_once("cuda:0")
 
 
 def dying(task, connection):
+    threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
     os.write(2, b"illegal memory access\n")
     os.kill(os.getpid(), signal.SIGSEGV)
 

@@ -211,6 +211,10 @@ def test_latency_has_a_column_for_what_varies_only(tmp_path):
     assert len(latency(records, tmp_path).axes) == 2 * 2  # two models
     assert len(latency(of_one_k, tmp_path).axes) == 2
     assert latency(of_one_case, tmp_path) is None
+    of_one_k_each = [
+        r for r in records if (r["row"]["top_k"] == 1000) == (r["row"]["width"] == 640)
+    ]
+    assert latency(of_one_k_each, tmp_path) is None
 
 
 def test_the_legend_shows_the_colour_of_what_is_ranked_somewhere(tmp_path):

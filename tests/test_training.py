@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -106,6 +107,27 @@ def test_settings_with_a_key_too_many_are_refused(tmp_path):
         load_settings(path)
 
 
+@pytest.mark.parametrize(
+    ("setting", "value", "cure"),
+    [
+        ("batch_pixels", '"a"', "whole number"),
+        ("batch_pixels", "1.5", "whole number"),
+        ("batch_pixels", "0", "more than 0"),
+        ("blur", "-1", "from 0"),
+        ("blur", "nan", "from 0"),
+        ("detected", "450", "sides of the image"),
+        ("model", "16", "text"),
+    ],
+)
+def test_settings_that_cannot_be_trained_with_are_refused(tmp_path, setting, value, cure):
+    path = tmp_path / "config.toml"
+    path.write_text(
+        re.sub(rf"^{setting} = .*$", f"{setting} = {value}", CONFIG.read_text(), flags=re.M)
+    )
+    with pytest.raises(InputError, match=rf"{setting} of .* is .*; give .*{cure}"):
+        load_settings(path)
+
+
 @pytest.mark.parametrize("sizes", ["320", "[]", "[320, 500]", "[0]", '["320"]'])
 def test_settings_with_impossible_image_sizes_are_refused(tmp_path, sizes):
     path = tmp_path / "config.toml"
@@ -162,9 +184,13 @@ def test_resumed_training_goes_on_as_if_never_stopped(tmp_path):
             torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
 
 
-def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
+@pytest.mark.parametrize("content", ["another file", "another state"])
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, content):
     path = tmp_path / "checkpoint.pt"
-    torch.save({"step": 3}, path)
+    if content == "another file":
+        path.write_text("no checkpoint")
+    else:
+        torch.save({"step": 3}, path)
     with pytest.raises(InputError, match="cannot resume"):
         Trainer(SMOKE, torch.device("cpu")).load(path)
 

@@ -31,6 +31,18 @@ def full_rate_us(record: dict, ceiling: dict) -> float:
     return 1e6 * max(moving, record["flops"] / ceiling["flops_per_s"])
 
 
+def read(path: Path) -> tuple[list[dict], dict]:
+    """The records of a file, and the first of its ceilings; `InputError` for any other file."""
+    try:
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        ceilings = [record for record in records if record["operator"] == "ceiling"]
+        return [record for record in records if record not in ceilings], ceilings[0]
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        raise InputError(
+            f"cannot read {path} ({error!r}); give a file that tools.bench_fused wrote"
+        ) from error
+
+
 def cases_of(records: list[dict], batch: int) -> list[list[dict]]:
     """The timed operators of every model and image size, in the order of the file."""
     timed = [record for record in records if "us" in record and record["shape"][0] == batch]
@@ -100,7 +112,7 @@ def draw(cases: list[list[dict]], ceiling: dict) -> Figure:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(description=__doc__)
+    p = argparse.ArgumentParser(prog="python -m tools.plot_fused", description=__doc__)
     p.add_argument("records", type=Path, help="JSONL file of tools.bench_fused")
     p.add_argument("--batch", type=int, default=1, help="images per batch; default %(default)s")
     p.add_argument("--output", type=Path, required=True, metavar="FILE.png", help="the picture")
@@ -109,15 +121,15 @@ def parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> int:
     """Draw one file's records."""
-    records = [json.loads(line) for line in args.records.read_text().splitlines()]
-    ceilings = [record for record in records if record["operator"] == "ceiling"]
-    if not ceilings:
-        raise InputError(f"{args.records} has no ceilings; make it again with tools.bench_fused")
+    records, ceiling = read(args.records)
     cases = cases_of(records, args.batch)
     if not cases:
-        raise InputError(f"{args.records} has no times of batch {args.batch}")
+        batches = sorted({record["shape"][0] for record in records if "us" in record})
+        raise InputError(
+            f"{args.records} has no times of batch {args.batch}, but of {batches}; give one of them"
+        )
     with whole_file(args.output) as partial:
-        figure = draw(cases, ceilings[0])
+        figure = draw(cases, ceiling)
         figure.savefig(partial, format="png", dpi=110, metadata={"Software": None})
     print(f"wrote {args.output}")
     return 0

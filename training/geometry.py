@@ -88,7 +88,8 @@ def random_source_frames(
 ) -> torch.Tensor:
     """[B, 3, 3] from the first view's coordinates, -1 to 1, to pixels of a source (height, width).
 
-    Upright within 15 degrees or, half the time, at any angle; mirrored half the time.
+    Upright within 15 degrees or, half the time, at any angle; mirrored half the time. No larger
+    than `LARGEST_VIEW`, unless the least `SOURCE_SCALE` is.
     """
     height, width = source
     low, high = SOURCE_SCALE

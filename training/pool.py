@@ -32,7 +32,7 @@ def fill_with(
     size = math.ceil(columns * scale), math.ceil(rows * scale)
     image = Image.fromarray(np.ascontiguousarray(photograph))
     image = np.asarray(image.resize(size, Image.Resampling.BICUBIC))
-    missing = [max(0, n - m) for n, m in zip((height, width), image.shape, strict=False)]
+    missing = [max(0, n - m) for n, m in zip((height, width), image.shape[:2], strict=True)]
     before = [rng.integers(n + 1) for n in missing]
     padding = [(b, n - b) for b, n in zip(before, missing, strict=True)]
     image = np.pad(image, (*padding, (0, 0)), mode="symmetric")

@@ -1,10 +1,17 @@
 """Everything that a training run can be told, read from one TOML file."""
 
+import math
 import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from aliked.errors import InputError
+
+POSITIVE = {
+    *("steps", "batch_pixels", "log_every", "validate_every", "height", "width"),
+    *("ramp", "pairs", "top_k", "temperature"),
+}
+IN_SIDES, MOST_SIDES = {"detected", "random"}, 4
 
 
 @dataclass(frozen=True)
@@ -15,7 +22,7 @@ class Run:
     seed: int
     steps: int
     image_sizes: list[int]  # pixels, both sides, multiples of 32; a step has one of them
-    batch_pixels: int  # of the first images of a step's pairs together
+    batch_pixels: int  # pairs of a step x side^2; at least one pair
     log_every: int  # steps
     validate_every: int  # steps
 
@@ -112,8 +119,8 @@ class Settings:
 def load_settings(path: Path, smoke: bool = False) -> Settings:
     """The settings in a TOML file; with `smoke` those of its table `smoke` replace the others.
 
-    Raises `InputError` where the file cannot be read, has a key too many or too few, or names image
-    sizes that no image can have.
+    Raises `InputError` where the file cannot be read, has a key too many or too few, or a value
+    that cannot be trained with.
     """
     try:
         tables = tomllib.loads(path.read_text())
@@ -128,13 +135,30 @@ def load_settings(path: Path, smoke: bool = False) -> Settings:
         )
     except (KeyError, TypeError) as error:
         raise InputError(f"{path} does not fit training/settings.py: {error}") from error
-    for name in ("run", "validation"):
-        sizes = getattr(settings, name).image_sizes
-        if not are_image_sizes(sizes):
-            raise InputError(
-                f"image_sizes of [{name}] in {path} is {sizes}; give a list of multiples of 32"
-            )
+    for table in fields(Settings):
+        part = getattr(settings, table.name)
+        for field in fields(part):
+            value = getattr(part, field.name)
+            if wrong := complaint(field.name, field.type, value):
+                raise InputError(f"{field.name} of [{table.name}] in {path} is {value!r}; {wrong}")
     return settings
+
+
+def complaint(name: str, kind: type, value: object) -> str | None:
+    """What to give for a setting in place of `value`; None where it will do."""
+    if name == "image_sizes":
+        return None if are_image_sizes(value) else "give a list of multiples of 32"
+    if kind is str:
+        return None if isinstance(value, str) else "give a text"
+    if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
+        return "give a whole number" if kind is int else "give a number"
+    if not 0 <= value < math.inf:
+        return "give a number from 0"
+    if value == 0 and name in POSITIVE:
+        return "give more than 0"
+    if name in IN_SIDES and value > MOST_SIDES:
+        return f"give at most {MOST_SIDES}: it is in sides of the image"
+    return None
 
 
 def are_image_sizes(sizes: object) -> bool:

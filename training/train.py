@@ -6,6 +6,7 @@ usage: python -m training.train --output runs/first
 import argparse
 import copy
 import csv
+import pickle
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -79,7 +80,7 @@ class Trainer:
             for name, part in self.parts().items():
                 part.load_state_dict(state[name])
             self.generator.set_state(state["generator"].cpu())
-        except (OSError, RuntimeError, KeyError) as error:
+        except (OSError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
             raise InputError(f"cannot resume from {path}: {error}") from error
         self.step, self.seconds = state["step"], state["seconds"]
 
@@ -91,7 +92,10 @@ class Trainer:
             torch.save(state, partial)
 
     def draw_pair(self, pool: torch.Tensor, progress: float) -> Pair:
-        """A fresh batch of views of random images of the pool, uint8 [N, H, W, 3]."""
+        """A fresh batch of views of random images of the pool, uint8 [N, H, W, 3].
+
+        The image sizes take turns; a batch has as many pairs as have about `batch_pixels`.
+        """
         run, settings = self.settings.run, self.settings
         size = run.image_sizes[self.step % len(run.image_sizes)]
         count = max(1, run.batch_pixels // size**2)

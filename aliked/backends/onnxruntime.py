@@ -69,8 +69,8 @@ def choose_providers(device: str) -> Providers:
 def load_cuda_libraries() -> None:
     """Load CUDA's and cuDNN's libraries from their pip packages, which no loader searches.
 
-    PyTorch's own count, where it was imported before. What is missing shows when the provider
-    does not load.
+    Where PyTorch is imported, its own are used. What is missing shows when the provider does not
+    load.
     """
     import onnxruntime
 

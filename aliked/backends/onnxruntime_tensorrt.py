@@ -24,14 +24,23 @@ def unavailable() -> str | None:
     ONNX Runtime names the provider wherever it was built with it, TensorRT itself or not.
     """
     reason = provider_missing(TENSORRT)
-    installed = importlib.util.find_spec("tensorrt_libs") or ctypes.util.find_library("nvinfer")
-    if reason or installed:
+    if reason or from_pip() or ctypes.util.find_library("nvinfer"):
         return reason
-    return "TensorRT's libraries are not installed; see requirements-tensorrt.txt"
+    return (
+        "TensorRT's libraries are not installed; install the release that this ONNX Runtime was "
+        "built for"
+    )
+
+
+def from_pip() -> bool:
+    """Whether TensorRT's libraries lie in its pip package, where no loader looks."""
+    return importlib.util.find_spec("tensorrt_libs") is not None
 
 
 def create(spec: Spec) -> ONNXRuntimeExtractor:
     """The file on TensorRT, whose engine is built now; `InputError` where it does not load."""
+    if from_pip():
+        importlib.import_module("tensorrt")  # loads its libraries
     options = {
         "device_id": cuda_device(spec.device),
         # Half precision is in the graph, but a weakly typed engine has to be allowed to use it.

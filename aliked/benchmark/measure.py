@@ -62,7 +62,7 @@ def measure(job: Job, progress: Progress) -> dict:
             "compute": 1000 * job.row.batch / compute["mean"],
             "end_to_end": 1000 * job.row.batch / end_to_end["mean"],
         },
-        "load_s": load_s,  # of a process with `process.imported_once()` imported
+        "load_s": load_s,  # of a process with `process.imported_once` imported
         "first_run_s": started.first_run_s,
         "memory": started.memory,
         "clocks_seen": watch.clocks_seen(),

@@ -47,9 +47,8 @@ def draw(results: list[Result], device: str) -> list[tuple[str, Figure]]:
         title = f"{device}, {name}"
         figures.append((f"bars {name}", draw_bars(own, colours, title)))
         figures.append((f"speed and precision {name}", draw_scatter(own, colours, title)))
-    if _several(results, _top_k) or _several(results, _pixels):
-        figures.append(("latency", draw_latency(results, colours, device)))
-    return figures
+    latency = draw_latency(results, colours, device)
+    return [*figures, ("latency", latency)] if latency else figures
 
 
 def runtime_colours(results: list[Result]) -> Colours:
@@ -130,10 +129,10 @@ def draw_scatter(results: list[Result], colours: Colours, title: str) -> Figure:
     return figure
 
 
-def draw_latency(results: list[Result], colours: Colours, title: str) -> Figure:
+def draw_latency(results: list[Result], colours: Colours, title: str) -> Figure | None:
     """Median compute time against K (smallest image) and against image size (smallest K).
 
-    What does not vary has no column.
+    What does not vary has no column; None where neither does.
     """
     models = _models(results)
     smallest = min(results, key=_pixels)
@@ -145,6 +144,8 @@ def draw_latency(results: list[Result], colours: Colours, title: str) -> Figure:
         (of_one_k, _pixels, _size, f"image size, at K {least_k}"),
     ]
     columns = [column for column in columns if _several(column[0], column[1])]
+    if not columns:
+        return None
     figure, axes = _figure(len(models), len(columns), height=2.6)
     for row, model in zip(axes, models, strict=True):
         for axis, (chosen, x, text, label) in zip(row, columns, strict=True):

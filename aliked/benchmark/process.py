@@ -23,9 +23,9 @@ from aliked.benchmark import worker
 LONGEST_S = 3600.0  # of one task, engine builds included
 PROCESSES = multiprocessing.get_context("forkserver")
 IMPORTED = ("aliked.benchmark.measure",)
-# Seconds of every row. None starts a thread, a process or CUDA: Inductor, when imported, asks
-# the driver for its devices, and no fork could use them then. What is not installed is passed over.
-# Not without a GPU: there the memory that a record holds is that of the process.
+# Importing these would cost every row seconds. None of them starts a thread, a process or CUDA.
+# Inductor is left out: it asks the driver for its devices, after which no fork could use CUDA. What
+# is not installed is passed over. Rows on a CPU go without: their memory is that of the process.
 IMPORTED_FOR_A_GPU = (
     "aliked.model",  # with torchvision
     "custom_ops.fused.kernels",  # with Triton
@@ -52,7 +52,7 @@ def run_task(
 
     Compilers find nothing from earlier tasks unless a `compiler_cache` is given: a folder.
     """
-    PROCESSES.set_forkserver_preload(imported_once())
+    PROCESSES.set_forkserver_preload(imported_once(task.get("device", "auto")))
     with tempfile.TemporaryDirectory() as folder:
         errors = Path(folder) / "errors"
         environment = _environment(compiler_cache or Path(folder))
@@ -78,9 +78,9 @@ def run_task(
         raise TaskFailed(_post_mortem(process.exitcode, errors.read_text(errors="replace")))
 
 
-def imported_once() -> list[str]:
-    """The modules that workers find imported."""
-    return [*IMPORTED, *(IMPORTED_FOR_A_GPU if gpu.driver() else ())]
+def imported_once(device: str) -> list[str]:
+    """The modules that workers for a device such as "auto", "cpu" or "cuda:0" find imported."""
+    return [*IMPORTED, *(IMPORTED_FOR_A_GPU if device != "cpu" and gpu.driver() else ())]
 
 
 def run_tasks(
@@ -118,7 +118,8 @@ def _run(main: Callable, task: dict, channel: Connection, environment: dict, err
     file = os.open(errors, os.O_WRONLY | os.O_CREAT)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    faulthandler.enable()  # where a runtime crashes, its caller in Python is in the file
+    # Where a runtime crashes, its caller in Python is in the file.
+    faulthandler.enable(all_threads=False)
     main(task, channel)
 
 

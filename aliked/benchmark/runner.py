@@ -1,6 +1,7 @@
 """Running a grid: references first, then row after row, each ending as a record in a file."""
 
 import contextlib
+import functools
 import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -196,6 +197,7 @@ def compiler_note(session: Session, row: Row) -> Path:
     return session.compiler_cache / "filled" / name
 
 
+@functools.cache
 def _kernels() -> str:
     """A hash of the fused kernels' sources."""
     digest = hashlib.sha256()
