@@ -75,7 +75,7 @@ def draw_bars(results: list[Result], colours: Colours, title: str) -> Figure:
         axis.set_xticks(range(len(models)), models)
         axis.set_ylabel(f"{precision.upper()}: ms per image")
         axis.grid(axis="y", alpha=0.3)
-        axis.margins(y=0.12)  # room for the numbers
+        axis.margins(y=0.2)  # room for the numbers
     title = f"{title}\nmedian, whiskers from minimum to p90; faded: not ranked"
     _finish(figure, axes, colours, title)
     return figure
