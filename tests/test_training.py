@@ -18,7 +18,7 @@ from training.appearance import change_appearance
 from training.drawn import drawn_image
 from training.geometry import project, random_homographies, random_pairs
 from training.model import TrainableALIKED
-from training.pool import fill_with
+from training.pool import TRAIN, fill_with, make_pool
 from training.settings import load_settings
 from training.train import CONFIG, Trainer
 
@@ -90,6 +90,12 @@ def test_a_photograph_fills_an_image_without_a_second_copy(size):
             assert np.count_nonzero(np.diff(steps[steps != 0])) <= 2
 
 
+def test_a_set_without_images_is_refused():
+    pool = dataclasses.replace(SMOKE.pool, photographs=0, blended=0, drawn=0)
+    with pytest.raises(InputError, match="no images"):
+        make_pool(TRAIN, 1, pool)
+
+
 def test_steps_take_the_image_sizes_in_turn():
     run = dataclasses.replace(SMOKE.run, image_sizes=[64, 96], batch_pixels=4 * 64**2)
     trainer = Trainer(dataclasses.replace(SMOKE, run=run), torch.device("cpu"))
@@ -113,6 +119,7 @@ def test_settings_with_a_key_too_many_are_refused(tmp_path):
         ("batch_pixels", '"a"', "whole number"),
         ("batch_pixels", "1.5", "whole number"),
         ("batch_pixels", "0", "more than 0"),
+        ("detected", "0", "more than 0"),
         ("blur", "-1", "from 0"),
         ("blur", "nan", "from 0"),
         ("detected", "450", "sides of the image"),

@@ -27,14 +27,9 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_weights_option(p)
-    for name, default, choices in (
-        ("model", "aliked-t16", CONFIGS),
-        ("precision", "fp16", PRECISIONS),
-    ):
-        text = f"of {', '.join(choices)} (default: {default})"
-        p.add_argument(
-            f"--{name}", default=default, choices=list(choices), metavar="NAME", help=text
-        )
+    default = "default: %(default)s"
+    p.add_argument("--model", default="aliked-t16", choices=list(CONFIGS), help=default)
+    p.add_argument("--precision", default="fp16", choices=list(PRECISIONS), help=default)
     p.add_argument("--width", type=int, default=133, help="pixels (default: %(default)s)")
     p.add_argument("--height", type=int, default=101, help="pixels (default: %(default)s)")
     p.add_argument("--batch", type=int, default=1, help="images (default: %(default)s)")

@@ -8,6 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy as np
 from PIL import Image
 
+from aliked.errors import InputError
 from training import drawn
 from training.photographs import HELD_OUT, TRAINING, load_photograph
 from training.settings import Pool
@@ -76,8 +77,13 @@ def make_image(task: tuple[int, int, int, Pool]) -> np.ndarray:
 
 
 def make_pool(subset: int, seed: int, pool: Pool, workers: int | None = None) -> np.ndarray:
-    """All images of a set, uint8 [N, H, W, 3], made by `workers` processes (default: all cores)."""
+    """All images of a set, uint8 [N, H, W, 3], made by `workers` processes (default: all cores).
+
+    Raises `InputError` where there are none.
+    """
     count = pool.photographs + pool.blended + pool.drawn
+    if count == 0:
+        raise InputError("there are no images; give photographs, blended or drawn more than 0")
     tasks = [(subset, seed, index, pool) for index in range(count)]
     workers = workers or len(os.sched_getaffinity(0))
     with ProcessPoolExecutor(workers) as executor:

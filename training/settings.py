@@ -7,10 +7,12 @@ from pathlib import Path
 
 from aliked.errors import InputError
 
+# Divided by, or of which there has to be one.
 POSITIVE = {
     *("steps", "batch_pixels", "log_every", "validate_every", "height", "width"),
-    *("ramp", "pairs", "top_k", "temperature"),
+    *("ramp", "detected", "temperature", "pairs", "top_k"),
 }
+# Far more points than an image has maxima take memory with their square.
 IN_SIDES, MOST_SIDES = {"detected", "random"}, 4
 
 
