@@ -176,6 +176,8 @@ def export_onnx(
     export = export_native if options.deform_conv == "native" else export_standard
     with torch.inference_mode(), silence(not verbose):
         proto = export(graph, options, verbose, 0 if options.io == "colmap" else rows)
+    if options.uint8_input:
+        measure_behind_the_cast(proto)
     name_axes(proto, options, rows)
     onnx.helper.set_model_props(proto, describe(model, options))
     onnx.checker.check_model(proto, full_check=True)
@@ -191,6 +193,17 @@ def silence(quiet: bool):
         if quiet:
             stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         yield
+
+
+def measure_behind_the_cast(proto: onnx.ModelProto) -> None:
+    """Take the sizes of `image` from its cast to float: TensorRT only casts uint8."""
+    cast = next(n for n in proto.graph.node if n.op_type == "Cast" and n.input[0] == "image")
+    others = [node for node in proto.graph.node if node != cast]
+    for node in others:
+        if node.op_type == "Shape" and node.input[0] == "image":
+            node.input[0] = cast.output[0]
+    del proto.graph.node[:]
+    proto.graph.node.extend([cast, *others])
 
 
 def name_axes(proto: onnx.ModelProto, options: ExportOptions, rows: int) -> None:

@@ -15,6 +15,7 @@ from aliked.configs import Form
 from aliked.errors import InputError
 from aliked.images import load_images
 from aliked.model import ALIKED
+from aliked.onnx_checks import check_file
 from aliked.onnx_export import ExportOptions, export_onnx
 from aliked.onnx_verify import verify
 from aliked.parity import FP32, Verdict, compare_features, judge
@@ -72,10 +73,14 @@ def test_an_exported_file_gives_the_features_of_pytorch(
     assert verdict.passed, verdict.text
 
 
-@pytest.mark.parametrize("standard", [{}, {"opset": 17, "deform_conv": "gridsample"}])
-def test_one_dynamic_file_serves_three_sizes_and_a_batch(standard, photograph, model, tmp_path):
+@pytest.mark.parametrize("changes", [{}, {"opset": 17, "deform_conv": "gridsample"}])
+@pytest.mark.parametrize("uint8_input", [False, True])
+def test_one_dynamic_file_serves_three_sizes_and_a_batch(
+    changes, uint8_input, photograph, model, tmp_path
+):
     path = tmp_path / "dynamic.onnx"
-    export_onnx(model, path, options(photograph, dynamic=True, **standard))
+    export_onnx(model, path, options(photograph, dynamic=True, uint8_input=uint8_input, **changes))
+    assert not [finding for finding in check_file(path) if finding.severity == "error"]
     extract = ONNXRuntimeExtractor(Spec(NAME, top_k=300, device="cpu", model_path=path))
     for height, width in ((233, 311), (96, 128), (150, 77)):
         image = photograph[:height, :width].copy()
