@@ -510,19 +510,26 @@ def test_an_engine_of_the_real_model_is_that_model(
     engine = tmp_path / "real.trt"
     options = ["--model_trt_path", engine, "--no_tf32", "--weights", weights_dir]
     for name in ("min", "opt", "max") if batch > 1 else ():
-        options += [f"--{name}_shape", f"{batch}x3x96x128"]
+        options += [f"--{name}_shape", f"{batch}x96x128x3"]
     assert build(*options, path=exported(precision, batch), images=real_photographs) == 0
     text = manifest_of(engine)["verified"]["text"]
     assert text[-1] == f"within the {precision.upper()} tolerance"
     assert "100 in the reference" in text[1]
 
 
-def test_the_benchmark_gets_an_engine_without_tf32(machine, monkeypatch, tmp_path):
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_benchmark_gets_an_engine_without_tf32(machine, monkeypatch, tmp_path, batch):
     monkeypatch.setattr(
-        onnxruntime, "build", lambda spec, shape, path: write_small_model(path, batch=shape[0])
+        onnxruntime,
+        "build",
+        lambda spec, shape, path: write_small_model(path, dynamic=shape[0] > 1, uint8=True),
     )
-    tensorrt.build(Spec(), (2, 48, 64), tmp_path / "engine.trt")
-    assert "TF32" not in header_of(tmp_path / "engine.trt")["flags"]
+    engine, images = tmp_path / "engine.trt", np.zeros((batch, 48, 64, 3), np.uint8)
+    tensorrt.build(Spec(), images.shape[:3], engine)
+    assert "TF32" not in header_of(engine)["flags"]
+    extractor = tensorrt.TensorRTExtractor(engine)
+    assert extractor.session.limits() == (images.shape, images.shape)
+    assert len(extractor.extract_batch(images)) == batch
 
 
 def test_an_unknown_memory_is_refused(machine, tmp_path):

@@ -145,7 +145,7 @@ def build(spec: Spec, shape: tuple[int, int, int], path: Path) -> None:
     from aliked.engine_build.source import read_source
 
     batch, height, width = shape
-    fixed = (batch, 3, height, width)
+    fixed = (batch, height, width, 3)
     with tempfile.TemporaryDirectory() as folder:
         onnx_path = Path(folder) / f"{path.stem}.onnx"
         onnxruntime.build(spec, shape, onnx_path)
