@@ -56,10 +56,10 @@ def drop_fill_ins(keypoints: np.ndarray, descriptors: np.ndarray, scores: np.nda
     """One image's [K, 2], [K, D] and [K] outputs to `Features`, without the rows of score 0.
 
     A model with a fixed K fills the outputs of an image that has fewer keypoints with rows
-    whose score is exactly 0.
+    whose score is exactly 0. Nothing of the result shares memory with the outputs.
     """
-    kept = scores > 0
-    return Features(keypoints[kept], scores[kept], descriptors[kept])
+    kept = np.flatnonzero(scores > 0)  # rows taken by number are copied twice as fast as by mask
+    return Features(*(rows.take(kept, axis=0) for rows in (keypoints, scores, descriptors)))
 
 
 def check_image(image: np.ndarray) -> None:

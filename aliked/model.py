@@ -23,6 +23,7 @@ from aliked.descriptors import SDDH
 from aliked.detection import Detections, detect
 from aliked.errors import InputError
 from aliked.features import Features, check_image, drop_fill_ins
+from aliked.transfer import download, upload
 from aliked.weights import load_state_dict
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
@@ -219,7 +220,7 @@ class ALIKED(nn.Module):
         """
         check_image(image)
         device = self.conv1.weight.device
-        images = to_tensor(torch.from_numpy(image[None]).to(device))
+        images = to_tensor(upload(image[None], device))
         with plain_float32():
             features, score_map = self.dense(images)
             found = self.detect(score_map)
@@ -227,4 +228,4 @@ class ALIKED(nn.Module):
                 found = Detections(*(rows[:, found.nms_scores[0] > 0] for rows in found))
             output = self.describe(features, found)
         # keypoints, descriptors and scores are the first three
-        return drop_fill_ins(*(rows[0].cpu().numpy() for rows in output[:3]))
+        return drop_fill_ins(*download(rows[0] for rows in output[:3]))

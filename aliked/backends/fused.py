@@ -13,6 +13,7 @@ from aliked.backends.pytorch import choose_device, named, to_features
 from aliked.errors import InputError
 from aliked.features import Features, check_image
 from aliked.model import ALIKED, PRECISIONS
+from aliked.transfer import stage, upload
 
 COMPILES = True
 MAX_PLANS = 16  # sizes whose buffers are kept; the one unused for longest makes room
@@ -64,17 +65,17 @@ class FusedExtractor:
 
     def extract_batch(self, images: np.ndarray) -> list[Features]:
         """uint8 [B, H, W, 3] RGB to each image's `Features`, copies included."""
-        return to_features(self.infer(self.to_device(images)))
+        return to_features(self.infer(stage(images, self.device)))
 
     def to_device(self, images: np.ndarray) -> torch.Tensor:
         """uint8 [B, H, W, 3] RGB to the same on the device."""
-        return torch.from_numpy(np.ascontiguousarray(images)).to(self.device)
+        return upload(images, self.device)
 
     def infer(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
-        """uint8 [B, H, W, 3] to `keypoints`, `descriptors` and `scores` on the device.
+        """uint8 [B, H, W, 3], wherever it is, to `keypoints`, `descriptors` and `scores`.
 
-        The next call for the same size on the same stream overwrites the result. Nothing but bytes
-        is accepted, so that no value can be NaN.
+        All three are on the device; the next call for the same size on the same stream overwrites
+        them. Nothing but bytes is accepted, so that no value can be NaN.
         """
         if batch.dtype != torch.uint8 or batch.ndim != 4 or batch.shape[3] != 3:
             raise InputError(
@@ -82,7 +83,7 @@ class FusedExtractor:
             )
         with torch.cuda.device(self.device):
             plan = self._plan(tuple(batch.shape))
-            plan.images.copy_(batch)
+            plan.images.copy_(batch, non_blocking=True)
             plan.graph.replay()
         return plan.outputs
 

@@ -9,6 +9,7 @@ from aliked.backends import Spec
 from aliked.errors import InputError
 from aliked.features import Features, check_image, drop_fill_ins
 from aliked.model import ALIKED, Output, plain_float32, to_tensor
+from aliked.transfer import download, upload
 
 OUTPUTS = ("keypoints", "descriptors", "scores")
 Forward = Callable[[torch.Tensor], dict[str, torch.Tensor]]
@@ -55,7 +56,7 @@ def named(output: Output) -> dict[str, torch.Tensor]:
 
 def to_features(outputs: dict[str, torch.Tensor]) -> list[Features]:
     """Each image's `Features` of a batch's `named` outputs, once the device has them."""
-    rows = [outputs[name].cpu().numpy() for name in OUTPUTS]
+    rows = download(outputs[name] for name in OUTPUTS)
     return [drop_fill_ins(*image) for image in zip(*rows, strict=True)]
 
 
@@ -88,7 +89,7 @@ class ForwardExtractor:
 
     def to_device(self, images: np.ndarray) -> torch.Tensor:
         """uint8 [B, H, W, 3] RGB to float32 [B, 3, H, W] in [0, 1] on the device."""
-        return to_tensor(torch.from_numpy(images).to(self.device))
+        return to_tensor(upload(images, self.device))
 
     @torch.inference_mode()
     def infer(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
