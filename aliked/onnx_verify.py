@@ -12,6 +12,7 @@ from aliked.features import Features
 from aliked.model import ALIKED
 from aliked.onnx_export import ExportOptions
 from aliked.parity import FP16, FP32, Verdict, compare_features, judge
+from aliked.ties import find_ties
 
 Images = Iterable[tuple[str, np.ndarray]]  # name, uint8 [H, W, 3] RGB
 
@@ -60,6 +61,9 @@ def verify(
     elif options.dynamic:
         images = cropped(images)
     parities = {
-        name: compare_features(reference.extract(image), extract(image)) for name, image in images
+        name: compare_features(
+            reference.extract(image), extract(image), ties=find_ties(reference, image)
+        )
+        for name, image in images
     }
     return judge(parities, FP16 if precision == "fp16" else FP32)

@@ -13,6 +13,8 @@ EDGE_PX = 1e-3  # rounding: 8 float32 steps of a coordinate in a 1241 px wide im
 # Where an image has no texture the score map is flat, at about 0.002, and rounding decides where
 # its maxima are. The 1000th keypoint of a photograph scores 0.02 to 0.04.
 FAINT = 0.01
+WINDOW_RADIUS_PX = 2  # of the refinement: no keypoint is farther from its maximum
+NO_TIES = np.zeros((0, 2), np.float32)
 
 
 @dataclass(frozen=True)
@@ -25,9 +27,10 @@ class Parity:
 
     reference: int  # keypoints in the reference
     other: int  # keypoints in the other
-    common: int  # pairs
     missing: int  # keypoints of the reference without partner, those that score below FAINT aside
     extra: int  # the same of the other
+    common: int  # pairs
+    undecided: int  # pairs at a tie; what follows is of the others
     max_shift_px: float
     median_shift_px: float
     mean_cosine: float  # this and the next of the pairs away from pixel edges
@@ -104,10 +107,13 @@ class Verdict:
         return not self.reasons
 
 
-def compare_features(reference: Features, other: Features, radius_px: float = 0.5) -> Parity:
+def compare_features(
+    reference: Features, other: Features, radius_px: float = 0.5, ties: np.ndarray = NO_TIES
+) -> Parity:
     """Pair the keypoints of the same image by mutual nearest neighbour and measure the pairs.
 
-    `InputError` when the descriptors differ in length: these are two models, not two runtimes.
+    `ties` [T, 2] is what `aliked.ties.find_ties` finds in the reference's score map. `InputError`
+    when the descriptors differ in length: these are two models, not two runtimes.
     """
     if reference.descriptors.shape[1] != other.descriptors.shape[1]:
         raise InputError(
@@ -115,6 +121,11 @@ def compare_features(reference: Features, other: Features, radius_px: float = 0.
             "values; compare two runtimes of the same model"
         )
     i, j, shift = mutual_nearest_keypoints(reference.keypoints, other.keypoints, radius_px)
+    common = len(i)
+    missing = int((np.delete(reference.scores, i) >= FAINT).sum())
+    extra = int((np.delete(other.scores, j) >= FAINT).sum())
+    decided = ~_at_tie(reference.keypoints[i], ties)
+    i, j, shift = i[decided], j[decided], shift[decided]
     lengths = np.linalg.norm(other.descriptors.astype(np.float64), axis=1)
     cosine = _cosine(reference.descriptors[i], other.descriptors[j])
     at_edge = _at_pixel_edge(reference.keypoints[i], other.keypoints[j])
@@ -122,9 +133,10 @@ def compare_features(reference: Features, other: Features, radius_px: float = 0.
     return Parity(
         reference=len(reference),
         other=len(other),
-        common=len(i),
-        missing=int((np.delete(reference.scores, i) >= FAINT).sum()),
-        extra=int((np.delete(other.scores, j) >= FAINT).sum()),
+        missing=missing,
+        extra=extra,
+        common=common,
+        undecided=common - len(i),
         max_shift_px=float(shift.max(initial=0)),
         median_shift_px=float(np.median(shift)) if len(i) else 0.0,
         mean_cosine=float(cosine[~at_edge].mean()) if not at_edge.all() else 1.0,
@@ -172,6 +184,12 @@ def _at_pixel_edge(keypoints0: np.ndarray, keypoints1: np.ndarray) -> np.ndarray
     return (near | crossed).any(axis=1)
 
 
+def _at_tie(keypoints: np.ndarray, ties: np.ndarray) -> np.ndarray:
+    """[P] bool: keypoints whose window of 5x5 pixels has one of the maxima `ties` [T, 2] in it."""
+    distance = np.abs(keypoints[:, None] - ties).max(axis=2)
+    return (distance <= WINDOW_RADIUS_PX).any(axis=1)
+
+
 def _violations(parity: Parity, limit: Tolerance) -> list[str]:
     one_missing = 1 - 1 / max(parity.total, 1)
     at_least = {
@@ -199,6 +217,7 @@ def _violations(parity: Parity, limit: Tolerance) -> list[str]:
 def _summary(parities: list[Parity]) -> list[str]:
     """The sum of the counts, and the worst image of everything else."""
     common, total = sum(p.common for p in parities), sum(p.total for p in parities)
+    undecided = sum(p.undecided for p in parities)
     return [
         f"images               {len(parities)}",
         f"keypoints            {sum(p.reference for p in parities)} in the reference, "
@@ -212,4 +231,5 @@ def _summary(parities: list[Parity]) -> list[str]:
         f"min {min(p.min_cosine_at_edge for p in parities):.5f} of the "
         f"{sum(p.at_edge for p in parities)} at pixel edges",
         f"|dscore|             max {max(p.max_score_difference for p in parities):.2g}",
+        *([f"decided by rounding  {undecided}, not in the differences"] if undecided else []),
     ]

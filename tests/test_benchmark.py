@@ -23,6 +23,7 @@ from aliked.benchmark.subject import Batches, Job, WrongAnswer
 from aliked.benchmark.timing import Lap, Limits, statistics, timed_runs, unseen, warm_up
 from aliked.errors import InputError
 from aliked.nvml import ProcessMemory
+from aliked.parity import NO_TIES
 from tests.fake_backends import FakeBackend, features_of
 from tests.timing_records import CONFIGURATION, ROW, measured, outcome
 
@@ -182,7 +183,7 @@ def job(tmp_path, monkeypatch):
             f"{name}/{part}": getattr(features_of(image, ROW.top_k), part)
             for name, image in images.items()
             for part in PARTS
-        }
+        } | {f"{name}/ties": NO_TIES for name in images}
         np.savez(tmp_path / "reference.npz", **arrays)
         row = replace(ROW, batch=batch, precision=precision)
         limits = Limits(repeats=12, warmup=5, max_seconds=5)

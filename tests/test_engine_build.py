@@ -12,10 +12,12 @@ import onnx
 import pytest
 
 from aliked import engine_build
-from aliked.backends import Spec, create_extractor, onnxruntime, tensorrt
+from aliked.backends import Spec, onnxruntime, tensorrt
 from aliked.backends.onnxruntime import ONNXRuntimeExtractor
+from aliked.backends.pytorch import PyTorchExtractor
 from aliked.errors import InputError
 from aliked.files import sha256
+from aliked.parity import NO_TIES
 from tests.fake_tensorrt import VERSIONS
 from tests.fake_tensorrt.installed import install
 from tests.small_models import write_small_model
@@ -52,11 +54,15 @@ def reference(monkeypatch, tmp_path):
     """The right model, in ONNX Runtime, in place of PyTorch with the official weights."""
     right = write_small_model(tmp_path / "reference.onnx", dynamic=True)
 
-    def create(backend: str, spec: Spec):
-        assert (backend, spec.model, spec.precision) == ("pytorch", "aliked-t16", "fp32")
-        return ONNXRuntimeExtractor(Spec("aliked-t16", model_path=right, top_k=spec.top_k))
+    class RightModel(ONNXRuntimeExtractor):
+        def __init__(self, spec: Spec):
+            assert (spec.model, spec.precision) == ("aliked-t16", "fp32")
+            super().__init__(Spec("aliked-t16", model_path=right, top_k=spec.top_k))
 
-    monkeypatch.setattr("aliked.engine_build.verify.create_extractor", create)
+        def ties(self, image):
+            return NO_TIES
+
+    monkeypatch.setattr("aliked.engine_build.verify.PyTorchExtractor", RightModel)
 
 
 def run(monkeypatch, *arguments):
@@ -506,7 +512,7 @@ def exported(weights_dir, tmp_path_factory):
 def test_an_engine_of_the_real_model_is_that_model(
     exported, weights_dir, machine, monkeypatch, build, tmp_path, real_photographs, precision, batch
 ):
-    monkeypatch.setattr("aliked.engine_build.verify.create_extractor", create_extractor)
+    monkeypatch.setattr("aliked.engine_build.verify.PyTorchExtractor", PyTorchExtractor)
     engine = tmp_path / "real.trt"
     options = ["--model_trt_path", engine, "--no_tf32", "--weights", weights_dir]
     for name in ("min", "opt", "max") if batch > 1 else ():

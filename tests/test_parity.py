@@ -152,6 +152,18 @@ def test_another_descriptor_at_a_pixel_edge_fails(reference):
     assert reason.startswith("photo: min descriptor cosine at pixel edges")
 
 
+def test_a_pair_at_a_tie_only_has_to_be_a_pair(reference):
+    x, y = np.floor(reference.keypoints[3])
+    moved = shifted(reference, 0.04, kept=3)
+    at_tie, elsewhere = (
+        compare_features(reference, moved, ties=np.array([[x + d, y]])) for d in (1, 5)
+    )
+    assert (at_tie.common, at_tie.undecided, at_tie.max_shift_px) == (1000, 1, 0)
+    assert judge({"photo": at_tie}, FP32).passed
+    assert "decided by rounding  1" in judge({"photo": at_tie}, FP32).text
+    assert judge({"photo": elsewhere}, FP32).reasons == ["photo: max |dxy| in px 0.04 > 0.001"]
+
+
 def test_scores_that_differ_fail(reference):
     other = replace(reference, scores=reference.scores + np.float32(0.001))
     assert reasons(reference, other) == ["photo: max |dscore| 0.001 > 0.0005"]

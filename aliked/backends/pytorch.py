@@ -9,6 +9,7 @@ from aliked.backends import Spec
 from aliked.errors import InputError
 from aliked.features import Features, check_image, drop_fill_ins
 from aliked.model import ALIKED, Output, plain_float32, to_tensor
+from aliked.ties import find_ties
 from aliked.transfer import download, upload
 
 OUTPUTS = ("keypoints", "descriptors", "scores")
@@ -114,6 +115,10 @@ class PyTorchExtractor(ForwardExtractor):
     def __call__(self, image: np.ndarray) -> Features:
         """uint8 [H, W, 3] RGB to `Features`; in threshold mode no fill-in is described."""
         return self.model.extract(image)
+
+    def ties(self, image: np.ndarray) -> np.ndarray:
+        """`aliked.ties.find_ties` of uint8 [H, W, 3] RGB."""
+        return find_ties(self.model, image)
 
 
 create = PyTorchExtractor

@@ -9,7 +9,7 @@ import torch
 
 from aliked.benchmark import environment
 from aliked.benchmark.memory import AllocatorPeak
-from aliked.benchmark.reference import load_reference
+from aliked.benchmark.reference import Expected, load_reference
 from aliked.benchmark.subject import Job, Subject, WrongAnswer
 from aliked.benchmark.timing import (
     Lap,
@@ -24,7 +24,7 @@ from aliked.benchmark.timing import (
 )
 from aliked.benchmark.watch import Watch
 from aliked.errors import InputError
-from aliked.features import Extractor, Features
+from aliked.features import Extractor
 from aliked.files import sha256
 from aliked.parity import FP16, FP32, Parity, compare_features, judge
 
@@ -131,11 +131,11 @@ def stray_nodes(subject: Subject) -> str | None:
     return f"part of the model ran on the CPU: {', '.join(heavy)}" if heavy else None
 
 
-def compare(subject: Subject, reference: dict[str, Features]) -> dict:
+def compare(subject: Subject, reference: dict[str, Expected]) -> dict:
     """What was timed, judged beside the reference's features."""
     try:
         parities = {
-            label: compare_features(reference[name], found)
+            label: compare_features(reference[name].features, found, ties=reference[name].ties)
             for label, (name, found) in subject.found.items()
         }
     except InputError as error:  # descriptors of another length
@@ -157,6 +157,7 @@ def overall(parities: list[Parity]) -> dict:
     return {
         "compared": len(parities),
         "keypoints_in_common": common / total if total else 1.0,
+        "undecided": sum(p.undecided for p in parities),
         "mean_cosine": sum(p.common * p.mean_cosine for p in parities) / max(common, 1),
         "min_cosine": min(p.min_cosine for p in parities),
         "max_shift_px": max(p.max_shift_px for p in parities),

@@ -144,7 +144,7 @@ def reference_path(session: Session, row: Row) -> Path:
         "images": session.image_sets[row.image_set].sha256,
     }
     single = replace(row, batch=1, precision="fp32")
-    return artifact_path(single, ".reference.npz", session.weights, made_on)
+    return artifact_path(single, ".expected.npz", session.weights, made_on)
 
 
 def reference_key(row: Row) -> tuple:

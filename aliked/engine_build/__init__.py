@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from aliked import gpu
 from aliked.backends.cuda_memory import create_memory
@@ -20,9 +21,11 @@ from aliked.engine_build.source import (
     read_source,
 )
 from aliked.errors import InputError
-from aliked.features import Extractor
 from aliked.files import sha256, writable_folder, write_json
 from aliked.onnx_checks import Target
+
+if TYPE_CHECKING:
+    from aliked.backends.pytorch import PyTorchExtractor  # which `--no_verify` does without
 
 __all__ = ["Request", "convert"]
 
@@ -143,7 +146,7 @@ def _manifest(source: Source, options: BuildOptions, draft: Path, precision: str
     }
 
 
-def _verify(request: Request, reference: Extractor, images: list, draft: Path) -> bool:
+def _verify(request: Request, reference: "PyTorchExtractor", images: list, draft: Path) -> bool:
     """Judge the draft, and write the verdict into its manifest."""
     from aliked.engine_build.verify import tolerance, verify
 

@@ -9,12 +9,12 @@ import numpy as np
 from tqdm import tqdm
 
 from aliked import parity
-from aliked.backends import Spec, create_extractor
+from aliked.backends import Spec
+from aliked.backends.pytorch import PyTorchExtractor
 from aliked.backends.tensorrt import TensorRTExtractor
 from aliked.backends.tensorrt_manifest import Shape
 from aliked.engine_build.source import Source
 from aliked.errors import InputError
-from aliked.features import Extractor
 from aliked.images import list_images, load_image
 from aliked.onnx_verify import cropped
 
@@ -32,7 +32,7 @@ def tolerance(precision: str, tf32: bool) -> parity.Tolerance:
     return TF32 if tf32 else parity.FP32
 
 
-def create_reference(source: Source, weights: Path | None) -> Extractor:
+def create_reference(source: Source, weights: Path | None) -> PyTorchExtractor:
     """The PyTorch model in float32 that a file was exported from."""
     try:
         names = ("model", "top_k", "scores_th", "n_limit")
@@ -42,7 +42,7 @@ def create_reference(source: Source, weights: Path | None) -> Extractor:
             f"{source.path} does not say which {error} it was exported with, so there is nothing "
             "to verify against; export the model again, or pass --no_verify"
         ) from error
-    return create_extractor("pytorch", spec)
+    return PyTorchExtractor(spec)
 
 
 def load_fitting_images(
@@ -70,7 +70,7 @@ def load_fitting_images(
 
 
 def verify(
-    engine: Path, reference: Extractor, images: Images, limits: parity.Tolerance, memory: str
+    engine: Path, reference: PyTorchExtractor, images: Images, limits: parity.Tolerance, memory: str
 ) -> parity.Verdict:
     """Compare an engine with `reference` on every image, two at a time where it takes batches."""
     extractor = TensorRTExtractor(engine, memory=memory)
@@ -80,7 +80,9 @@ def verify(
         for names, batch in _batches(images, max(smallest[0], min(2, largest[0]))):
             found = extractor.extract_batch(batch)
             for name, image, features in zip(names, batch, found, strict=False):
-                parities[name] = parity.compare_features(reference(image), features)
+                parities[name] = parity.compare_features(
+                    reference(image), features, ties=reference.ties(image)
+                )
                 bar.update()
     return parity.judge(parities, limits)
 
