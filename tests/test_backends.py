@@ -1,7 +1,10 @@
 """Every backend gives the model's answer, or says why it cannot run."""
 
+import os
+import shutil
 import subprocess
 import sys
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -229,6 +232,53 @@ spec = Spec("aliked-t16", top_k=200, device=device, model_path=Path(path))
 features = create_extractor("aotinductor", spec)(np.zeros((int(height), int(width), 3), np.uint8))
 assert features.descriptors.shape[1] == 64
 """
+
+
+STATIC_COMPILER = """#!/bin/sh
+case " $* " in *" -shared "*) exec {compiler} -static-libstdc++ "$@" ;; esac
+exec {compiler} "$@"
+"""
+
+PACKED = """
+import sys
+import torch
+
+class Scaled(torch.nn.Module):
+    def forward(self, x):
+        return {"scaled": torch.relu(x) * 2}
+
+program = torch.export.export(Scaled(), (torch.rand(1, 3, 8, 8),))
+metadata = {"aot_inductor.metadata": {"shape": "1,3,8,8", "device": "cpu"}}
+torch._inductor.aoti_compile_and_package(
+    program, package_path=sys.argv[1], inductor_configs=metadata
+)
+"""
+
+UNPACKED = """
+import sys
+from pathlib import Path
+import torch
+from aliked.backends.aotinductor import PackagedForward
+forward = PackagedForward(Path(sys.argv[1]), torch.device("cpu"))
+assert forward(torch.full((1, 3, 8, 8), 3.0))["scaled"].eq(6).all()
+"""
+
+
+def test_a_package_with_a_cpp_library_of_its_own_is_loaded(tmp_path):
+    """Some compilers have no other than a static libstdc++; mixed with PyTorch's it crashes."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++")
+    wrapper, path = tmp_path / "g++", tmp_path / "model.pt2"
+    wrapper.write_text(STATIC_COMPILER.format(compiler=compiler))
+    wrapper.chmod(0o755)
+    environment = os.environ | {"CXX": str(wrapper), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "c")}
+    for code in (PACKED, UNPACKED):
+        command = [sys.executable, "-c", code, str(path)]
+        subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    with zipfile.ZipFile(path) as package:
+        (library,) = (name for name in package.namelist() if name.endswith(".so"))
+        assert b"libstdc++.so" not in package.read(library)
 
 
 @pytest.mark.gpu

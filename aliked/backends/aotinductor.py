@@ -1,5 +1,7 @@
 """A package that Inductor compiled ahead of time (`.pt2`), loaded without tracing the model."""
 
+import ctypes
+import sys
 from pathlib import Path
 
 import torch
@@ -39,14 +41,23 @@ def build(spec: Spec, shape: tuple[int, int, int], path: Path) -> None:
         )
 
 
+def share_cpp_library() -> None:
+    """Let what is loaded from now on use the C++ library that PyTorch uses.
+
+    A compiler that links libstdc++ statically gives every package a copy of its own. Where a
+    process has not made the shared one visible, parts of both are mixed, and loading the package
+    ends in SIGSEGV or std::bad_cast.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL("libstdc++.so.6", mode=ctypes.RTLD_GLOBAL)
+
+
 class PackagedForward:
     """The forward pass in a package, for images of the one shape that it was compiled for."""
 
     def __init__(self, path: Path, device: torch.device):
         self.path = path
-        # PyTorch 2.11 crashed on an H100 wherever a fresh process loaded a package, and not where
-        # CUDA was in use before: initialise it. (Not run on a GPU since.)
-        torch.empty(0, device=device)
+        share_cpp_library()
         self.package = torch._inductor.aoti_load_package(
             str(path), device_index=device.index if device.index is not None else -1
         )
