@@ -124,7 +124,7 @@ def test_an_unstable_clock_is_marked_where_it_is_shown(tables):
 
 def test_batches_have_a_table_of_throughput(tables):
     text = tables([measured(replace(ON_GPU, batch=8), 4.0)])
-    assert "**FP32, batch 8, compute: images per second**" in text
+    assert "**FP32, batches, compute: images per second**" in text
     assert "**2000**" in text
 
 

@@ -99,8 +99,8 @@ def _summary_line(result: Result, place: int, statistics: tuple[str, ...]) -> li
     ]
 
 
-def wide_table(results: list[Result], view: View) -> str:
-    """Rows model, K, image; a column per runtime; the fastest ranked one in bold."""
+def wide_table(results: list[Result], view: View, in_batches: bool) -> str:
+    """Rows model, K, image, perhaps batch; a column per runtime; the fastest ranked one in bold."""
     in_order = sorted(results, key=runtime_order)
     runtimes = list(dict.fromkeys(r.row.runtime for r in in_order if r.measured))
     lines = []
@@ -109,8 +109,10 @@ def wide_table(results: list[Result], view: View) -> str:
         best = fastest(by_runtime.values(), view.clock)
         row = next(iter(by_runtime.values())).row
         cells = [_wide_cell(by_runtime.get(name), best, view) for name in runtimes]
-        lines.append([row.model, row.selection, row.images, *cells])
-    return markdown(["model", "K", "image", *runtimes], lines, left=3)
+        batch = [str(row.batch)] if in_batches else []
+        lines.append([row.model, row.selection, row.images, *batch, *cells])
+    header = ["model", "K", "image", *(["batch"] if in_batches else [])]
+    return markdown([*header, *runtimes], lines, left=len(header))
 
 
 def fastest(results: Iterable[Result], clock: str) -> Result | None:
@@ -131,14 +133,20 @@ def _wide_cell(result: Result | None, best: Result | None, view: View) -> str:
 def section_text(results: list[Result]) -> str:
     """All tables of one section."""
     parts = [f"### {device_name(results[0])}", describe_section(results)]
-    for precision, batch in dict.fromkeys((r.row.precision, r.row.batch) for r in results):
-        chosen = [r for r in results if (r.row.precision, r.row.batch) == (precision, batch)]
+    for kind in dict.fromkeys(map(_kind, results)):
+        chosen = [r for r in results if _kind(r) == kind]
         if not any(r.measured for r in chosen):
             continue
-        for view in (COMPUTE, END_TO_END, *([THROUGHPUT] if batch > 1 else [])):
-            per = f", batch {batch}" if batch > 1 else ""
-            parts += [f"**{precision.upper()}{per}, {view.title}**", wide_table(chosen, view)]
+        precision, in_batches = kind
+        title = precision.upper() + (", batches" if in_batches else "")
+        for view in (COMPUTE, END_TO_END, *([THROUGHPUT] if in_batches else [])):
+            parts += [f"**{title}, {view.title}**", wide_table(chosen, view, in_batches)]
     return "\n\n".join([*parts, *footnotes(results)])
+
+
+def _kind(result: Result) -> tuple[str, bool]:
+    """What shares a table: the precision, and whether images come in batches."""
+    return result.row.precision, result.row.batch > 1
 
 
 def describe_section(results: list[Result]) -> str:
