@@ -2,10 +2,12 @@
 
 import json
 
+import cv2
 import pytest
 
 from aliked.errors import InputError
-from tools import plot_fused, sanitize_fused
+from tests.textures import texture
+from tools import bench_transfer, plot_fused, sanitize_fused
 
 
 def record(batch: int, **rest) -> dict:
@@ -49,3 +51,16 @@ def test_other_files_are_refused(tmp_path, records):
 def test_a_check_of_nothing_is_refused():
     with pytest.raises(InputError, match="at least 1"):
         sanitize_fused.main(sanitize_fused.parser().parse_args(["--runs", "0"]))
+
+
+def test_a_call_is_timed_step_by_step(tmp_path, weights_dir, capsys):
+    image = tmp_path / "image.png"
+    cv2.imwrite(str(image), texture(64, 96))
+    options = ["--backend", "pytorch", "--precision", "fp32", "--top_k", "50", "--device", "cpu"]
+    options += ["--batches", "1", "2", "--runs", "2", "--weights", str(weights_dir)]
+    assert bench_transfer.main(bench_transfer.parser().parse_args([str(image), *options])) == 0
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header.split() == ["model", "batch", "step", "p50", "p90"]
+    assert [line.split()[1] for line in lines] == ["1"] * 6 + ["2"] * 6
+    network, whole = (float(lines[i].split()[-2]) for i in (0, 5))
+    assert 0 < network and 0 < whole
