@@ -63,4 +63,4 @@ def test_a_call_is_timed_step_by_step(tmp_path, weights_dir, capsys):
     assert header.split() == ["model", "batch", "step", "p50", "p90"]
     assert [line.split()[1] for line in lines] == ["1"] * 6 + ["2"] * 6
     network, whole = (float(lines[i].split()[-2]) for i in (0, 5))
-    assert 0 < network and 0 < whole
+    assert network > 0 and whole > 0
