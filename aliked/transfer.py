@@ -1,6 +1,6 @@
 """Copies between arrays in host memory and tensors on a device.
 
-A CUDA device copies to and from page-locked memory by itself: several copies are under way at once,
+A CUDA device copies to and from page-locked memory by itself: copies are queued without waiting,
 and one wait is enough for all. From ordinary memory the driver would first copy to a page-locked
 buffer of its own, and wait for every copy by itself.
 """
@@ -10,9 +10,16 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
+from aliked.errors import InputError
+
 
 def stage(images: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Bytes as a tensor in host memory, page-locked where `device` is a CUDA device."""
+    """Bytes as a tensor in host memory, page-locked where `device` is a CUDA device.
+
+    Raises `InputError` for anything but uint8.
+    """
+    if images.dtype != np.uint8:
+        raise InputError(f"the batch is {images.dtype} {list(images.shape)}; give uint8")
     if device.type != "cuda":
         return torch.from_numpy(np.ascontiguousarray(images))
     # PyTorch keeps the block from being used again before a copy has read it.
@@ -23,13 +30,14 @@ def stage(images: np.ndarray, device: torch.device) -> torch.Tensor:
 
 def upload(images: np.ndarray, device: torch.device) -> torch.Tensor:
     """Bytes on `device`; the current stream's further work finds them there."""
-    return stage(images, device).to(device, non_blocking=True)
+    return stage(images, device).to(device, non_blocking=device.type == "cuda")
 
 
 def download(tensors: Iterable[torch.Tensor]) -> list[np.ndarray]:
     """Tensors of one device in host memory, once the current stream's work is done.
 
-    The arrays may lie in page-locked memory, which is scarce: copy what is to be kept.
+    The arrays may lie in page-locked memory, which is scarce, or be the tensors' own: copy what
+    is to be kept.
     """
     tensors = list(tensors)
     device = tensors[0].device

@@ -138,6 +138,8 @@ def test_a_batch_that_is_not_of_bytes_is_refused(weights_dir):
     fused, _ = extractors(weights_dir, "aliked-t16")
     with pytest.raises(InputError, match="give uint8"):
         fused.infer(torch.full((1, 3, 64, 64), float("nan"), device="cuda"))
+    with pytest.raises(InputError, match="give uint8"):
+        fused.extract_batch(np.zeros((1, 64, 64, 3), np.uint16))
 
 
 @pytest.mark.parametrize("model", OFFICIAL)

@@ -152,16 +152,20 @@ def test_another_descriptor_at_a_pixel_edge_fails(reference):
     assert reason.startswith("photo: min descriptor cosine at pixel edges")
 
 
-def test_a_pair_at_a_tie_only_has_to_be_a_pair(reference):
+def test_a_pair_at_a_tie_may_shift_but_not_be_described_otherwise(reference):
     x, y = np.floor(reference.keypoints[3])
     moved = shifted(reference, 0.04, kept=3)
-    at_tie, elsewhere = (
-        compare_features(reference, moved, ties=np.array([[x + d, y]])) for d in (1, 5)
-    )
-    assert (at_tie.common, at_tie.undecided, at_tie.max_shift_px) == (1000, 1, 0)
-    assert judge({"photo": at_tie}, FP32).passed
-    assert "decided by rounding  1" in judge({"photo": at_tie}, FP32).text
-    assert judge({"photo": elsewhere}, FP32).reasons == ["photo: max |dxy| in px 0.04 > 0.001"]
+
+    def judged(other, distance):
+        parity = compare_features(reference, other, ties=np.array([[x + distance, y]], np.float32))
+        return parity.undecided, judge({"photo": parity}, FP32).reasons
+
+    assert judged(moved, 1) == (1, [])
+    assert judged(moved, 5) == (0, ["photo: max |dxy| in px 0.04 > 0.001"])
+    descriptors = moved.descriptors.copy()
+    descriptors[3] = descriptors[4]
+    (reason,) = judged(replace(moved, descriptors=descriptors), 1)[1]
+    assert reason.startswith("photo: min descriptor cosine at pixel edges and ties")
 
 
 def test_scores_that_differ_fail(reference):
@@ -211,7 +215,8 @@ def test_the_verdict_can_be_read(reference):
         "keypoints            1000 in the reference, 1000 in the other",
         "keypoints in common  100.000%, worst image 100.000%",
         "|dxy|                max 0.0067 px, median 0 px",
-        "descriptor cosine    min 1.0000000, mean 1.0000000; min 1.00000 of the 0 at pixel edges",
+        "descriptor cosine    min 1.0000000, mean 1.0000000; "
+        "min 1.00000 of the 0 at pixel edges and ties",
         "|dscore|             max 0",
         "outside the FP32 tolerance",
         "  photo: max |dxy| in px 0.0067 > 0.001",

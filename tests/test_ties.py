@@ -1,5 +1,6 @@
 """Of two pixels with nearly one score, rounding decides which one a keypoint is refined from."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,24 +24,26 @@ def model(weights_dir):
 def test_the_other_side_of_a_tie_is_within_tolerance_only_where_the_tie_is_known(model):
     image = load_image(FRAME)
     ties = find_ties(model, image)
-    assert [459, 181] in ties.tolist()  # ahead of (459, 182) by 3.6e-7
+    # Which of the two is the maximum is a matter of 3.6e-7.
+    assert ([459, 181] in ties.tolist()) != ([459, 182] in ties.tolist())
     with torch.inference_mode():
         features, scores = model.dense(to_tensor(torch.from_numpy(image[None])))
-        window = scores[0, 0, 179:184, 457:462].flatten()
-        first, second = window.topk(2).indices
-        assert window[first] - window[second] < TIE
-        scores[0, 0, 179 + second // 5, 457 + second % 5] += TIE
+        both = scores[0, 0, 181:183, 459]
+        both[both.argmin()] += TIE
         other = model.describe(features, model.detect(scores))
     other = drop_fill_ins(*(rows[0].numpy() for rows in other[:3]))
     known = compare_features(model(image), other, ties=ties)
-    assert 1 <= known.undecided <= 3  # of 2000
+    assert 1 <= known.undecided <= 20  # of 2000, with neighbours of faint ones
     assert judge({"": known}, FP32).passed, judge({"": known}, FP32).text
     unknown = judge({"": compare_features(model(image), other)}, FP32)
     assert any("max |dxy|" in reason for reason in unknown.reasons)
 
 
-def test_a_flat_image_has_no_tie_that_matters(model):
-    """Its maxima are nowhere ahead, and score below what parity counts."""
-    image = np.full((64, 64, 3), 128, np.uint8)
-    assert find_ties(model, image).shape[1] == 2
-    assert judge({"": compare_features(model(image), model(image))}, FP32).passed
+def test_where_nothing_is_decided_descriptors_still_are(model):
+    image = np.full((64, 96, 3), 128, np.uint8)
+    features, ties = model(image), find_ties(model, image)
+    spoilt = replace(features, descriptors=features.descriptors[::-1].copy())
+    parity = compare_features(features, features, ties=ties)
+    assert parity.undecided > parity.common / 4
+    assert judge({"": parity}, FP32).passed
+    assert not judge({"": compare_features(features, spoilt, ties=ties)}, FP32).passed

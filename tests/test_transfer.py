@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from aliked.backends import Spec, create_extractor
+from aliked.errors import InputError
 from aliked.features import drop_fill_ins
 from aliked.transfer import download, upload
 from tests.textures import texture
@@ -25,6 +26,12 @@ def test_features_share_no_memory_with_the_outputs():
 def test_a_view_of_an_image_is_uploaded_in_its_own_order():
     image = texture(20, 30)[None, ::2, ::-1]
     np.testing.assert_array_equal(upload(image, torch.device("cpu")).numpy(), image)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.float32, bool])
+def test_anything_but_bytes_is_refused(dtype):
+    with pytest.raises(InputError, match="give uint8"):
+        upload(np.zeros((1, 8, 8, 3), dtype), torch.device("cpu"))
 
 
 @pytest.mark.gpu

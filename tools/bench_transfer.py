@@ -1,7 +1,7 @@
 """Time what a call does beside the network: copies to the device and back, and arrays.
 
 Prints the median and the 90th percentile of every step, in microseconds by the wall clock, each
-waited for by itself. `all` is a whole call, in which steps overlap.
+waited for by itself. `all` is a whole call, whose steps are waited for once.
 """
 
 import argparse
@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 
 from aliked import cli
-from aliked.backends import BACKENDS, Spec, create_extractor
+from aliked.backends import Spec, create_extractor
 from aliked.backends.pytorch import OUTPUTS, to_features
 from aliked.features import Extractor
 from aliked.images import load_image
 from aliked.transfer import download, stage
 
+BACKENDS = ("fused", "pytorch", "pytorch-amp", "pytorch-compile", "pytorch-cudagraph")
 Steps = dict[str, Callable[[], object]]
 
 
@@ -25,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("image", type=Path)
-    parser.add_argument("--backend", choices=BACKENDS, default="fused", help="one of PyTorch's")
+    parser.add_argument("--backend", choices=BACKENDS, default="fused")
     parser.add_argument("--models", nargs="+", default=["aliked-t16"])
     parser.add_argument("--precision", choices=("fp32", "fp16"), default="fp16")
     parser.add_argument("--top_k", type=int, default=1000)

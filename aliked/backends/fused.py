@@ -75,7 +75,8 @@ class FusedExtractor:
         """uint8 [B, H, W, 3], wherever it is, to `keypoints`, `descriptors` and `scores`.
 
         All three are on the device; the next call for the same size on the same stream overwrites
-        them. Nothing but bytes is accepted, so that no value can be NaN.
+        them. Leave a page-locked batch alone until `synchronize`: it may be read after the return.
+        Nothing but bytes is accepted, so that no value can be NaN.
         """
         if batch.dtype != torch.uint8 or batch.ndim != 4 or batch.shape[3] != 3:
             raise InputError(

@@ -155,7 +155,8 @@ def describe_section(results: list[Result]) -> str:
     configurations = [r.record["configuration"] for r in results]
     hardware = _distinct((_hardware(c["machine"]) for c in configurations), " and ")
     software = [f"{name} {v}" for name, v in sorted(configurations[0]["versions"].items()) if v]
-    runs = sorted(r["compute_ms"]["runs"] for r in records) or [0]
+    clocks = ("compute_ms", "end_to_end_ms")
+    runs = sorted(r[clock]["runs"] for r in records for clock in clocks) or [0]
     count = f"{runs[0]}" if runs[0] == runs[-1] else f"{runs[0]} to {runs[-1]}"
     memory = [MEMORY[method] for method in sorted({r["memory"]["method"] for r in records})]
     return (
