@@ -128,6 +128,19 @@ def test_batches_have_a_table_of_throughput(tables):
     assert "**2000**" in text
 
 
+def test_a_second_run_is_compared_row_by_row(tmp_path):
+    cases = [replace(ON_GPU, top_k=k) for k in (500, 1000, 2000, 4000)]
+    write_records(tmp_path / "a.jsonl", [measured(row, 2.0) for row in cases[:3]])
+    later = [measured(row, ms) for row, ms in zip(cases, (2.0, 2.06, 1.6, 9.0), strict=True)]
+    write_records(tmp_path / "b.jsonl", [*later, measured(COMPILED, 1.0)])
+    earlier, results = (load_results([tmp_path / f"{name}.jsonl"]) for name in "ab")
+    text = report.report_text(results, earlier)
+    table = text[text.index("**Measured twice**") :]
+    assert "| pytorch | fp32 | 3 | +0.0 [-20.0, +3.0] % | 2 | +0.0 [-16.0, +2.4] % | 2 |" in table
+    assert "compile" not in table  # was not there before
+    assert "Measured twice" not in report.report_text(results)
+
+
 def test_the_order_of_records_and_files_does_not_change_a_byte(tables, tmp_path):
     records = grid()
     text = tables(records)
@@ -157,7 +170,7 @@ def test_two_measurements_of_one_row_are_refused(tables):
 
 def run(records: Path, **options) -> None:
     """The report's command."""
-    report.main(argparse.Namespace(records=[records], **({"readme": None} | options)))
+    report.main(argparse.Namespace(earlier=None, records=[records], **({"readme": None} | options)))
 
 
 def test_tables_go_between_the_markers_of_the_readme_and_nowhere_else(tmp_path):
