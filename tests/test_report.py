@@ -1,6 +1,5 @@
 """Tables and plots from records."""
 
-import argparse
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -170,7 +169,8 @@ def test_two_measurements_of_one_row_are_refused(tables):
 
 def run(records: Path, **options) -> None:
     """The report's command."""
-    report.main(argparse.Namespace(earlier=None, records=[records], **({"readme": None} | options)))
+    given = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    report.main(report.parser().parse_args([str(records), *given]))
 
 
 def test_tables_go_between_the_markers_of_the_readme_and_nowhere_else(tmp_path):
