@@ -11,7 +11,7 @@ from tqdm import tqdm
 from aliked import parity
 from aliked.backends import Spec
 from aliked.backends.pytorch import PyTorchExtractor
-from aliked.backends.tensorrt import TensorRTExtractor
+from aliked.backends.tensorrt_extractor import TensorRTExtractor
 from aliked.backends.tensorrt_manifest import Shape
 from aliked.engine_build.source import Source
 from aliked.errors import InputError
