@@ -92,6 +92,11 @@ def main(args: argparse.Namespace) -> None:
     of_timings, of_evaluation = split_files(args.records)
     timings = load_results(of_timings) if of_timings or not of_evaluation else []
     earlier = load_results(args.earlier) if args.earlier else []
+    if earlier and not repeats_text(timings, earlier):
+        raise InputError(
+            f"no row of {', '.join(map(str, args.earlier))} was measured on the same device in the "
+            "other files; leave --earlier out, or give another run of the same rows"
+        )
     if timings:
         written = write_report(timings, folder, earlier)
         show(report_text(timings, earlier), written, args.readme, (BEGIN, END))

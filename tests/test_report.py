@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from aliked import report
 from aliked.benchmark import plots
-from aliked.benchmark.records import write_records
+from aliked.benchmark.records import SCHEMA, write_records
 from aliked.benchmark.results import load_results
 from aliked.benchmark.tables import summary_table
 from aliked.errors import InputError
@@ -138,6 +138,21 @@ def test_a_second_run_is_compared_row_by_row(tmp_path):
     assert "| pytorch | fp32 | 3 | +0.0 [-20.0, +3.0] % | 2 | +0.0 [-16.0, +2.4] % | 2 |" in table
     assert "compile" not in table  # was not there before
     assert "Measured twice" not in report.report_text(results)
+
+
+def test_an_earlier_run_of_other_rows_is_refused_before_anything_is_written(tmp_path):
+    write_records(tmp_path / "a.jsonl", [measured(COMPILED, 2.0)])
+    write_records(tmp_path / "b.jsonl", [measured(ON_GPU, 2.0)])
+    with pytest.raises(InputError, match=r"no row of .*a\.jsonl was measured"):
+        run(tmp_path / "b.jsonl", earlier=tmp_path / "a.jsonl", output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_evaluation_is_not_taken_for_an_earlier_run(tmp_path):
+    write_records(tmp_path / "a.jsonl", [{"schema": SCHEMA, "task": "pose"}])
+    write_records(tmp_path / "b.jsonl", [measured(ON_GPU, 2.0)])
+    with pytest.raises(InputError, match=r"line 1 of .*a\.jsonl is of evaluate\.py"):
+        run(tmp_path / "b.jsonl", earlier=tmp_path / "a.jsonl", output=tmp_path / "out")
 
 
 def test_the_order_of_records_and_files_does_not_change_a_byte(tables, tmp_path):

@@ -24,6 +24,17 @@ def read_records(path: Path) -> list[dict]:
     return [_parse(path, number, line) for number, line in enumerate(complete.splitlines(), 1)]
 
 
+def read_timings(path: Path) -> list[dict]:
+    """`read_records` of measure_timings.py's files; `InputError` where one is an evaluation."""
+    records = read_records(path)
+    for number, record in enumerate(records, 1):
+        if "row" not in record:
+            raise InputError(
+                f"line {number} of {path} is of evaluate.py; give a file of measure_timings.py"
+            )
+    return records
+
+
 def append_record(path: Path, record: dict) -> None:
     """Add one line, on disk when this returns."""
     with open(path, "a") as file:
@@ -45,7 +56,7 @@ def resume(path: Path, rows: list[Row], configuration: dict) -> set[Row]:
     `InputError`, and the file unchanged, where a record is of another configuration or of a row
     that is not among `rows`.
     """
-    records = read_records(path)
+    records = read_timings(path)
     for number, record in enumerate(records, 1):
         _check_same(path, number, record, rows, configuration)
     kept = [record for record in records if record["status"] == "ok"]

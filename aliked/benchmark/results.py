@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aliked.backends import BACKENDS
-from aliked.benchmark.records import read_records
+from aliked.benchmark.records import read_timings
 from aliked.benchmark.rows import Row, row_of
 from aliked.configs import CONFIGS
 from aliked.errors import InputError
@@ -66,7 +66,7 @@ def load_results(paths: Iterable[Path]) -> list[Result]:
     """The results of all files in the tables' order; `InputError` where two are of one cell."""
     results, seen = [], {}
     for path in paths:
-        for number, record in enumerate(read_records(path), 1):
+        for number, record in enumerate(read_timings(path), 1):
             result = Result(record, row_of(record))
             key, where = (section_key(result), result.row), f"line {number} of {path}"
             if key in seen:
