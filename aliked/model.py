@@ -218,11 +218,18 @@ class ALIKED(nn.Module):
 
         Raises `InputError` for another type or shape, or where H or W is below 5.
         """
+        return self.features_of(*self.maps(image))
+
+    def maps(self, image: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """`dense` of one image as `extract` takes it."""
         check_image(image)
-        device = self.conv1.weight.device
-        images = to_tensor(upload(image[None], device))
+        images = to_tensor(upload(image[None], self.conv1.weight.device))
         with plain_float32():
-            features, score_map = self.dense(images)
+            return self.dense(images)
+
+    def features_of(self, features: torch.Tensor, score_map: torch.Tensor) -> Features:
+        """What `extract` gives of an image with these `maps`."""
+        with plain_float32():
             found = self.detect(score_map)
             if self.top_k <= 0:  # n_limit is far above the usual count: describe no fill-ins
                 found = Detections(*(rows[:, found.nms_scores[0] > 0] for rows in found))

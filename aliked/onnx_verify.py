@@ -12,7 +12,7 @@ from aliked.features import Features
 from aliked.model import ALIKED
 from aliked.onnx_export import ExportOptions
 from aliked.parity import FP16, FP32, Verdict, compare_features, judge
-from aliked.ties import find_ties
+from aliked.ties import expect
 
 Images = Iterable[tuple[str, np.ndarray]]  # name, uint8 [H, W, 3] RGB
 
@@ -60,10 +60,8 @@ def verify(
         images = padded(images)
     elif options.dynamic:
         images = cropped(images)
-    parities = {
-        name: compare_features(
-            reference.extract(image), extract(image), ties=find_ties(reference, image)
-        )
-        for name, image in images
-    }
+    parities = {}
+    for name, image in images:
+        expected = expect(reference, image)
+        parities[name] = compare_features(expected.features, extract(image), ties=expected.ties)
     return judge(parities, FP16 if precision == "fp16" else FP32)

@@ -13,7 +13,7 @@ EDGE_PX = 1e-3  # rounding: 8 float32 steps of a coordinate in a 1241 px wide im
 # Where an image has no texture the score map is flat, at about 0.002, and rounding decides where
 # its maxima are. The 1000th keypoint of a photograph scores 0.02 to 0.04.
 FAINT = 0.01
-WINDOW_RADIUS_PX = 2  # of the refinement: no keypoint is farther from its maximum
+WINDOW_RADIUS_PX = 2  # `detection.RADIUS`, without PyTorch: no keypoint is farther from its maximum
 NO_TIES = np.zeros((0, 2), np.float32)
 
 
@@ -112,8 +112,8 @@ def compare_features(
 ) -> Parity:
     """Pair the keypoints of the same image by mutual nearest neighbour and measure the pairs.
 
-    `ties` [T, 2] is what `aliked.ties.find_ties` finds in the reference's score map. `InputError`
-    when the descriptors differ in length: these are two models, not two runtimes.
+    `ties` [T, 2] are those of the reference's score map (`aliked.ties.expect`). `InputError` when
+    the descriptors differ in length: these are two models, not two runtimes.
     """
     if reference.descriptors.shape[1] != other.descriptors.shape[1]:
         raise InputError(

@@ -1,13 +1,14 @@
 """Where rounding decides from which pixel a keypoint is refined."""
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 
 from aliked.detection import RADIUS, suppress_non_maxima
-from aliked.features import check_image
-from aliked.model import ALIKED, plain_float32, to_tensor
+from aliked.features import Features
+from aliked.model import ALIKED
 from aliked.patches import get_patches
-from aliked.transfer import upload
 
 # Two scores that differ by less are in either order, depending on a convolution's order of sums: on
 # photographs one of 10,000 keypoints has such a neighbour. From there it is refined to another
@@ -16,16 +17,25 @@ from aliked.transfer import upload
 TIE = 1e-5
 
 
-@torch.inference_mode()
-def find_ties(model: ALIKED, image: np.ndarray) -> np.ndarray:
-    """Maxima of the score map of a uint8 [H, W, 3] image with another pixel's score within `TIE`.
+class Expected(NamedTuple):
+    """What another runtime should give of an image, and where rounding decides about it."""
 
-    The other pixel is in the 5x5 window that a maximum suppresses. Returns [T, 2] float32, pixels,
-    (x, y). Runs the dense part of the network for it. Raises `InputError` as `ALIKED.extract` does.
+    features: Features
+    ties: np.ndarray  # [T, 2] float32, pixels, (x, y)
+
+
+@torch.inference_mode()
+def expect(model: ALIKED, image: np.ndarray) -> Expected:
+    """Of uint8 [H, W, 3] RGB; raises `InputError` as `ALIKED.extract` does."""
+    features, score_map = model.maps(image)
+    return Expected(model.features_of(features, score_map), find_ties(score_map))
+
+
+def find_ties(scores: torch.Tensor) -> np.ndarray:
+    """Maxima of a score map [1, 1, H, W] with another pixel's score within `TIE`, [T, 2].
+
+    The other pixel is in the 5x5 window that a maximum suppresses.
     """
-    check_image(image)
-    with plain_float32():
-        _, scores = model.dense(to_tensor(upload(image[None], model.conv1.weight.device)))
     maxima = suppress_non_maxima(scores)[0, 0].nonzero().flip(1)[None]  # [1, M, 2], (x, y)
     windows = get_patches(scores, maxima, 2 * RADIUS + 1).flatten(2)  # [1, M, 25]
     centres = windows[:, :, windows.shape[2] // 2, None]

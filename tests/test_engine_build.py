@@ -18,6 +18,7 @@ from aliked.backends.pytorch import PyTorchExtractor
 from aliked.errors import InputError
 from aliked.files import sha256
 from aliked.parity import NO_TIES
+from aliked.ties import Expected
 from tests.fake_tensorrt import VERSIONS
 from tests.fake_tensorrt.installed import install
 from tests.small_models import write_small_model
@@ -59,8 +60,8 @@ def reference(monkeypatch, tmp_path):
             assert (spec.model, spec.precision) == ("aliked-t16", "fp32")
             super().__init__(Spec("aliked-t16", model_path=right, top_k=spec.top_k))
 
-        def ties(self, image):
-            return NO_TIES
+        def expect(self, image):
+            return Expected(self(image), NO_TIES)
 
     monkeypatch.setattr("aliked.engine_build.verify.PyTorchExtractor", RightModel)
 

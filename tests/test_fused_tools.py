@@ -64,3 +64,9 @@ def test_a_call_is_timed_step_by_step(tmp_path, weights_dir, capsys):
     assert [line.split()[1] for line in lines] == ["1"] * 6 + ["2"] * 6
     steps = ["network", "stage", "upload", "download", "download, arrays", "all"]
     assert [" ".join(line.split()[2:-2]) for line in lines] == steps * 2
+
+
+def test_nothing_to_time_is_refused(tmp_path):
+    args = bench_transfer.parser().parse_args([str(tmp_path / "image.png"), "--batches", "1", "0"])
+    with pytest.raises(InputError, match="at least 1"):
+        bench_transfer.main(args)

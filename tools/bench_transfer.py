@@ -5,7 +5,6 @@ waited for by itself. `all` is a whole call, whose steps are waited for once.
 """
 
 import argparse
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,8 +13,12 @@ import numpy as np
 from aliked import cli
 from aliked.backends import Spec, create_extractor
 from aliked.backends.pytorch import OUTPUTS, to_features
+from aliked.benchmark.timing import no_garbage_collection, wall_clock
+from aliked.errors import InputError
 from aliked.features import Extractor
 from aliked.images import load_image
+from aliked.model import PRECISIONS
+from aliked.options import add_device_option, add_weights_option
 from aliked.transfer import download, stage
 
 BACKENDS = ("fused", "pytorch", "pytorch-amp", "pytorch-compile", "pytorch-cudagraph")
@@ -24,17 +27,22 @@ Steps = dict[str, Callable[[], object]]
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("image", type=Path)
-    parser.add_argument("--backend", choices=BACKENDS, default="fused")
-    parser.add_argument("--models", nargs="+", default=["aliked-t16"])
-    parser.add_argument("--precision", choices=("fp32", "fp16"), default="fp16")
-    parser.add_argument("--top_k", type=int, default=1000)
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 32])
-    parser.add_argument("--runs", type=int, default=200)
-    parser.add_argument("--weights", type=Path)
-    parser.add_argument("--device", default="auto")
-    return parser
+    p = argparse.ArgumentParser(
+        prog="python -m tools.bench_transfer",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("image", type=Path, help="an image, which fills the batches")
+    default = "default: %(default)s"
+    p.add_argument("--backend", choices=BACKENDS, default="fused", help=default)
+    p.add_argument("--models", nargs="+", default=["aliked-t16"], metavar="NAME", help=default)
+    p.add_argument("--precision", choices=list(PRECISIONS), default="fp16", help=default)
+    p.add_argument("--top_k", type=int, default=1000, metavar="K", help=f"keypoints, {default}")
+    p.add_argument("--batches", nargs="+", type=int, default=[1, 32], metavar="N", help=default)
+    p.add_argument("--runs", type=int, default=200, metavar="N", help=f"of every step, {default}")
+    add_weights_option(p)
+    add_device_option(p)
+    return p
 
 
 def steps_of(extractor: Extractor, images: np.ndarray) -> Steps:
@@ -53,14 +61,9 @@ def steps_of(extractor: Extractor, images: np.ndarray) -> Steps:
 
 def times_us(run: Callable[[], object], synchronize: Callable[[], None], runs: int) -> np.ndarray:
     """Wall-clock times of `runs` runs after a tenth as many that do not count."""
-    times = []
-    for _ in range(runs + runs // 10 + 1):
-        synchronize()
-        start = time.perf_counter_ns()
-        run()
-        synchronize()
-        times.append((time.perf_counter_ns() - start) / 1e3)
-    return np.array(times[-runs:])
+    with no_garbage_collection():
+        laps = [wall_clock(run, synchronize)[0] for _ in range(runs + runs // 10 + 1)]
+    return np.array([1000 * lap.ms for lap in laps[-runs:]])
 
 
 def lines(args: argparse.Namespace) -> Iterator[str]:
@@ -84,6 +87,8 @@ def lines(args: argparse.Namespace) -> Iterator[str]:
 
 def main(args: argparse.Namespace) -> int:
     """Print the table."""
+    if min(*args.batches, args.runs, args.top_k) < 1:
+        raise InputError("nothing would run; give at least 1 of every number")
     for line in lines(args):
         print(line, flush=True)
     return 0

@@ -9,7 +9,7 @@ from aliked.backends import Spec
 from aliked.errors import InputError
 from aliked.features import Features, check_image, drop_fill_ins
 from aliked.model import ALIKED, Output, plain_float32, to_tensor
-from aliked.ties import find_ties
+from aliked.ties import Expected, expect
 from aliked.transfer import download, upload
 
 OUTPUTS = ("keypoints", "descriptors", "scores")
@@ -116,9 +116,9 @@ class PyTorchExtractor(ForwardExtractor):
         """uint8 [H, W, 3] RGB to `Features`; in threshold mode no fill-in is described."""
         return self.model.extract(image)
 
-    def ties(self, image: np.ndarray) -> np.ndarray:
-        """`aliked.ties.find_ties` of uint8 [H, W, 3] RGB."""
-        return find_ties(self.model, image)
+    def expect(self, image: np.ndarray) -> Expected:
+        """uint8 [H, W, 3] RGB to what other runtimes are compared with."""
+        return expect(self.model, image)
 
 
 create = PyTorchExtractor

@@ -9,7 +9,7 @@ import torch
 
 from aliked.benchmark import environment
 from aliked.benchmark.memory import AllocatorPeak
-from aliked.benchmark.reference import Expected, load_reference
+from aliked.benchmark.reference import load_reference
 from aliked.benchmark.subject import Job, Subject, WrongAnswer
 from aliked.benchmark.timing import (
     Lap,
@@ -27,6 +27,7 @@ from aliked.errors import InputError
 from aliked.features import Extractor
 from aliked.files import sha256
 from aliked.parity import FP16, FP32, Parity, compare_features, judge
+from aliked.ties import Expected
 
 TOLERANCES = {"fp32": FP32, "fp16": FP16}
 CLOCKS_EVERY = 20  # runs between two looks at the GPU's clocks

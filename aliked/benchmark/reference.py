@@ -1,7 +1,6 @@
 """What every row is compared with: PyTorch in float32 on the CPU, on the same images."""
 
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -9,24 +8,18 @@ from aliked.backends import Spec
 from aliked.backends.pytorch import PyTorchExtractor
 from aliked.features import Features
 from aliked.files import whole_file
+from aliked.ties import Expected
 
 PARTS = ("keypoints", "scores", "descriptors")
-
-
-class Expected(NamedTuple):
-    """What one image gives, and where rounding decides about it (`aliked.ties`)."""
-
-    features: Features
-    ties: np.ndarray  # [T, 2] pixels
 
 
 def make_reference(spec: Spec, images: dict[str, np.ndarray], path: Path) -> None:
     """Extract the features of uint8 images, by name, as `spec` on the CPU, and write them."""
     extractor, arrays = PyTorchExtractor(spec), {}
     for name, image in images.items():
-        features = extractor(image)
-        arrays |= {f"{name}/{part}": getattr(features, part) for part in PARTS}
-        arrays[f"{name}/ties"] = extractor.ties(image)
+        expected = extractor.expect(image)
+        arrays |= {f"{name}/{part}": getattr(expected.features, part) for part in PARTS}
+        arrays[f"{name}/ties"] = expected.ties
     with whole_file(path) as partial, open(partial, "wb") as file:
         np.savez(file, **arrays)
 

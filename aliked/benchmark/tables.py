@@ -99,8 +99,9 @@ def _summary_line(result: Result, place: int, statistics: tuple[str, ...]) -> li
     ]
 
 
-def wide_table(results: list[Result], view: View, in_batches: bool) -> str:
+def wide_table(results: list[Result], view: View) -> str:
     """Rows model, K, image, perhaps batch; a column per runtime; the fastest ranked one in bold."""
+    in_batches = any(r.row.batch > 1 for r in results)
     in_order = sorted(results, key=runtime_order)
     runtimes = list(dict.fromkeys(r.row.runtime for r in in_order if r.measured))
     lines = []
@@ -140,7 +141,7 @@ def section_text(results: list[Result]) -> str:
         precision, in_batches = kind
         title = precision.upper() + (", batches" if in_batches else "")
         for view in (COMPUTE, END_TO_END, *([THROUGHPUT] if in_batches else [])):
-            parts += [f"**{title}, {view.title}**", wide_table(chosen, view, in_batches)]
+            parts += [f"**{title}, {view.title}**", wide_table(chosen, view)]
     return "\n\n".join([*parts, *footnotes(results)])
 
 

@@ -80,8 +80,9 @@ def verify(
         for names, batch in _batches(images, max(smallest[0], min(2, largest[0]))):
             found = extractor.extract_batch(batch)
             for name, image, features in zip(names, batch, found, strict=False):
+                expected = reference.expect(image)
                 parities[name] = parity.compare_features(
-                    reference(image), features, ties=reference.ties(image)
+                    expected.features, features, ties=expected.ties
                 )
                 bar.update()
     return parity.judge(parities, limits)
