@@ -68,11 +68,21 @@ class DeformableConv2d(nn.Module):
         offsets = self.offset_conv(x).float()  # (dy, dx) interleaved per tap
         offsets = offsets.clamp(-limit, limit)
         arguments = (x.float(), offsets, self.regular_conv.weight, self.regular_conv.bias)
-        # torchvision's CUDA kernels run on the default stream, whatever the current one is: on
-        # another they race, and a CUDA graph lacks them (pytorch/vision issue 9513).
-        if x.is_cuda:
+        if x.is_cuda and off_default_stream(x.device):
             return sampled_deform_conv2d(*arguments).to(x.dtype)
         return deform_conv2d(*arguments, padding=1).to(x.dtype)
+
+
+def off_default_stream(device: torch.device) -> bool:
+    """Whether what is launched on `device` goes, or may go later, to another than that stream.
+
+    torchvision's CUDA kernels run on the default stream, whatever the current one is: on another
+    they race, and a CUDA graph lacks them (pytorch/vision issue 9513). On the default stream they
+    are right, and have fewer launches than other operators, which is what eager PyTorch waits for.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    return torch.cuda.current_stream(device) != torch.cuda.default_stream(device)
 
 
 def fold(conv: nn.Module, norm: nn.BatchNorm2d) -> nn.Module:
