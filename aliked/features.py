@@ -1,11 +1,13 @@
 """What every runtime returns, and the interface every runtime has."""
 
+import itertools
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from aliked.errors import InputError
+from aliked.threads import each, in_parts
 
 MIN_SIDE = 5  # pixels: detection drops a border of 2, so a smaller image has no keypoint
 
@@ -60,6 +62,19 @@ def drop_fill_ins(keypoints: np.ndarray, descriptors: np.ndarray, scores: np.nda
     """
     kept = np.flatnonzero(scores > 0)  # rows taken by number are copied twice as fast as by mask
     return Features(*(rows.take(kept, axis=0) for rows in (keypoints, scores, descriptors)))
+
+
+def features_of_batch(
+    keypoints: np.ndarray, descriptors: np.ndarray, scores: np.ndarray
+) -> list[Features]:
+    """`drop_fill_ins` of every image of a batch's [B, K, 2], [B, K, D] and [B, K] outputs."""
+
+    def of_part(images: slice) -> list[Features]:
+        rows = (values[images] for values in (keypoints, descriptors, scores))
+        return [drop_fill_ins(*image) for image in zip(*rows, strict=True)]
+
+    parts = in_parts(len(scores), descriptors.nbytes)
+    return list(itertools.chain.from_iterable(each(of_part, parts)))
 
 
 def check_image(image: np.ndarray) -> None:

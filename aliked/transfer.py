@@ -2,35 +2,48 @@
 
 A CUDA device copies to and from page-locked memory by itself: copies are queued without waiting,
 and one wait is enough for all. From ordinary memory the driver would first copy to a page-locked
-buffer of its own, and wait for every copy by itself.
+buffer of its own, and wait for every copy by itself. What is large goes there in parts, so that the
+device copies one while threads prepare the next ones.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
 
 from aliked.errors import InputError
+from aliked.threads import each, in_parts
 
 
-def stage(images: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Bytes as a tensor in host memory, page-locked where `device` is a CUDA device.
+def upload(
+    images: np.ndarray, device: torch.device, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """uint8 [B, H, W, C] on `device`, in `out` if given; the current stream's next work finds them.
 
-    Raises `InputError` for anything but uint8.
+    `out` is contiguous, on a CUDA device. Raises `InputError` for another type than uint8.
     """
     if images.dtype != np.uint8:
         raise InputError(f"the batch is {images.dtype} {list(images.shape)}; give uint8")
     if device.type != "cuda":
         return torch.from_numpy(np.ascontiguousarray(images))
-    # PyTorch keeps the block from being used again before a copy has read it.
+    if out is None:
+        out = torch.empty(images.shape, dtype=torch.uint8, device=device)
+    # PyTorch keeps the block from being used again before its copies are over.
     staged = torch.empty(images.shape, dtype=torch.uint8, pin_memory=True)
-    np.copyto(staged.numpy(), images)
-    return staged
+    to, through = out.flatten(0, 1), staged.flatten(0, 1)
+    for rows in copied_parts(through.numpy(), images.reshape(through.shape)):
+        to[rows].copy_(through[rows], non_blocking=True)
+    return out
 
 
-def upload(images: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Bytes on `device`; the current stream's further work finds them there."""
-    return stage(images, device).to(device, non_blocking=device.type == "cuda")
+def copied_parts(to: np.ndarray, values: np.ndarray) -> Iterator[slice]:
+    """Copy `values`, part by part of the first axis; each part once it is there, in order."""
+
+    def copy(rows: slice) -> slice:
+        np.copyto(to[rows], values[rows])
+        return rows
+
+    return each(copy, in_parts(len(values), values.nbytes))
 
 
 def download(tensors: Iterable[torch.Tensor]) -> list[np.ndarray]:

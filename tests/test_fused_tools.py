@@ -61,8 +61,8 @@ def test_a_call_is_timed_step_by_step(tmp_path, weights_dir, capsys):
     assert bench_transfer.main(bench_transfer.parser().parse_args([str(image), *options])) == 0
     header, *lines = capsys.readouterr().out.splitlines()
     assert header.split() == ["model", "batch", "step", "p50", "p90"]
-    assert [line.split()[1] for line in lines] == ["1"] * 6 + ["2"] * 6
-    steps = ["network", "stage", "upload", "download", "download, arrays", "all"]
+    assert [line.split()[1] for line in lines] == ["1"] * 5 + ["2"] * 5
+    steps = ["network", "upload", "download", "download, arrays", "all"]
     assert [" ".join(line.split()[2:-2]) for line in lines] == steps * 2
 
 

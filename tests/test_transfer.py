@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from aliked import threads
 from aliked.backends import Spec, create_extractor
 from aliked.errors import InputError
-from aliked.features import drop_fill_ins
-from aliked.transfer import download, upload
+from aliked.features import drop_fill_ins, features_of_batch
+from aliked.transfer import copied_parts, download, upload
 from tests.textures import texture
 
 NAMES = ("keypoints", "scores", "descriptors")
@@ -28,6 +29,44 @@ def test_a_view_of_an_image_is_uploaded_in_its_own_order():
     np.testing.assert_array_equal(upload(image, torch.device("cpu")).numpy(), image)
 
 
+def views_of(images):
+    """The same size of array in several memory layouts."""
+    return [images, images[:, ::-1], images[..., ::-1], images[:, :, ::2], images[::3]]
+
+
+@pytest.mark.parametrize("part_bytes", [1, 1000, 10_000, 1 << 40])
+def test_parts_are_copied_in_order_and_leave_nothing_out(monkeypatch, part_bytes):
+    monkeypatch.setattr(threads, "PART_BYTES", part_bytes)
+    for images in views_of(np.stack([texture(20, 30, seed) for seed in range(7)])):
+        rows = images.reshape(-1, *images.shape[2:])
+        copy, done = np.zeros_like(rows), 0
+        for part in copied_parts(copy, rows):
+            np.testing.assert_array_equal(copy[part], rows[part])
+            assert part.start == done
+            done = part.stop
+        assert done == len(rows)
+
+
+@pytest.mark.parametrize(("nbytes", "count"), [(0, 1), (2 << 20, 1), (7 << 20, 3), (900 << 20, 40)])
+def test_a_part_is_worth_waking_a_thread_for(nbytes, count):
+    parts = threads.in_parts(40, nbytes)
+    assert len(parts) == count
+    assert max(p.stop - p.start for p in parts) - min(p.stop - p.start for p in parts) <= 1
+
+
+@pytest.mark.parametrize("part_bytes", [1, 1 << 40])
+def test_each_image_of_a_batch_keeps_its_own_rows(monkeypatch, part_bytes):
+    monkeypatch.setattr(threads, "PART_BYTES", part_bytes)
+    random = np.random.default_rng(0)
+    outputs = [random.random(shape, np.float32) for shape in [(9, 50, 2), (9, 50, 8), (9, 50)]]
+    for image, kept in enumerate(random.integers(0, 50, 9)):
+        outputs[2][image, kept:] = 0
+    alone = [drop_fill_ins(*image) for image in zip(*outputs, strict=True)]
+    for found, expected in zip(features_of_batch(*outputs), alone, strict=True):
+        for name in NAMES:
+            np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+
+
 @pytest.mark.parametrize("dtype", [np.uint16, np.float32, bool])
 def test_anything_but_bytes_is_refused(dtype):
     with pytest.raises(InputError, match="give uint8"):
@@ -43,6 +82,17 @@ def test_a_cuda_device_gets_and_gives_back_the_same_bytes():
     on_device = [upload(image, torch.device("cuda")) for image in images]
     for image, array in zip(images, download(on_device), strict=True):
         np.testing.assert_array_equal(array, image)
+
+
+@pytest.mark.gpu
+def test_a_large_batch_gets_to_a_cuda_device_in_parts():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    one = np.stack([texture(480, 640, seed) for seed in range(4)])
+    for images in views_of(np.concatenate([one + i for i in range(8)])):
+        on_device = [upload(images, torch.device("cuda")) for _ in range(3)]
+        for array in download(on_device):
+            np.testing.assert_array_equal(array, images)
 
 
 @pytest.mark.gpu

@@ -19,7 +19,7 @@ from aliked.features import Extractor
 from aliked.images import load_image
 from aliked.model import PRECISIONS
 from aliked.options import add_device_option, add_weights_option
-from aliked.transfer import download, stage
+from aliked.transfer import download
 
 BACKENDS = ("fused", "pytorch", "pytorch-amp", "pytorch-compile", "pytorch-cudagraph")
 Steps = dict[str, Callable[[], object]]
@@ -51,7 +51,6 @@ def steps_of(extractor: Extractor, images: np.ndarray) -> Steps:
     outputs = {k: v.clone() for k, v in extractor.infer(on_device).items()}
     return {
         "network": lambda: extractor.infer(on_device),
-        "stage": lambda: stage(images, extractor.device),
         "upload": lambda: extractor.to_device(images),
         "download": lambda: download(outputs[name] for name in OUTPUTS),
         "download, arrays": lambda: to_features(outputs),

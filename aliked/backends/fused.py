@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from aliked.backends.pytorch import choose_device, named, to_features
 from aliked.errors import InputError
 from aliked.features import Features, check_image
 from aliked.model import ALIKED, PRECISIONS
-from aliked.transfer import stage, upload
+from aliked.transfer import upload
 
 COMPILES = True
 MAX_PLANS = 16  # sizes whose buffers are kept; the one unused for longest makes room
@@ -65,7 +66,7 @@ class FusedExtractor:
 
     def extract_batch(self, images: np.ndarray) -> list[Features]:
         """uint8 [B, H, W, 3] RGB to each image's `Features`, copies included."""
-        return to_features(self.infer(stage(images, self.device)))
+        return to_features(self._run(images, lambda out: upload(images, self.device, out)))
 
     def to_device(self, images: np.ndarray) -> torch.Tensor:
         """uint8 [B, H, W, 3] RGB to the same on the device."""
@@ -76,15 +77,20 @@ class FusedExtractor:
 
         All three are on the device; the next call for the same size on the same stream overwrites
         them. Leave a page-locked batch alone until `synchronize`: it may be read after the return.
-        Nothing but bytes is accepted, so that no value can be NaN.
         """
-        if batch.dtype != torch.uint8 or batch.ndim != 4 or batch.shape[3] != 3:
+        return self._run(batch, lambda out: out.copy_(batch, non_blocking=True))
+
+    def _run(
+        self, batch: np.ndarray | torch.Tensor, put_into: Callable[[torch.Tensor], object]
+    ) -> dict[str, torch.Tensor]:
+        """The outputs for `batch`, which `put_into` copies: bytes only, so that none can be NaN."""
+        if batch.dtype not in (np.uint8, torch.uint8) or batch.ndim != 4 or batch.shape[3] != 3:
             raise InputError(
                 f"the batch is {batch.dtype} {list(batch.shape)}; give uint8 [B, H, W, 3]"
             )
         with torch.cuda.device(self.device):
             plan = self._plan(tuple(batch.shape))
-            plan.images.copy_(batch, non_blocking=True)
+            put_into(plan.images)
             plan.graph.replay()
         return plan.outputs
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from aliked.backends import Spec
 from aliked.errors import InputError
-from aliked.features import Features, check_image, drop_fill_ins
+from aliked.features import Features, check_image, features_of_batch
 
 SUFFIX = ".onnx"
 OUTPUTS = ["keypoints", "descriptors", "scores"]
@@ -214,10 +214,7 @@ class ONNXRuntimeExtractor:
     def extract_batch(self, images: np.ndarray) -> list[Features]:
         """uint8 [B, H, W, 3] RGB to each image's `Features`, copies included."""
         rows = self.session.run(OUTPUTS, {"image": self._prepare(images)})
-        return [
-            drop_fill_ins(*(values[: self.top_k] for values in image))
-            for image in zip(*rows, strict=True)
-        ]
+        return features_of_batch(*(values[:, : self.top_k] for values in rows))
 
     def to_device(self, images: np.ndarray):
         """uint8 [B, H, W, 3] RGB to the session's input, on its device."""

@@ -7,7 +7,7 @@ import torch
 
 from aliked.backends import Spec
 from aliked.errors import InputError
-from aliked.features import Features, check_image, drop_fill_ins
+from aliked.features import Features, check_image, features_of_batch
 from aliked.model import ALIKED, Output, plain_float32, to_tensor
 from aliked.ties import Expected, expect
 from aliked.transfer import download, upload
@@ -57,8 +57,7 @@ def named(output: Output) -> dict[str, torch.Tensor]:
 
 def to_features(outputs: dict[str, torch.Tensor]) -> list[Features]:
     """Each image's `Features` of a batch's `named` outputs, once the device has them."""
-    rows = download(outputs[name] for name in OUTPUTS)
-    return [drop_fill_ins(*image) for image in zip(*rows, strict=True)]
+    return features_of_batch(*download(outputs[name] for name in OUTPUTS))
 
 
 class NamedOutputs(torch.nn.Module):

@@ -10,7 +10,7 @@ from aliked.backends.cuda_memory import create_memory
 from aliked.backends.tensorrt_runtime import runtime_module, unavailable
 from aliked.backends.tensorrt_session import Session
 from aliked.errors import InputError
-from aliked.features import Features, check_image, drop_fill_ins
+from aliked.features import Features, check_image, features_of_batch
 
 INPUT = "image"
 OUTPUTS = ("keypoints", "descriptors", "scores")
@@ -115,8 +115,8 @@ class TensorRTExtractor:
             for name in OUTPUTS:
                 self.memory.download(buffers[name], pinned[name])
             self.memory.synchronize()
-        rows = [pinned[name][:, : self.top_k].astype(np.float32) for name in OUTPUTS]
-        return [drop_fill_ins(*image) for image in zip(*rows, strict=True)]
+        rows = (pinned[name][:, : self.top_k].astype(np.float32, copy=False) for name in OUTPUTS)
+        return features_of_batch(*rows)
 
     def __call__(self, image: np.ndarray) -> Features:
         """uint8 [H, W, 3] RGB to `Features`."""

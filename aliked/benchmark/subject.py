@@ -12,7 +12,7 @@ import torch
 from aliked.backends import Spec, create_extractor
 from aliked.benchmark.rows import Row
 from aliked.benchmark.timing import CudaClock, Lap, Limits, wall_clock
-from aliked.features import Extractor, Features, drop_fill_ins
+from aliked.features import Extractor, Features, features_of_batch
 
 OUTPUTS = ("keypoints", "descriptors", "scores")
 
@@ -113,7 +113,7 @@ class Subject:
                     f"{name} is {list(values.shape)} where a batch of {expected[0]} with "
                     f"{expected[1]} keypoints was asked for; give a model file made for that"
                 )
-        return [drop_fill_ins(*image) for image in zip(*rows, strict=True)]
+        return features_of_batch(*rows)
 
 
 def _to_host(values: Any) -> np.ndarray:
