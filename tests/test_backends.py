@@ -272,10 +272,11 @@ def test_a_package_with_a_cpp_library_of_its_own_is_loaded(tmp_path):
     wrapper, path = tmp_path / "g++", tmp_path / "model.pt2"
     wrapper.write_text(STATIC_COMPILER.format(compiler=compiler))
     wrapper.chmod(0o755)
-    environment = os.environ | {"CXX": str(wrapper), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "c")}
-    for code in (PACKED, UNPACKED):
+    for code, cache in ((PACKED, tmp_path / "packed"), (UNPACKED, tmp_path / "unpacked")):
+        environment = os.environ | {"CXX": str(wrapper), "TORCHINDUCTOR_CACHE_DIR": str(cache)}
         command = [sys.executable, "-c", code, str(path)]
         subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    assert not list((tmp_path / "unpacked").rglob("*.so"))  # loading it compiled nothing
     with zipfile.ZipFile(path) as package:
         (library,) = (name for name in package.namelist() if name.endswith(".so"))
         assert b"libstdc++.so" not in package.read(library)

@@ -2,6 +2,7 @@
 
 import ctypes
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -52,15 +53,27 @@ def share_cpp_library() -> None:
         ctypes.CDLL("libstdc++.so.6", mode=ctypes.RTLD_GLOBAL)
 
 
+def load(path: Path, device: torch.device) -> Callable:
+    """The package as `torch._inductor.aoti_load_package` loads it, at once.
+
+    That function compiles and runs a probe of every instruction set of the processor, for a warning
+    about packages of other machines: half a minute where compilers are slow (pytorch issue 191715).
+    """
+    from torch._inductor.package import AOTICompiledModel  # here, as it takes seconds to import
+
+    index = -1 if device.index is None else device.index
+    # Not for one thread only, and with one set of buffers.
+    loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, index)
+    return AOTICompiledModel(loader)
+
+
 class PackagedForward:
     """The forward pass in a package, for images of the one shape that it was compiled for."""
 
     def __init__(self, path: Path, device: torch.device):
         self.path = path
         share_cpp_library()
-        self.package = torch._inductor.aoti_load_package(
-            str(path), device_index=device.index if device.index is not None else -1
-        )
+        self.package = load(path, device)
         noted = self.package.get_metadata()
         self.shape = torch.Size(map(int, noted["shape"].split(",")))
         if noted["device"] != device.type:
