@@ -29,7 +29,7 @@ demo: $(VENV)/.installed
 
 readme-tables: $(VENV)/.installed
 	$(RUN) -m aliked.report results/*.jsonl results/evaluation/*.jsonl \
-	    --earlier results/earlier/*.jsonl --output results/report --readme README.md
+	    --other_run results/other_run/*.jsonl --output results/report --readme README.md
 
 lint: $(VENV)/.installed-dev
 	$(RUN) -m ruff check .

@@ -5,13 +5,12 @@ usage: python -m aliked.report results/*.jsonl
 
 import argparse
 import itertools
-from collections.abc import Sequence
 from pathlib import Path
 
 from aliked import cli
 from aliked.benchmark.records import read_records
 from aliked.benchmark.repeats import repeats_text
-from aliked.benchmark.results import Result, load_results, sections
+from aliked.benchmark.results import Result, load_results, pair_runs, sections
 from aliked.benchmark.tables import section_text
 from aliked.errors import InputError
 from aliked.evaluation import report as evaluation
@@ -22,22 +21,19 @@ BEGIN, END = "<!-- timings:begin -->", "<!-- timings:end -->"
 EVALUATION = "<!-- evaluation:begin -->", "<!-- evaluation:end -->"
 
 
-def report_text(results: list[Result], earlier: Sequence[Result] = ()) -> str:
-    """The tables of all sections, as Markdown; the same records give the same bytes.
-
-    `earlier` is another run, with which every section is compared.
-    """
-    parts = ((section_text(own), repeats_text(own, earlier)) for own in sections(results))
+def report_text(results: list[Result]) -> str:
+    """The tables of all sections, as Markdown; the same records give the same bytes."""
+    parts = ((section_text(own), repeats_text(own)) for own in sections(results))
     return "\n\n".join(filter(None, itertools.chain(*parts))) + "\n"
 
 
-def write_report(results: list[Result], folder: Path, earlier: Sequence[Result] = ()) -> list[Path]:
+def write_report(results: list[Result], folder: Path) -> list[Path]:
     """Write `tables.md` and the plots into `folder`; the paths written."""
     from aliked.benchmark.plots import draw_all  # here, because tables need no matplotlib
 
     tables = folder / "tables.md"
     with whole_file(tables) as partial:
-        partial.write_text(report_text(results, earlier))
+        partial.write_text(report_text(results))
     return [tables, *itertools.chain(*(draw_all(own, folder) for own in sections(results)))]
 
 
@@ -64,11 +60,12 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("records", type=Path, nargs="+", metavar="FILE", help="JSONL files")
     parser.add_argument(
-        "--earlier",
+        "--other_run",
         type=Path,
         nargs="+",
         metavar="FILE",
-        help="JSONL files of an earlier run of the same rows, to compare the times with",
+        help="JSONL files of another run of the same rows: how far both agree, and a mark on what "
+        "differs though the code is the same",
     )
     parser.add_argument(
         "--output",
@@ -91,15 +88,11 @@ def main(args: argparse.Namespace) -> None:
     folder = args.output or args.records[0].parent / "report"
     of_timings, of_evaluation = split_files(args.records)
     timings = load_results(of_timings) if of_timings or not of_evaluation else []
-    earlier = load_results(args.earlier) if args.earlier else []
-    if earlier and not repeats_text(timings, earlier):
-        raise InputError(
-            f"no row of {', '.join(map(str, args.earlier))} was measured on the same device in the "
-            "other files; leave --earlier out, or give another run of the same rows"
-        )
+    if args.other_run:
+        timings = pair_runs(timings, load_results(args.other_run))
     if timings:
-        written = write_report(timings, folder, earlier)
-        show(report_text(timings, earlier), written, args.readme, (BEGIN, END))
+        written = write_report(timings, folder)
+        show(report_text(timings), written, args.readme, (BEGIN, END))
     if of_evaluation:
         outcomes = load_outcomes(of_evaluation)
         written = evaluation.write_report(outcomes, timings, folder)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from aliked import report
 from aliked.benchmark import plots
 from aliked.benchmark.records import SCHEMA, write_records
-from aliked.benchmark.results import load_results
+from aliked.benchmark.results import load_results, pair_runs
 from aliked.benchmark.tables import summary_table
 from aliked.errors import InputError
 from tests.timing_records import CONFIGURATION, ROW, clock, measured, outcome
@@ -131,28 +131,45 @@ def test_a_second_run_is_compared_row_by_row(tmp_path):
     cases = [replace(ON_GPU, top_k=k) for k in (500, 1000, 2000, 4000)]
     write_records(tmp_path / "a.jsonl", [measured(row, 2.0) for row in cases[:3]])
     later = [measured(row, ms) for row, ms in zip(cases, (2.0, 2.06, 1.6, 9.0), strict=True)]
+    later = [r | {"measured_at": "2026-01-02T03:04:06+00:00"} for r in later]
     write_records(tmp_path / "b.jsonl", [*later, measured(COMPILED, 1.0)])
-    earlier, results = (load_results([tmp_path / f"{name}.jsonl"]) for name in "ab")
-    text = report.report_text(results, earlier)
-    table = text[text.index("**Measured twice**") :]
+    runs = [load_results([tmp_path / f"{name}.jsonl"]) for name in "ab"]
+    # The change is from the first run to the second, whichever of them is the table's.
+    one, other = (report.report_text(pair_runs(*order)) for order in (runs, runs[::-1]))
+    table = one[one.index("**Measured twice**") :]
+    assert table == other[other.index("**Measured twice**") :]
     assert "| pytorch | fp32 | 3 | +0.0 [-20.0, +3.0] % | 2 | +0.0 [-16.0, +2.4] % | 2 |" in table
-    assert "compile" not in table  # was not there before
-    assert "Measured twice" not in report.report_text(results)
+    assert "compile" not in table  # was not measured twice
+    assert "Measured twice" not in report.report_text(runs[1])
 
 
-def test_an_earlier_run_of_other_rows_is_refused_before_anything_is_written(tmp_path):
+def test_what_another_run_of_the_same_code_does_not_bear_out_is_marked(tmp_path):
+    cases = [replace(ON_GPU, top_k=k) for k in (500, 1000, 2000)]
+    first, second, third = (measured(row, 2.0) for row in cases)
+    write_records(tmp_path / "a.jsonl", [first, second, third])
+    again = [measured(row, ms) for row, ms in zip(cases, (2.06, 2.4, 2.4), strict=True)]
+    again[2]["commit"] = "fedcba9876543210"  # of other code, which may well be slower
+    write_records(tmp_path / "b.jsonl", again)
+    results, others = (load_results([tmp_path / f"{name}.jsonl"]) for name in "ab")
+    text = report.report_text(pair_runs(results, others))
+    compute = [line.split("|")[4] for line in text.splitlines() if "2.000," in line]
+    assert ["~" in cell for cell in compute] == [False, True, False]
+    assert "K 1000, 640x480: compute: +20% in another run; end to end: +16% in another run" in text
+
+
+def test_another_run_of_other_rows_is_refused_before_anything_is_written(tmp_path):
     write_records(tmp_path / "a.jsonl", [measured(COMPILED, 2.0)])
     write_records(tmp_path / "b.jsonl", [measured(ON_GPU, 2.0)])
-    with pytest.raises(InputError, match=r"no row of .*a\.jsonl was measured"):
-        run(tmp_path / "b.jsonl", earlier=tmp_path / "a.jsonl", output=tmp_path / "out")
+    with pytest.raises(InputError, match="no row of the other run was measured"):
+        run(tmp_path / "b.jsonl", other_run=tmp_path / "a.jsonl", output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_an_evaluation_is_not_taken_for_an_earlier_run(tmp_path):
+def test_an_evaluation_is_not_taken_for_another_run(tmp_path):
     write_records(tmp_path / "a.jsonl", [{"schema": SCHEMA, "task": "pose"}])
     write_records(tmp_path / "b.jsonl", [measured(ON_GPU, 2.0)])
     with pytest.raises(InputError, match=r"line 1 of .*a\.jsonl is of evaluate\.py"):
-        run(tmp_path / "b.jsonl", earlier=tmp_path / "a.jsonl", output=tmp_path / "out")
+        run(tmp_path / "b.jsonl", other_run=tmp_path / "a.jsonl", output=tmp_path / "out")
 
 
 def test_the_order_of_records_and_files_does_not_change_a_byte(tables, tmp_path):

@@ -2,8 +2,8 @@
 
 import ctypes
 import sys
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -53,7 +53,7 @@ def share_cpp_library() -> None:
         ctypes.CDLL("libstdc++.so.6", mode=ctypes.RTLD_GLOBAL)
 
 
-def load(path: Path, device: torch.device) -> Callable:
+def load(path: Path, device: torch.device) -> Any:
     """The package as `torch._inductor.aoti_load_package` loads it, at once.
 
     That function compiles and runs a probe of every instruction set of the processor, for a warning

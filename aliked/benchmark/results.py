@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from aliked.backends import BACKENDS
@@ -13,6 +13,7 @@ from aliked.errors import InputError
 
 UNRANKED, UNSTABLE = "†", "~"
 CLOCKS = {"compute_ms": "compute", "end_to_end_ms": "end to end"}
+REPEATED_WITHIN = 0.05  # of the median: two runs of a row that is to be relied on
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Result:
 
     record: dict
     row: Row
+    again: "Result | None" = None  # the same row in another run
 
     @property
     def measured(self) -> bool:
@@ -48,8 +50,15 @@ class Result:
         return [
             f"{CLOCKS[clock]}: {reason}"
             for clock in clocks or CLOCKS
-            for reason in self.record[clock]["unstable"]
+            for reason in self.record[clock]["unstable"] + self._not_repeated(clock)
         ]
+
+    def _not_repeated(self, clock: str) -> list[str]:
+        """How another run of the same code differs, which one process cannot know of."""
+        if self.again is None or self.again.record["commit"] != self.record["commit"]:
+            return []
+        change = self.again.record[clock]["p50"] / self.record[clock]["p50"] - 1
+        return [f"{change:+.0%} in another run"] if abs(change) > REPEATED_WITHIN else []
 
     def objections(self) -> list[str]:
         """Why it is not ranked."""
@@ -79,6 +88,24 @@ def load_results(paths: Iterable[Path]) -> list[Result]:
     if not results:
         raise InputError("there is no record in the files; measure something first")
     return sorted(results, key=table_order)
+
+
+def pair_runs(results: list[Result], others: Iterable[Result]) -> list[Result]:
+    """`results`, each with what another run measured of the same row on the same kind of device.
+
+    `InputError` where the other run shares no row with them.
+    """
+    found = {(device_name(r), r.row): r for r in others if r.measured}
+    paired = [
+        replace(r, again=found.get((device_name(r), r.row)) if r.measured else None)
+        for r in results
+    ]
+    if not any(r.again for r in paired):
+        raise InputError(
+            "no row of the other run was measured on the same device in these files; give another "
+            "run of the same rows, or none"
+        )
+    return paired
 
 
 def section_key(result: Result) -> tuple[str, str]:
