@@ -15,12 +15,13 @@ import pytest
 
 from aliked.benchmark import process, runner, subject, worker
 from aliked.benchmark.measure import measure
+from aliked.benchmark.merge import merged
 from aliked.benchmark.records import append_record, read_records, resume
 from aliked.benchmark.reference import PARTS
 from aliked.benchmark.rows import Grid, ImageSet
 from aliked.benchmark.stationarity import has_settled, instability, window_length
 from aliked.benchmark.subject import Batches, Job, WrongAnswer
-from aliked.benchmark.timing import Lap, Limits, statistics, timed_runs, unseen, warm_up
+from aliked.benchmark.timing import Lap, Limits, WarmUp, statistics, timed_runs, unseen, warm_up
 from aliked.errors import InputError
 from aliked.nvml import ProcessMemory
 from aliked.parity import NO_TIES
@@ -116,6 +117,55 @@ def test_statistics_are_of_all_runs():
     assert found["p90"] == pytest.approx(np.percentile(times, 90))
     assert found["p99"] == pytest.approx(np.percentile(times, 99))
     assert found["samples"] == times
+
+
+def result_of(times, **changes):
+    """What a process returns that took these times."""
+    own = statistics([Lap(t, t) for t in times], WarmUp(30, True), period=1)
+    return measured(ROW, 1.0) | {"compute_ms": own, "end_to_end_ms": own} | changes
+
+
+def test_processes_that_agree_are_one_row_of_all_their_runs():
+    fast, slow = (result_of(level + 0.1 * NOISE[:100]) for level in (1.0, 1.03))
+    clock = merged([fast, slow])["compute_ms"]
+    assert clock["runs"] == len(clock["samples"]) == 200
+    assert fast["compute_ms"]["p50"] < clock["p50"] < slow["compute_ms"]["p50"]
+    assert (clock["process_medians"], clock["unstable"]) == (
+        [fast["compute_ms"]["p50"], slow["compute_ms"]["p50"]],
+        [],
+    )
+
+
+def test_processes_that_differ_are_unstable_though_each_is_steady():
+    results = [result_of(level + 0.1 * NOISE[:100]) for level in (1.0, 1.0, 1.2)]
+    assert not any(result["compute_ms"]["unstable"] for result in results)
+    assert merged(results)["end_to_end_ms"]["unstable"] == ["medians of the processes 20% apart"]
+
+
+def test_a_row_is_as_right_as_its_worst_process_and_as_large_as_its_largest():
+    good, wrong = (measured(ROW, 1.0, in_common=share) for share in (0.999, 0.9))
+    large = measured(ROW, 1.0, mib=900.0) | {"problems": ["part of the model ran on the CPU"]}
+    assert merged([good, wrong])["parity"] == wrong["parity"]
+    assert not merged([good, wrong])["ranked"]
+    assert merged([good, large])["memory"]["process_mib"] == 900.0
+    assert not merged([good, large])["ranked"]
+
+
+def test_each_image_and_each_range_of_the_clocks_is_of_all_processes():
+    def result(ms, lowest):
+        image = {"image": "a.png", "compute_ms": ms, "end_to_end_ms": None, "keypoints": 7}
+        seen = {"sm_mhz": [lowest, 1980], "temperature_c": None, "held_down_by": ["power"]}
+        return measured(ROW, ms) | {"per_image": [image], "clocks_seen": seen}
+
+    both = merged([result(1.0, 1700), result(3.0, 1500)])
+    assert both["per_image"] == [
+        {"image": "a.png", "compute_ms": 2.0, "end_to_end_ms": None, "keypoints": 7}
+    ]
+    assert both["clocks_seen"] == {
+        "sm_mhz": [1500, 1980],
+        "temperature_c": None,
+        "held_down_by": ["power"],
+    }
 
 
 def test_work_that_the_clock_did_not_see_is_noticed():

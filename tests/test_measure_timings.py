@@ -15,7 +15,7 @@ from tests.small_models import write_small_model
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["--model", "aliked-t16", "--top_k", "50", "--device", "cpu"]
-QUICK += ["--repeats", "10", "--warmup", "3", "--max_seconds", "1"]
+QUICK += ["--repeats", "10", "--warmup", "3", "--max_seconds", "1", "--processes", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,8 @@ def test_both_runtimes_have_times_and_agree_with_the_reference(finished):
     for backend in ("pytorch", "onnxruntime"):
         record = records[backend]
         assert record["status"] == "ok"
-        assert record["compute_ms"]["runs"] == record["end_to_end_ms"]["runs"] == 10
+        for clock in (record["compute_ms"], record["end_to_end_ms"]):
+            assert (clock["runs"], len(clock["process_medians"])) == (2 * 10, 2)
         assert record["parity"]["passed"], record["parity"]["reasons"]
         assert [entry["image"] for entry in record["per_image"]] == [
             "000000.png",
@@ -127,6 +128,7 @@ def test_a_file_of_another_model_is_caught(photographs, weights_dir, tmp_path):
         (["assets/sequence_640x480", "--top_k", "0"], "pass --scores_th as well"),
         (["assets/sequence_640x480", "--batch", "0"], "give at least 1 of each"),
         (["assets/sequence_640x480", "--repeats", "0"], "time nothing"),
+        (["assets/sequence_640x480", "--processes", "0"], "time nothing"),
         (["assets/sequence_640x480", "--output", "table.md"], "not the name of a .jsonl file"),
         (["assets/sequence_640x480", "--backend", "pytorch", "--model_path", "a.onnx"], "a.onnx"),
     ],

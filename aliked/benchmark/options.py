@@ -126,6 +126,14 @@ def add_limit_options(group: argparse._ArgumentGroup) -> None:
         "(default: %(default)s)",
     )
     group.add_argument(
+        "--processes",
+        type=int,
+        default=limits.processes,
+        metavar="N",
+        help="processes that measure a row, one after another, each to these limits: more than 1 "
+        "show what differs from process to process (default: %(default)s)",
+    )
+    group.add_argument(
         "--jobs",
         type=int,
         default=1,
@@ -168,9 +176,10 @@ def grid_from(args: argparse.Namespace) -> Grid:
 
 def limits_from(args: argparse.Namespace) -> Limits:
     """Runs and seconds; `InputError` where nothing would be timed."""
-    if args.repeats < 2 or args.warmup < 0 or args.max_seconds <= 0:
+    if args.repeats < 2 or args.warmup < 0 or args.max_seconds <= 0 or args.processes < 1:
         raise InputError(
-            f"--repeats {args.repeats}, --warmup {args.warmup} and --max_seconds "
-            f"{args.max_seconds} time nothing; give at least 2, 0 and more than 0"
+            f"--repeats {args.repeats}, --warmup {args.warmup}, --max_seconds "
+            f"{args.max_seconds} and --processes {args.processes} time nothing; give at least 2, "
+            "0, more than 0 and 1"
         )
-    return Limits(args.repeats, args.warmup, args.max_seconds)
+    return Limits(args.repeats, args.warmup, args.max_seconds, args.processes)

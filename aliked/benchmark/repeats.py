@@ -6,7 +6,8 @@ from datetime import datetime
 
 import numpy as np
 
-from aliked.benchmark.results import CLOCKS, REPEATED_WITHIN, Result, runtime_order
+from aliked.benchmark.results import CLOCKS, Result, runtime_order
+from aliked.benchmark.stationarity import REPEATED_WITHIN
 from aliked.benchmark.tables import markdown
 
 Pair = tuple[Result, Result]  # in the order in which they were measured

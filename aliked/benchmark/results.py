@@ -8,12 +8,12 @@ from pathlib import Path
 from aliked.backends import BACKENDS
 from aliked.benchmark.records import read_timings
 from aliked.benchmark.rows import Row, row_of
+from aliked.benchmark.stationarity import REPEATED_WITHIN
 from aliked.configs import CONFIGS
 from aliked.errors import InputError
 
 UNRANKED, UNSTABLE = "†", "~"
 CLOCKS = {"compute_ms": "compute", "end_to_end_ms": "end to end"}
-REPEATED_WITHIN = 0.05  # of the median: two runs of a row that is to be relied on
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from aliked.backends import load_backend
 from aliked.benchmark.artifacts import Artifact, artifact_path, make_artifacts
 from aliked.benchmark.environment import ROOT, git_commit
+from aliked.benchmark.merge import merged
 from aliked.benchmark.process import TaskFailed, run_task, run_tasks
 from aliked.benchmark.records import SCHEMA, append_record
 from aliked.benchmark.rows import ImageSet, Row, row_fields
@@ -235,7 +236,7 @@ def measure_row(
     file: Artifact | TaskFailed | None,
     bar: "Bar",
 ) -> dict:
-    """Measure in a process of its own; `TaskFailed` where that cannot be done."""
+    """Measure in processes of its own; `TaskFailed` where that cannot be done."""
     reason = session.unavailable[row.backend]
     if reason:
         raise TaskFailed(reason, expected=True)
@@ -246,8 +247,11 @@ def measure_row(
         "reference": str(references[reference_key(row)]),
         "limits": asdict(session.limits),
     }
-    result = run_task(task, bar.progress, session.compiler_cache)
-    return {"build_s": file.build_s if file else 0.0} | result
+    results = [
+        run_task(task, bar.progress, session.compiler_cache)
+        for _ in range(session.limits.processes)
+    ]
+    return {"build_s": file.build_s if file else 0.0} | merged(results)
 
 
 class Bar(contextlib.AbstractContextManager):

@@ -14,6 +14,7 @@ SETTLED_DRIFT = 0.02  # between the halves of the window: of no consequence
 SIGNIFICANT = 1.96  # standard deviations, two-sided 5 %
 UNSTABLE_DRIFT = 0.05  # between the halves of the timed runs
 UNSTABLE_SPREAD = 0.25  # from the 10th to the 90th percentile, of the median
+REPEATED_WITHIN = 0.05  # the medians of two processes or runs, where times are to be relied on
 
 
 def window_length(period: int) -> int:

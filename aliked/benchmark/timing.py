@@ -24,6 +24,7 @@ class Limits:
     repeats: int = 200  # timed runs per clock
     warmup: int = 200  # at most so many warm-up runs per clock
     max_seconds: float = 10.0  # per clock for the timed runs, and half of it for the warm-up
+    processes: int = 1  # that measure a row, one after another, each to all of these limits
 
 
 @dataclass(frozen=True)
@@ -131,9 +132,8 @@ def no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def statistics(laps: list[Lap], warmed: WarmUp, period: int) -> dict:
-    """What a record holds of one clock, in milliseconds per run."""
-    times = np.array([lap.ms for lap in laps])
+def summary(times: np.ndarray) -> dict:
+    """The statistics of some runs."""
     return {
         "mean": float(times.mean()),
         "std": float(times.std(ddof=1)),
@@ -141,6 +141,13 @@ def statistics(laps: list[Lap], warmed: WarmUp, period: int) -> dict:
         **{f"p{p}": float(np.percentile(times, p)) for p in PERCENTILES},
         "max": float(times.max()),
         "runs": len(times),
+    }
+
+
+def statistics(laps: list[Lap], warmed: WarmUp, period: int) -> dict:
+    """What a record holds of one clock, in milliseconds per run."""
+    times = np.array([lap.ms for lap in laps])
+    return summary(times) | {
         "warmup": asdict(warmed),
         "unstable": instability(times, period),
         "samples": times.round(4).tolist(),
