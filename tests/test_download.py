@@ -202,6 +202,8 @@ def start(*arguments: str) -> subprocess.Popen:
         cwd=PROJECT,
         stderr=subprocess.PIPE,
         text=True,
+        # Where the tests run in the background, interrupts are ignored, and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
