@@ -47,12 +47,12 @@ def draw_pareto(timed: Sequence[tuple[Outcome, Result]], kind: Kind, title: str)
         points.append((timing.compute_ms, score.scale * score.value(outcome.pairs)))
         marker, colour = MARKERS[system.precision], colours[system.model]
         axis.plot(*points[-1], marker, color=colour, label=f"{system.model} {system.precision}")
-        offset = (4, 4 if system.precision == "fp32" else -10)  # points; both often lie together
-        axis.annotate(
-            system.runtime, points[-1], offset, textcoords="offset points", fontsize="x-small"
-        )
+        offset = (0, -12 if system.precision == "fp32" else 6)  # points; both often lie together
+        text = {"textcoords": "offset points", "ha": "center", "fontsize": "x-small"}
+        axis.annotate(system.runtime, points[-1], offset, **text)
     axis.plot(*zip(*frontier(points), strict=True), "-", color="0.6", linewidth=1, zorder=0)
     axis.set_xscale("log")
+    axis.margins(0.12)  # room for the names
     plain_ticks(axis.xaxis)
     axis.set_xlabel("ms per image (median, compute)")
     axis.set_ylabel(score.name + (", %" if score.percent else ""))
