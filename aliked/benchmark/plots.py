@@ -12,6 +12,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from aliked.backends import BACKENDS
 from aliked.benchmark.results import Result
+from aliked.benchmark.tables import milliseconds
 from aliked.configs import CONFIGS
 from aliked.files import whole_file
 
@@ -94,7 +95,7 @@ def _draw_bar(axis: Axes, result: Result, place: float, width: float, colours: C
         label=result.row.runtime,
     )
     axis.annotate(
-        f"{clock['p50']:.2f}",
+        milliseconds(clock["p50"]),
         (place, clock["p90"]),
         (0, 4),
         textcoords="offset points",
@@ -124,6 +125,8 @@ def draw_scatter(results: list[Result], colours: Colours, title: str) -> Figure:
         axis.set_title(model, fontsize="medium")
         axis.set_xlabel("ms per image (median)")
         axis.grid(alpha=0.3)
+    bottom, top = axes.flat[0].get_ylim()
+    axes.flat[0].set_ylim(bottom, min(top, 100 + 0.05 * (100 - bottom)))  # none has more than all
     axes.flat[0].set_ylabel("keypoints in common with\nPyTorch FP32 on the CPU, %")
     _finish(figure, axes, colours, f"{title}\nfaded: not ranked")
     return figure
