@@ -29,3 +29,8 @@ def each(task: Callable[[slice], Any], parts: list[slice]) -> Iterator[Any]:
 @functools.cache
 def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1), "aliked-copy")
+
+
+# A fork has no threads but its own: one that waited for its parent's would wait for ever.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_threads.cache_clear)

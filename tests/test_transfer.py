@@ -1,5 +1,7 @@
 """What goes to a device and comes back is the same, and nobody else writes to it."""
 
+import multiprocessing
+
 import numpy as np
 import pytest
 import torch
@@ -52,6 +54,22 @@ def test_a_part_is_worth_waking_a_thread_for(nbytes, count):
     parts = threads.in_parts(40, nbytes)
     assert len(parts) == count
     assert max(p.stop - p.start for p in parts) - min(p.stop - p.start for p in parts) <= 1
+
+
+def test_a_fork_copies_with_threads_of_its_own(monkeypatch):
+    monkeypatch.setattr(threads, "PART_BYTES", 1)
+    rows = np.arange(100)
+
+    def copy():
+        assert len(list(copied_parts(np.zeros_like(rows), rows))) == 100
+
+    copy()  # the parent has its threads
+    child = multiprocessing.get_context("fork").Process(target=copy)
+    child.start()
+    child.join(timeout=60)
+    code = child.exitcode
+    child.kill()
+    assert code == 0
 
 
 @pytest.mark.parametrize("part_bytes", [1, 1 << 40])

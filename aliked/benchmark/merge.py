@@ -23,7 +23,10 @@ def merged(results: Sequence[dict]) -> dict:
     problems = _distinct(r["problems"] for r in results)
     return results[0] | {
         **{clock: _merged_clock([r[clock] for r in results]) for clock in CLOCKS},
-        "images_per_second": _of_each(statistics.harmonic_mean, results, "images_per_second"),
+        "images_per_second": {
+            clock: statistics.harmonic_mean(r["images_per_second"][clock] for r in results)
+            for clock in results[0]["images_per_second"]
+        },
         "load_s": statistics.median(r["load_s"] for r in results),
         "first_run_s": statistics.median(r["first_run_s"] for r in results),
         "memory": max((r["memory"] for r in results), key=lambda m: m["process_mib"] or 0.0),
@@ -62,10 +65,6 @@ def _quality(parity: dict) -> tuple:
 
 def _distinct(lists: Iterable[list[str]]) -> list[str]:
     return list(dict.fromkeys(itertools.chain.from_iterable(lists)))
-
-
-def _of_each(figure, results: Sequence[dict], name: str) -> dict:
-    return {key: figure([r[name][key] for r in results]) for key in results[0][name]}
 
 
 def _merged_ranges(seen: list[dict]) -> dict | None:

@@ -97,8 +97,7 @@ def pair_runs(results: list[Result], others: Iterable[Result]) -> list[Result]:
     """
     found = {(device_name(r), r.row): r for r in others if r.measured}
     paired = [
-        replace(r, again=found.get((device_name(r), r.row)) if r.measured else None)
-        for r in results
+        replace(r, again=found.get((device_name(r), r.row))) if r.measured else r for r in results
     ]
     if not any(r.again for r in paired):
         raise InputError(
