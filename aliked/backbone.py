@@ -74,7 +74,9 @@ class DeformableConv2d(nn.Module):
 
 
 def off_default_stream(device: torch.device) -> bool:
-    """Whether what is launched on `device` goes, or may go later, to another than that stream.
+    """Whether work on `device` goes, or may later go, to a stream other than the default one.
+
+    Traced, compiled and exported models may; what a CUDA graph captures always does.
 
     torchvision's CUDA kernels run on the default stream, whatever the current one is: on another
     they race, and a CUDA graph lacks them (pytorch/vision issue 9513). On the default stream they

@@ -68,12 +68,12 @@ def features_of_batch(
     keypoints: np.ndarray, descriptors: np.ndarray, scores: np.ndarray
 ) -> list[Features]:
     """`drop_fill_ins` of every image of a batch's [B, K, 2], [B, K, D] and [B, K] outputs."""
+    images = list(zip(keypoints, descriptors, scores, strict=True))
 
-    def of_part(images: slice) -> list[Features]:
-        rows = (values[images] for values in (keypoints, descriptors, scores))
-        return [drop_fill_ins(*image) for image in zip(*rows, strict=True)]
+    def of_part(part: slice) -> list[Features]:
+        return [drop_fill_ins(*image) for image in images[part]]
 
-    parts = in_parts(len(scores), descriptors.nbytes)
+    parts = in_parts(len(images), descriptors.nbytes)
     return list(itertools.chain.from_iterable(each(of_part, parts)))
 
 

@@ -90,6 +90,11 @@ def main(args: argparse.Namespace) -> None:
     timings = load_results(of_timings) if of_timings or not of_evaluation else []
     if args.other_run:
         timings = pair_runs(timings, load_results(args.other_run))
+        if not any(result.again for result in timings):
+            raise InputError(
+                f"no row of {', '.join(map(str, args.other_run))} was measured on the same device "
+                "in the other files; leave --other_run out, or give another run of the same rows"
+            )
     if timings:
         written = write_report(timings, folder)
         show(report_text(timings), written, args.readme, (BEGIN, END))

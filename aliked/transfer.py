@@ -6,13 +6,13 @@ buffer of its own, and wait for every copy by itself. What is large goes there i
 device copies one while threads prepare the next ones.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 
 from aliked.errors import InputError
-from aliked.threads import each, in_parts
+from aliked.threads import copied_parts
 
 
 def upload(
@@ -20,7 +20,7 @@ def upload(
 ) -> torch.Tensor:
     """uint8 [B, H, W, C] on `device`, in `out` if given; the current stream's next work finds them.
 
-    `out` is contiguous, on a CUDA device. Raises `InputError` for another type than uint8.
+    `out` is of the same shape, on a CUDA device. Raises `InputError` for another type than uint8.
     """
     if images.dtype != np.uint8:
         raise InputError(f"the batch is {images.dtype} {list(images.shape)}; give uint8")
@@ -30,20 +30,12 @@ def upload(
         out = torch.empty(images.shape, dtype=torch.uint8, device=device)
     # PyTorch keeps the block from being used again before its copies are over.
     staged = torch.empty(images.shape, dtype=torch.uint8, pin_memory=True)
-    to, through = out.flatten(0, 1), staged.flatten(0, 1)
-    for rows in copied_parts(through.numpy(), images.reshape(through.shape)):
-        to[rows].copy_(through[rows], non_blocking=True)
+    # Parts are images or, of a single one, rows of pixels.
+    whole = slice(None) if len(images) > 1 else 0
+    to, through = out[whole], staged[whole]
+    for part in copied_parts(through.numpy(), images[whole]):
+        to[part].copy_(through[part], non_blocking=True)
     return out
-
-
-def copied_parts(to: np.ndarray, values: np.ndarray) -> Iterator[slice]:
-    """Copy `values`, part by part of the first axis; each part once it is there, in order."""
-
-    def copy(rows: slice) -> slice:
-        np.copyto(to[rows], values[rows])
-        return rows
-
-    return each(copy, in_parts(len(values), values.nbytes))
 
 
 def download(tensors: Iterable[torch.Tensor]) -> list[np.ndarray]:

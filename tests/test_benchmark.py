@@ -130,6 +130,7 @@ def test_processes_that_agree_are_one_row_of_all_their_runs():
     clock = merged([fast, slow])["compute_ms"]
     assert clock["runs"] == len(clock["samples"]) == 200
     assert fast["compute_ms"]["p50"] < clock["p50"] < slow["compute_ms"]["p50"]
+    assert clock["warmup"] == {"runs": 60, "settled": True}
     assert (clock["process_medians"], clock["unstable"]) == (
         [fast["compute_ms"]["p50"], slow["compute_ms"]["p50"]],
         [],
@@ -144,11 +145,25 @@ def test_processes_that_differ_are_unstable_though_each_is_steady():
 
 def test_a_row_is_as_right_as_its_worst_process_and_as_large_as_its_largest():
     good, wrong = (measured(ROW, 1.0, in_common=share) for share in (0.999, 0.9))
+    shifted = measured(ROW, 1.0, in_common=1.0)
+    shifted["parity"] |= {"passed": False}
+    assert merged([good, shifted])["parity"] == shifted["parity"]
     large = measured(ROW, 1.0, mib=900.0) | {"problems": ["part of the model ran on the CPU"]}
     assert merged([good, wrong])["parity"] == wrong["parity"]
     assert not merged([good, wrong])["ranked"]
     assert merged([good, large])["memory"]["process_mib"] == 900.0
     assert not merged([good, large])["ranked"]
+
+
+def test_throughput_and_start_are_of_all_processes():
+    first, second = measured(ROW, 2.0), measured(ROW, 4.0) | {"load_s": 1.5, "first_run_s": 2.5}
+    for result, ms in ((first, 2.0), (second, 4.0)):
+        result["compute_ms"] = statistics([Lap(ms, ms)] * 10, WarmUp(30, ms > 3), period=1)
+        result["images_per_second"] = {"compute": 1000 / ms, "end_to_end": 1.0}
+    both = merged([first, second])
+    assert both["images_per_second"]["compute"] == pytest.approx(1000 / 3)
+    assert (both["load_s"], both["first_run_s"]) == (1.0, 2.0)
+    assert both["compute_ms"]["warmup"] == {"runs": 60, "settled": False}
 
 
 def test_each_image_and_each_range_of_the_clocks_is_of_all_processes():
@@ -455,6 +470,11 @@ def test_records_of_another_configuration_are_refused_and_left_alone(recorded, n
     with pytest.raises(InputError, match=f"another {name}"):
         resume(recorded, ROWS, CONFIGURATION | {name: value})
     assert recorded.read_bytes() == before
+
+
+def test_what_an_earlier_version_began_goes_on_where_the_new_options_have_their_defaults(recorded):
+    recorded.write_text(recorded.read_text().replace(', "processes": 1', ""))
+    assert resume(recorded, ROWS, CONFIGURATION) == {ROWS[0], ROWS[2]}
 
 
 def test_records_of_rows_that_are_not_asked_for_are_refused(recorded):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torchvision.ops import deform_conv2d
 
-from aliked.backbone import sampled_deform_conv2d
+from aliked.backbone import off_default_stream, sampled_deform_conv2d
 from aliked.configs import CONFIGS, Form
 from aliked.descriptors import SDDH
 from aliked.detection import MAX_TOP_K, detect, select_top_k
@@ -224,6 +224,26 @@ def test_the_deformable_convolution_for_cuda_is_that_of_torchvision(size):
     expected = deform_conv2d(x, offsets, weight, bias, padding=1)
     found = sampled_deform_conv2d(x, offsets, weight, bias)
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)  # rounding of sums of 36 terms
+
+
+class Asked(torch.nn.Module):
+    """Answers `off_default_stream` by what it returns."""
+
+    def forward(self, x):
+        return x + 1 if off_default_stream(x.device) else x
+
+
+@pytest.mark.parametrize(
+    "traced",
+    [
+        lambda model, x: torch.jit.trace(model, x, check_trace=False),
+        lambda model, x: torch.export.export(model, (x,)).module(),
+        lambda model, x: torch.compile(model, backend="eager"),
+    ],
+)
+def test_what_is_traced_never_holds_the_operator_of_the_default_stream(traced):
+    x = torch.zeros(3)
+    assert traced(Asked(), x)(x).eq(1).all()
 
 
 @pytest.mark.gpu

@@ -160,7 +160,7 @@ def test_what_another_run_of_the_same_code_does_not_bear_out_is_marked(tmp_path)
 def test_another_run_of_other_rows_is_refused_before_anything_is_written(tmp_path):
     write_records(tmp_path / "a.jsonl", [measured(COMPILED, 2.0)])
     write_records(tmp_path / "b.jsonl", [measured(ON_GPU, 2.0)])
-    with pytest.raises(InputError, match="no row of the other run was measured"):
+    with pytest.raises(InputError, match=r"no row of .*a\.jsonl was measured"):
         run(tmp_path / "b.jsonl", other_run=tmp_path / "a.jsonl", output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -10,7 +10,7 @@ from aliked import threads
 from aliked.backends import Spec, create_extractor
 from aliked.errors import InputError
 from aliked.features import drop_fill_ins, features_of_batch
-from aliked.transfer import copied_parts, download, upload
+from aliked.transfer import download, upload
 from tests.textures import texture
 
 NAMES = ("keypoints", "scores", "descriptors")
@@ -32,7 +32,7 @@ def test_a_view_of_an_image_is_uploaded_in_its_own_order():
 
 
 def views_of(images):
-    """The same size of array in several memory layouts."""
+    """An array and parts of it, in several memory layouts."""
     return [images, images[:, ::-1], images[..., ::-1], images[:, :, ::2], images[::3]]
 
 
@@ -42,7 +42,7 @@ def test_parts_are_copied_in_order_and_leave_nothing_out(monkeypatch, part_bytes
     for images in views_of(np.stack([texture(20, 30, seed) for seed in range(7)])):
         rows = images.reshape(-1, *images.shape[2:])
         copy, done = np.zeros_like(rows), 0
-        for part in copied_parts(copy, rows):
+        for part in threads.copied_parts(copy, rows):
             np.testing.assert_array_equal(copy[part], rows[part])
             assert part.start == done
             done = part.stop
@@ -61,7 +61,7 @@ def test_a_fork_copies_with_threads_of_its_own(monkeypatch):
     rows = np.arange(100)
 
     def copy():
-        assert len(list(copied_parts(np.zeros_like(rows), rows))) == 100
+        assert len(list(threads.copied_parts(np.zeros_like(rows), rows))) == 100
 
     copy()  # the parent has its threads
     child = multiprocessing.get_context("fork").Process(target=copy)
@@ -108,9 +108,13 @@ def test_a_large_batch_gets_to_a_cuda_device_in_parts():
         pytest.skip("no CUDA device")
     one = np.stack([texture(480, 640, seed) for seed in range(4)])
     for images in views_of(np.concatenate([one + i for i in range(8)])):
-        on_device = [upload(images, torch.device("cuda")) for _ in range(3)]
-        for array in download(on_device):
-            np.testing.assert_array_equal(array, images)
+        kept = torch.empty(images.shape, dtype=torch.uint8, device="cuda")
+        upload(images, torch.device("cuda"), kept)
+        # Other bytes each time: a block that is used again too soon would show.
+        on_device = [upload(images + i, torch.device("cuda")) for i in range(3)]
+        for i, array in enumerate(download(on_device)):
+            np.testing.assert_array_equal(array, images + i)
+        np.testing.assert_array_equal(kept.cpu().numpy(), images)
 
 
 @pytest.mark.gpu

@@ -20,7 +20,7 @@ ROW = Row(
     compile_mode=None,
 )
 CONFIGURATION = {
-    "limits": {"repeats": 200, "warmup": 200, "max_seconds": 10.0},
+    "limits": {"repeats": 200, "warmup": 200, "max_seconds": 10.0, "processes": 1},
     "machine": {"cpu": "Some CPU", "cpu_cores": 4, "cpu_threads": 4, "system": "Linux x86_64"},
     "versions": {"python": "3.11.7", "torch": "2.14.1", "cuda": None},
     "images": {"sequence_640x480": "ab" * 32},

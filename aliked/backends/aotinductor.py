@@ -56,8 +56,9 @@ def share_cpp_library() -> None:
 def load(path: Path, device: torch.device) -> Any:
     """The package as `torch._inductor.aoti_load_package` loads it, at once.
 
-    That function compiles and runs a probe of every instruction set of the processor, for a warning
-    about packages of other machines: half a minute where compilers are slow (pytorch issue 191715).
+    That function also warns of packages from other machines, and to know the instruction sets of
+    this one compiles and runs a probe of each: half a minute where compilers are slow (pytorch
+    issue 191715).
     """
     from torch._inductor.package import AOTICompiledModel  # here, as it takes seconds to import
 

@@ -11,6 +11,7 @@ from aliked.backends.tensorrt_runtime import runtime_module, unavailable
 from aliked.backends.tensorrt_session import Session
 from aliked.errors import InputError
 from aliked.features import Features, check_image, features_of_batch
+from aliked.threads import copied_parts
 
 INPUT = "image"
 OUTPUTS = ("keypoints", "descriptors", "scores")
@@ -80,7 +81,7 @@ class TensorRTExtractor:
         self.session.prepare(values.shape)
         pinned = self.session.pinned[INPUT]
         if uint8:
-            pinned[...] = values
+            list(copied_parts(pinned, values))
         else:
             np.divide(values, np.float32(255), out=pinned, casting="same_kind")
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from aliked.benchmark.results import CLOCKS
-from aliked.benchmark.stationarity import REPEATED_WITHIN
+from aliked.benchmark.stationarity import REPEATED_WITHIN, apart
 from aliked.benchmark.timing import summary
 
 
@@ -19,13 +19,14 @@ def merged(results: Sequence[dict]) -> dict:
     """What `measure` returned in each process: all runs, the most memory, the worst parity."""
     if len(results) == 1:
         return results[0]
+    clocks = {clock: _merged_clock([r[clock] for r in results]) for clock in CLOCKS}
     worst = min((r["parity"] for r in results), key=_quality)
     problems = _distinct(r["problems"] for r in results)
     return results[0] | {
-        **{clock: _merged_clock([r[clock] for r in results]) for clock in CLOCKS},
+        **clocks,
         "images_per_second": {
-            clock: statistics.harmonic_mean(r["images_per_second"][clock] for r in results)
-            for clock in results[0]["images_per_second"]
+            name: rate * results[0][f"{name}_ms"]["mean"] / clocks[f"{name}_ms"]["mean"]
+            for name, rate in results[0]["images_per_second"].items()
         },
         "load_s": statistics.median(r["load_s"] for r in results),
         "first_run_s": statistics.median(r["first_run_s"] for r in results),
@@ -55,8 +56,8 @@ def _merged_clock(clocks: list[dict]) -> dict:
 
 
 def _differ(medians: list[float]) -> list[str]:
-    spread = (max(medians) - min(medians)) / statistics.median(medians)
-    return [f"medians of the processes {spread:.0%} apart"] if spread > REPEATED_WITHIN else []
+    distance = apart(medians)
+    return [f"medians of the processes {distance:.0%} apart"] if distance > REPEATED_WITHIN else []
 
 
 def _quality(parity: dict) -> tuple:

@@ -2,9 +2,11 @@
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 from aliked.benchmark.rows import Row, row_of
+from aliked.benchmark.timing import Limits
 from aliked.errors import InputError
 from aliked.files import whole_file
 
@@ -91,6 +93,8 @@ def _check_same(
         )
     for name, value in configuration.items():
         found = record["configuration"].get(name)
+        if name == "limits":  # an earlier version's lack what it did not have: the default
+            found = asdict(Limits()) | found
         if found != value:
             raise InputError(
                 f"{where} was measured with another {name}: {_brief(found, value)}; {cure}"

@@ -7,7 +7,7 @@ from datetime import datetime
 import numpy as np
 
 from aliked.benchmark.results import CLOCKS, Result, runtime_order
-from aliked.benchmark.stationarity import REPEATED_WITHIN
+from aliked.benchmark.stationarity import REPEATED_WITHIN, apart
 from aliked.benchmark.tables import markdown
 
 Pair = tuple[Result, Result]  # in the order in which they were measured
@@ -49,4 +49,5 @@ def _agreement(pairs: list[Pair], clock: str) -> list[str]:
     medians = np.array([[r.record[clock]["p50"] for r in pair] for pair in pairs])
     change = medians[:, 1] / medians[:, 0] - 1
     low, middle, high = (f"{100 * value:+.1f}" for value in np.percentile(change, (0, 50, 100)))
-    return [f"{middle} [{low}, {high}] %", str((np.abs(change) <= REPEATED_WITHIN).sum())]
+    within = sum(apart(pair) <= REPEATED_WITHIN for pair in medians)
+    return [f"{middle} [{low}, {high}] %", str(within)]

@@ -8,7 +8,7 @@ from pathlib import Path
 from aliked.backends import BACKENDS
 from aliked.benchmark.records import read_timings
 from aliked.benchmark.rows import Row, row_of
-from aliked.benchmark.stationarity import REPEATED_WITHIN
+from aliked.benchmark.stationarity import REPEATED_WITHIN, apart
 from aliked.configs import CONFIGS
 from aliked.errors import InputError
 
@@ -54,11 +54,17 @@ class Result:
         ]
 
     def _not_repeated(self, clock: str) -> list[str]:
-        """How another run of the same code differs, which one process cannot know of."""
-        if self.again is None or self.again.record["commit"] != self.record["commit"]:
+        """How another run of the same commit differs, which one process cannot know of.
+
+        Two runs that both had changes on top of it are taken for the same.
+        """
+        commit = self.record["commit"]
+        if commit is None or self.again is None or self.again.record["commit"] != commit:
             return []
-        change = self.again.record[clock]["p50"] / self.record[clock]["p50"] - 1
-        return [f"{change:+.0%} in another run"] if abs(change) > REPEATED_WITHIN else []
+        own, other = (result.record[clock]["p50"] for result in (self, self.again))
+        if apart([own, other]) <= REPEATED_WITHIN:
+            return []
+        return [f"{other / own - 1:+.0%} in another run"]
 
     def objections(self) -> list[str]:
         """Why it is not ranked."""
@@ -91,20 +97,11 @@ def load_results(paths: Iterable[Path]) -> list[Result]:
 
 
 def pair_runs(results: list[Result], others: Iterable[Result]) -> list[Result]:
-    """`results`, each with what another run measured of the same row on the same kind of device.
-
-    `InputError` where the other run shares no row with them.
-    """
+    """`results`, each with what another run measured of the same row on the same kind of device."""
     found = {(device_name(r), r.row): r for r in others if r.measured}
-    paired = [
+    return [
         replace(r, again=found.get((device_name(r), r.row))) if r.measured else r for r in results
     ]
-    if not any(r.again for r in paired):
-        raise InputError(
-            "no row of the other run was measured on the same device in these files; give another "
-            "run of the same rows, or none"
-        )
-    return paired
 
 
 def section_key(result: Result) -> tuple[str, str]:

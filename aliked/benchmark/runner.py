@@ -236,7 +236,7 @@ def measure_row(
     file: Artifact | TaskFailed | None,
     bar: "Bar",
 ) -> dict:
-    """Measure in processes of its own; `TaskFailed` where that cannot be done."""
+    """Measure in processes of its own; `TaskFailed` where that cannot be done in any of them."""
     reason = session.unavailable[row.backend]
     if reason:
         raise TaskFailed(reason, expected=True)

@@ -17,6 +17,11 @@ UNSTABLE_SPREAD = 0.25  # from the 10th to the 90th percentile, of the median
 REPEATED_WITHIN = 0.05  # the medians of two processes or runs, where times are to be relied on
 
 
+def apart(medians: Sequence[float]) -> float:
+    """How far medians of the same row are apart, of the smallest: see `REPEATED_WITHIN`."""
+    return max(medians) / min(medians) - 1
+
+
 def window_length(period: int) -> int:
     """How many runs to look at when images repeat after `period` runs: an even number of passes."""
     two_passes = 2 * period
