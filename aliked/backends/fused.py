@@ -66,7 +66,8 @@ class FusedExtractor:
 
     def extract_batch(self, images: np.ndarray) -> list[Features]:
         """uint8 [B, H, W, 3] RGB to each image's `Features`, copies included."""
-        return to_features(self._run(images, lambda out: upload(images, self.device, out)))
+        upload_into = functools.partial(upload, images, self.device)
+        return to_features(self._run(images, np.uint8, upload_into))
 
     def to_device(self, images: np.ndarray) -> torch.Tensor:
         """uint8 [B, H, W, 3] RGB to the same on the device."""
@@ -78,19 +79,22 @@ class FusedExtractor:
         All three are on the device; the next call for the same size on the same stream overwrites
         them. Leave a page-locked batch alone until `synchronize`: it may be read after the return.
         """
-        return self._run(batch, lambda out: out.copy_(batch, non_blocking=True))
+        return self._run(batch, torch.uint8, lambda out: out.copy_(batch, non_blocking=True))
 
     def _run(
-        self, batch: np.ndarray | torch.Tensor, put_into: Callable[[torch.Tensor], object]
+        self,
+        batch: np.ndarray | torch.Tensor,
+        byte: type | torch.dtype,
+        copy_into: Callable[[torch.Tensor], object],
     ) -> dict[str, torch.Tensor]:
-        """The outputs for `batch`, which `put_into` copies: bytes only, so that none can be NaN."""
-        if batch.dtype not in (np.uint8, torch.uint8) or batch.ndim != 4 or batch.shape[3] != 3:
+        """The outputs for `batch`, of the type `byte` lest a value be NaN, after its copy."""
+        if batch.dtype != byte or batch.ndim != 4 or batch.shape[3] != 3:
             raise InputError(
                 f"the batch is {batch.dtype} {list(batch.shape)}; give uint8 [B, H, W, 3]"
             )
         with torch.cuda.device(self.device):
             plan = self._plan(tuple(batch.shape))
-            put_into(plan.images)
+            copy_into(plan.images)
             plan.graph.replay()
         return plan.outputs
 
