@@ -9,6 +9,8 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.ops import deform_conv2d
 
+from aliked.tracing import is_traced
+
 
 def longest_side(maps: torch.Tensor) -> int | torch.Tensor:
     """max(H, W) of [..., H, W], kept symbolic where the model is traced or exported."""
@@ -82,9 +84,7 @@ def off_default_stream(device: torch.device) -> bool:
     they race, and a CUDA graph lacks them (pytorch/vision issue 9513). On the default stream they
     are right, and have fewer launches than other operators, which is what eager PyTorch waits for.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return True
-    return torch.cuda.current_stream(device) != torch.cuda.default_stream(device)
+    return is_traced() or torch.cuda.current_stream(device) != torch.cuda.default_stream(device)
 
 
 def fold(conv: nn.Module, norm: nn.BatchNorm2d) -> nn.Module:

@@ -16,6 +16,7 @@ from types import ModuleType
 import torch
 
 from aliked.errors import InputError
+from aliked.tracing import is_traced
 
 PACKAGE = "aliked_custom_ops"  # what `pip install ./custom_ops` installs
 VARIABLE = "ALIKED_CUSTOM_OPS"  # unset, "build" or "off"
@@ -29,8 +30,7 @@ def get_patches(maps: torch.Tensor, centres: torch.Tensor, size: int) -> torch.T
     Whatever traces the model sees the plain form: compilers fuse it, ONNX knows its operators, and
     what they write then runs where nothing is installed.
     """
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if traced or _plain_wanted.get():
+    if is_traced() or _plain_wanted.get():
         return plain_patches(maps, centres, size)
     operator = compiled()
     if operator is None or maps.device.type not in operator.DEVICES:

@@ -13,6 +13,7 @@ import numpy as np
 from aliked.benchmark.results import CLOCKS
 from aliked.benchmark.stationarity import REPEATED_WITHIN, apart
 from aliked.benchmark.timing import summary
+from aliked.benchmark.watch import span
 
 
 def merged(results: Sequence[dict]) -> dict:
@@ -72,10 +73,10 @@ def _merged_ranges(seen: list[dict]) -> dict | None:
     """The lowest and the highest of all, and everything that held the clocks down."""
     if not seen:
         return None
-    ranges = {}
-    for name in seen[0].keys() - {"held_down_by"}:
-        ends = [s[name] for s in seen if s[name]]
-        ranges[name] = [min(e[0] for e in ends), max(e[1] for e in ends)] if ends else None
+    ranges = {
+        name: span(itertools.chain.from_iterable(s[name] for s in seen if s[name]))
+        for name in seen[0].keys() - {"held_down_by"}
+    }
     return ranges | {"held_down_by": sorted(_distinct(s["held_down_by"] for s in seen))}
 
 

@@ -1,11 +1,18 @@
 """Memory and clocks of the device while a row runs."""
 
 import itertools
+from collections.abc import Iterable
 
 import pynvml
 
 from aliked import gpu, nvml
 from aliked.benchmark.memory import host_peak_mib
+
+
+def span(values: Iterable[float]) -> list[float] | None:
+    """The lowest and the highest; None of none."""
+    values = list(values)
+    return [min(values), max(values)] if values else None
 
 
 class Watch:
@@ -37,8 +44,7 @@ class Watch:
             return None
         seen = {}
         for name in ("sm_mhz", "memory_mhz", "temperature_c"):
-            values = [sample[name] for sample in self.samples if sample[name] is not None]
-            seen[name] = [min(values), max(values)] if values else None
+            seen[name] = span(s[name] for s in self.samples if s[name] is not None)
         reasons = itertools.chain.from_iterable(s["held_down_by"] for s in self.samples)
         return seen | {"held_down_by": sorted(set(reasons))}
 
