@@ -95,6 +95,11 @@ def main(args: argparse.Namespace) -> None:
                 f"no row of {', '.join(map(str, args.other_run))} was measured on the same device "
                 "in the other files; leave --other_run out, or give another run of the same rows"
             )
+        if any(result.again and result.again.record == result.record for result in timings):
+            raise InputError(
+                f"{', '.join(map(str, args.other_run))} has records of the files that it is to be "
+                "compared with; give another run of the same rows"
+            )
     if timings:
         written = write_report(timings, folder)
         show(report_text(timings), written, args.readme, (BEGIN, END))

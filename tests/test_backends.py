@@ -7,13 +7,14 @@ import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 import torch
 
-from aliked.backends import BACKENDS, Spec, create_extractor, load_backend
+from aliked.backends import BACKENDS, Spec, aotinductor, create_extractor, load_backend
 from aliked.errors import InputError
 from aliked.features import drop_fill_ins
 from aliked.parity import FP16, FP32, compare_features, judge
@@ -262,6 +263,25 @@ from aliked.backends.aotinductor import PackagedForward
 forward = PackagedForward(Path(sys.argv[1]), torch.device("cpu"))
 assert forward(torch.full((1, 3, 8, 8), 3.0))["scaled"].eq(6).all()
 """
+
+
+def test_what_is_no_package_is_refused_with_the_reason(tmp_path):
+    path = tmp_path / "model.pt2"
+    spec = Spec("aliked-t16", device="cpu", model_path=path)
+    path.write_text("no archive")
+    with pytest.raises(InputError, match=r"model\.pt2 cannot be loaded .*not a ZIP archive"):
+        create_extractor("aotinductor", spec)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme.txt", "an archive, but no package")
+    with pytest.raises(InputError, match=r"model\.pt2 cannot be loaded"):
+        create_extractor("aotinductor", spec)
+
+
+def test_a_package_of_another_project_is_refused(tmp_path, monkeypatch):
+    foreign = SimpleNamespace(get_metadata=lambda: {"AOTI_DEVICE_KEY": "cpu"})
+    monkeypatch.setattr(aotinductor, "load", lambda path, device: foreign)
+    with pytest.raises(InputError, match="does not say what images it is for"):
+        aotinductor.PackagedForward(tmp_path / "model.pt2", torch.device("cpu"))
 
 
 def test_a_package_with_a_cpp_library_of_its_own_is_loaded(tmp_path):

@@ -165,6 +165,13 @@ def test_another_run_of_other_rows_is_refused_before_anything_is_written(tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+def test_a_run_is_not_compared_with_itself(tmp_path):
+    write_records(tmp_path / "a.jsonl", [measured(ON_GPU, 2.0)])
+    with pytest.raises(InputError, match=r"a\.jsonl has records of the files"):
+        run(tmp_path / "a.jsonl", other_run=tmp_path / "a.jsonl", output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_evaluation_is_not_taken_for_another_run(tmp_path):
     write_records(tmp_path / "a.jsonl", [{"schema": SCHEMA, "task": "pose"}])
     write_records(tmp_path / "b.jsonl", [measured(ON_GPU, 2.0)])

@@ -58,13 +58,20 @@ def load(path: Path, device: torch.device) -> Any:
 
     That function also warns of packages from other machines, and to know the instruction sets of
     this one compiles and runs a probe of each: half a minute where compilers are slow (pytorch
-    issue 191715).
+    issue 191715). Raises `InputError` for what is no package.
     """
     from torch._inductor.package import AOTICompiledModel  # here, as it takes seconds to import
 
     index = -1 if device.index is None else device.index
     # Not for one thread only, and with one set of buffers.
-    loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, index)
+    try:
+        loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, index)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0].rstrip(" .:")
+        raise InputError(
+            f"{path} cannot be loaded as a package of AOTInductor ({reason}); let "
+            "measure_timings.py build one on this machine"
+        ) from error
     return AOTICompiledModel(loader)
 
 
@@ -76,6 +83,11 @@ class PackagedForward:
         share_cpp_library()
         self.package = load(path, device)
         noted = self.package.get_metadata()
+        if "shape" not in noted:
+            raise InputError(
+                f"{path} does not say what images it is for, so this project did not build it; let "
+                "measure_timings.py build one on this machine"
+            )
         self.shape = torch.Size(map(int, noted["shape"].split(",")))
         if noted["device"] != device.type:
             raise InputError(

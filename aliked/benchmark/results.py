@@ -79,7 +79,7 @@ class Result:
 
 def load_results(paths: Iterable[Path]) -> list[Result]:
     """The results of all files in the tables' order; `InputError` where two are of one cell."""
-    results, seen = [], {}
+    paths, results, seen = list(paths), [], {}
     for path in paths:
         for number, record in enumerate(read_timings(path), 1):
             result = Result(record, row_of(record))
@@ -92,7 +92,9 @@ def load_results(paths: Iterable[Path]) -> list[Result]:
             seen[key] = where
             results.append(result)
     if not results:
-        raise InputError("there is no record in the files; measure something first")
+        raise InputError(
+            f"there is no record in {', '.join(map(str, paths))}; measure something first"
+        )
     return sorted(results, key=table_order)
 
 
