@@ -1,7 +1,7 @@
 // CUDA on the CPU, for checking kernels where there is no GPU: every thread of a block is a fiber,
 // blocks run one after the other. A barrier that is missing shows, because the order of the threads
 // is drawn anew in every round; so does shared memory that nothing wrote, which starts as NaN.
-// The functions are those of custom_ops/fused/warp.cuh.
+// The functions are those of aliked/fused/warp.cuh.
 #include <math.h>
 #include <setjmp.h>
 #include <stdint.h>

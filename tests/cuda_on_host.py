@@ -1,4 +1,4 @@
-"""Run a CUDA C++ source of `custom_ops` on the CPU; `cuda_on_host.hpp` says how."""
+"""Run a CUDA C++ source of `aliked.fused` on the CPU; `cuda_on_host.hpp` says how."""
 
 import ctypes
 import shutil

@@ -3,7 +3,7 @@
 import torch
 
 from aliked.model import ALIKED
-from custom_ops.fused import pipeline, reference, trace, weights
+from aliked.fused import pipeline, reference, trace, weights
 
 
 def random_model(name, selection):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from custom_ops.fused import kernels, pipeline, trace
+from aliked.fused import kernels, pipeline, trace
 from tests.fused_models import random_images, record
 
 HERE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

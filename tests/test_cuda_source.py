@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.cuda import _utils as cuda_utils
 
-from custom_ops.fused import cuda_source, kernels, pipeline, weights
+from aliked.fused import cuda_source, kernels, pipeline, weights
 from tests.fused_models import random_images, random_model
 
 TURING, HOPPER = "75", "90"  # compute capability; Turing takes other branches than the rest

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from aliked.backends import Spec, create_extractor
 from aliked.errors import InputError
 from aliked.model import Output, to_tensor
-from custom_ops.fused import kernels, pipeline, reference, trace, weights
+from aliked.fused import kernels, pipeline, reference, trace, weights
 from tests.fused_models import random_images, random_model, record
 
 

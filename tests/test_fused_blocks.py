@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 
-from custom_ops.fused import blocks, cuda_source, fragments, reference, trace
+from aliked.fused import blocks, cuda_source, fragments, reference, trace
 from tests import cuda_on_host
 from tests.fused_models import random_images
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from custom_ops.fused import cuda_source, deform, fragments, reference
-from custom_ops.fused.trace import relative
+from aliked.fused import cuda_source, deform, fragments, reference
+from aliked.fused.trace import relative
 from tests import cuda_on_host
 
 TOLERANCE = 5e-3  # of the largest output: a few roundings of half precision

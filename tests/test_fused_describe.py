@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from aliked.configs import CONFIGS
-from custom_ops.fused import cuda_source, describe, fragments, reference
+from aliked.fused import cuda_source, describe, fragments, reference
 from tests import cuda_on_host
 
 TOLERANCE = 5e-3  # of the largest value: roundings to half precision

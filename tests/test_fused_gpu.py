@@ -15,7 +15,7 @@ from aliked.errors import InputError
 from aliked.features import drop_fill_ins
 from aliked.model import plain_float32, to_tensor
 from aliked.parity import FP16, FP32, compare_features, judge
-from custom_ops.fused import kernels, pipeline, weights
+from aliked.fused import kernels, pipeline, weights
 from tests.fused_models import random_images, random_model
 from tests.textures import texture
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from custom_ops.fused import cuda_source, kernels, pipeline, weights
+from aliked.fused import cuda_source, kernels, pipeline, weights
 from tests.fused_models import random_model
 
 MAX_INT = 2**31 - 1

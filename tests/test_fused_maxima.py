@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from custom_ops.fused import cuda_source, maxima, reference
-from custom_ops.fused.trace import sorted_keys
+from aliked.fused import cuda_source, maxima, reference
+from aliked.fused.trace import sorted_keys
 from tests import cuda_on_host
 
 

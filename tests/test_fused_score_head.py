@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from custom_ops.fused import cuda_source, reference, score_head, weights
+from aliked.fused import cuda_source, reference, score_head, weights
 from tests import cuda_on_host
 from tests.fused_models import random_model
 

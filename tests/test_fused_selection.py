@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from custom_ops.fused import cuda_source, reference, selection
-from custom_ops.fused.maxima import BINS, TALLY
-from custom_ops.fused.trace import sorted_keys
+from aliked.fused import cuda_source, reference, selection
+from aliked.fused.maxima import BINS, TALLY
+from aliked.fused.trace import sorted_keys
 from tests import cuda_on_host
 
 

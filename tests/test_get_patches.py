@@ -277,7 +277,7 @@ def test_pip_installs_the_operator_beside_the_fused_kernels(tmp_path):
     # Without a toolkit: this is about the package, and compiling for GPUs takes longer.
     python("-m", "pip", "install", *options, str(sources), CUDA_HOME="", CUDA_VISIBLE_DEVICES="")
     code = (
-        "import aliked_custom_ops, custom_ops.fused, torch\n"
+        "import aliked_custom_ops, aliked.fused, torch\n"
         "from aliked import patches\n"
         "assert patches.compiled() is aliked_custom_ops\n"
         "maps, centres = torch.rand(1, 2, 5, 5), torch.tensor([[[0, 1]]])\n"

@@ -20,7 +20,7 @@ from aliked.backends.fused import FusedExtractor
 from aliked.configs import CONFIGS
 from aliked.images import load_image
 from aliked.model import ALIKED, PRECISIONS
-from custom_ops.fused import kernels, pipeline, reference, trace, weights
+from aliked.fused import kernels, pipeline, reference, trace, weights
 
 REPEATS = 20  # launches of one operator in a graph, so that the graph's own launch hardly counts
 TOLERANCE = {"fp32": 2e-5, "fp16": 5e-3}  # of the largest output: a few roundings

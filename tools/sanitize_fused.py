@@ -16,7 +16,7 @@ from aliked.configs import CONFIGS
 from aliked.errors import InputError
 from aliked.model import PRECISIONS
 from aliked.options import add_weights_option
-from custom_ops.fused import cuda_source, deform
+from aliked.fused import cuda_source, deform
 
 
 def parser() -> argparse.ArgumentParser:

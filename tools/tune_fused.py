@@ -18,7 +18,7 @@ from aliked.backends import Spec
 from aliked.configs import CONFIGS
 from aliked.images import load_image
 from aliked.model import PRECISIONS
-from custom_ops.fused import kernels, reference, trace, tuning
+from aliked.fused import kernels, reference, trace, tuning
 from tools.bench_fused import TOLERANCE, operator_us, record_calls
 
 CHOICES = {

@@ -1,4 +1,4 @@
-"""The fused GPU kernels of `custom_ops`, one CUDA graph per image size and batch."""
+"""The fused GPU kernels of `aliked.fused`, one CUDA graph per image size and batch."""
 
 import functools
 import importlib.util
@@ -43,7 +43,7 @@ class FusedExtractor:
     name = "fused"
 
     def __init__(self, spec: Spec):
-        from custom_ops.fused import kernels, pipeline, weights
+        from aliked.fused import kernels, pipeline, weights
 
         self.device = choose_device(spec.device)
         if self.device.type != "cuda":

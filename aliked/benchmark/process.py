@@ -28,7 +28,7 @@ IMPORTED = ("aliked.benchmark.measure",)
 # is not installed is passed over. Rows on a CPU go without: their memory is that of the process.
 IMPORTED_FOR_A_GPU = (
     "aliked.model",  # with torchvision
-    "custom_ops.fused.kernels",  # with Triton
+    "aliked.fused.kernels",  # with Triton
     "torch._dynamo",
 )
 

@@ -202,7 +202,7 @@ def compiler_note(session: Session, row: Row) -> Path:
 def _kernels() -> str:
     """A hash of the fused kernels' sources."""
     digest = hashlib.sha256()
-    for path in sorted((ROOT / "custom_ops" / "fused").glob("*.*")):
+    for path in sorted((ROOT / "aliked" / "fused").glob("*.*")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

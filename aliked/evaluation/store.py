@@ -18,7 +18,7 @@ from aliked.weights import find_weights
 
 # What decides the features besides weights and options: other code makes other features.
 CODE = ("aliked/*.py", "aliked/backends/*.py")
-KERNELS = {"fused": ("custom_ops/fused/*.*",)}  # what a backend has elsewhere
+KERNELS = {"fused": ("aliked/fused/*.*",)}  # what a backend has elsewhere
 
 
 class FeatureStore:

@@ -7,7 +7,7 @@ import torch
 
 from aliked.detection import RADIUS
 from aliked.model import STRIDE, Output
-from custom_ops.fused.weights import Weights
+from aliked.fused.weights import Weights
 
 
 class Selection(NamedTuple):
@@ -83,7 +83,7 @@ def extract(
 ) -> Output:
     """uint8 [B, H, W, 3], H and W at least 5, to `Output`, as `aliked.model.ALIKED.forward`.
 
-    `ops` is `custom_ops.fused.kernels`, or `custom_ops.fused.reference` for its plain twin.
+    `ops` is `aliked.fused.kernels`, or `aliked.fused.reference` for its plain twin.
     """
     height, width = images.shape[1:3]
     frame = Frame(-height % STRIDE // 2, -width % STRIDE // 2, height, width)

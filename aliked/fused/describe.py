@@ -10,9 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from custom_ops.fused import cuda_source, tuning
-from custom_ops.fused.common import add_product, float_bits, load_matrix, padded, product, selu
-from custom_ops.fused.score_map import level_geometry, upsampled
+from aliked.fused import cuda_source, tuning
+from aliked.fused.common import add_product, float_bits, load_matrix, padded, product, selu
+from aliked.fused.score_map import level_geometry, upsampled
 
 SOURCE = "describe.cu"
 GROUP = 8  # keypoints that a block finds the offsets of, a warp per tap

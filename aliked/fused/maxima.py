@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from custom_ops.fused import cuda_source
+from aliked.fused import cuda_source
 
 RADIUS = tl.constexpr(2)  # of the suppression window, and of the border that is dropped
 INDEX_BITS = tl.constexpr(32)

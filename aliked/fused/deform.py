@@ -10,9 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from custom_ops.fused import cuda_source, tuning
-from custom_ops.fused.common import add_product, load_matrix, product, selu
-from custom_ops.fused.conv import convolve, emit_level, emit_pooled
+from aliked.fused import cuda_source, tuning
+from aliked.fused.common import add_product, load_matrix, product, selu
+from aliked.fused.conv import convolve, emit_level, emit_pooled
 
 
 @triton.jit

@@ -4,8 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from custom_ops.fused import tuning
-from custom_ops.fused.common import add_product, load_matrix, padded, product, selu
+from aliked.fused import tuning
+from aliked.fused.common import add_product, load_matrix, padded, product, selu
 
 
 @triton.jit

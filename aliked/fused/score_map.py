@@ -8,8 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from custom_ops.fused import tuning
-from custom_ops.fused.common import selu, upsampling_scale
+from aliked.fused import tuning
+from aliked.fused.common import selu, upsampling_scale
 
 
 @triton.jit

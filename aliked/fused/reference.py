@@ -12,8 +12,8 @@ from aliked.detection import RADIUS, inner, soft_argmax, suppress_non_maxima
 from aliked.model import unit_length
 from aliked.patches import get_patches
 from aliked.sampling import bilinear_sample
-from custom_ops.fused.describe import KEYPOINTS
-from custom_ops.fused.maxima import BIN_SHIFT, BINS, LOWEST_BIN, TALLY
+from aliked.fused.describe import KEYPOINTS
+from aliked.fused.maxima import BIN_SHIFT, BINS, LOWEST_BIN, TALLY
 
 INDEX_MASK = 0xFFFFFFFF
 

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import torch
 
-from custom_ops.fused import reference
-from custom_ops.fused.maxima import BINS
+from aliked.fused import reference
+from aliked.fused.maxima import BINS
 
 
 class Call(NamedTuple):

@@ -6,9 +6,9 @@ The kernels are CUDA C++ (`selection.cu`) in either precision: scores are float3
 import torch
 import triton
 
-from custom_ops.fused import cuda_source
-from custom_ops.fused.common import float_bits
-from custom_ops.fused.maxima import TALLY_CONSTANTS
+from aliked.fused import cuda_source
+from aliked.fused.common import float_bits
+from aliked.fused.maxima import TALLY_CONSTANTS
 
 SOURCE = "selection.cu"
 SLACK = 1024  # keys that may pass beside the k best: ranking them is cheaper than finding the k-th

@@ -7,7 +7,7 @@ from torch import nn
 
 from aliked.backbone import DeformableConv2d
 from aliked.model import ALIKED
-from custom_ops.fused import fragments
+from aliked.fused import fragments
 
 
 class Conv(NamedTuple):

@@ -2,9 +2,9 @@
 
 import torch
 
-from custom_ops.fused import cuda_source
-from custom_ops.fused.conv import conv3x3, conv3x3_level
-from custom_ops.fused.stem import stem
+from aliked.fused import cuda_source
+from aliked.fused.conv import conv3x3, conv3x3_level
+from aliked.fused.stem import stem
 
 SOURCE = "blocks.cu"
 THREADS = 128

@@ -3,10 +3,10 @@
 import torch
 import triton
 
-from custom_ops.fused import cuda_source
-from custom_ops.fused.conv import conv3x3
-from custom_ops.fused.maxima import TALLY
-from custom_ops.fused.score_map import blend, score_map
+from aliked.fused import cuda_source
+from aliked.fused.conv import conv3x3
+from aliked.fused.maxima import TALLY
+from aliked.fused.score_map import blend, score_map
 
 SOURCE = "score_head.cu"
 BLOCK = (32, 8, 1)  # as in the source, and its columns of the frame, and from tile to tile
