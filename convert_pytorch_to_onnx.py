@@ -142,7 +142,7 @@ def load_models(args: argparse.Namespace) -> tuple[ALIKED, ALIKED]:
     """The model to export and the float32 reference to judge it by."""
     selection = (args.model, args.top_k, args.scores_th, args.n_limit, args.weights)
     model = ALIKED.from_pretrained(*selection, precision=args.precision)
-    model.form = Form(args.sampling, row_by_row=False)
+    model.form = Form(args.sampling)
     return model, ALIKED.from_pretrained(*selection)
 
 

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import onnxscript.optimizer
 import torch
 from torch import nn
 
+from aliked.configs import Form
 from aliked.deform_conv_onnx import NATIVE_TRANSLATION, standard_deform_conv
 from aliked.detection import RADIUS
 from aliked.errors import InputError
@@ -174,7 +176,7 @@ def export_onnx(
     check_options(options, rows)
     graph = make_graph(model, options)
     export = export_native if options.deform_conv == "native" else export_standard
-    with torch.inference_mode(), silence(not verbose):
+    with torch.inference_mode(), silence(not verbose), exported_form(model, options):
         proto = export(graph, options, verbose, 0 if options.io == "colmap" else rows)
     if options.uint8_input:
         measure_behind_the_cast(proto)
@@ -184,6 +186,17 @@ def export_onnx(
     with whole_file(path) as partial:
         onnx.save(proto, partial)
     return proto
+
+
+@contextlib.contextmanager
+def exported_form(model: ALIKED, options: ExportOptions) -> Iterator[None]:
+    """Have the model write itself for runtimes, by the sampling method it already has."""
+    before = model.form
+    model.form = Form(before.sampling, exported=True, dynamic=bool(symbolic_axes(options)))
+    try:
+        yield
+    finally:
+        model.form = before
 
 
 @contextlib.contextmanager

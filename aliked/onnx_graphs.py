@@ -48,8 +48,8 @@ class ColmapGraph(nn.Module):
         self, image: torch.Tensor, max_keypoints: torch.Tensor, min_score: torch.Tensor
     ) -> list[torch.Tensor]:
         """The outputs in the order of `output_names`."""
-        features, score_map = self.model.dense(image)
-        candidates = inner(suppress_non_maxima(score_map))
+        features, score_map = self.model.encode(image)
+        candidates = inner(suppress_non_maxima(score_map, self.model.form.exported))
         passing = (candidates > min_score.clamp(min=0)).sum()
         k = torch.minimum(max_keypoints, passing)
         if not torch.jit.is_tracing():  # a trace keeps the tensor, torch.export wants a symbol

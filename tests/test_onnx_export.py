@@ -65,7 +65,7 @@ def test_an_exported_file_gives_the_features_of_pytorch(
     selection, sampling, precision, changes, photograph, weights_dir, tmp_path
 ):
     exported = ALIKED.from_pretrained(NAME, **selection, weights=weights_dir, precision=precision)
-    exported.form = Form(sampling, row_by_row=False)
+    exported.form = Form(sampling)
     reference = ALIKED.from_pretrained(NAME, **selection, weights=weights_dir)
     path, settings = tmp_path / "model.onnx", options(photograph, **changes)
     export_onnx(exported, path, settings)
@@ -152,7 +152,6 @@ def test_colmap_limits_act_when_the_file_runs(photograph, model, tmp_path):
 
 def test_threshold_mode_has_a_score_to_cut_on(photograph, weights_dir, tmp_path):
     model = ALIKED.from_pretrained(NAME, scores_th=0.2, n_limit=500, weights=weights_dir)
-    model.form = Form(row_by_row=False)
     path = tmp_path / "threshold.onnx"
     export_onnx(model, path, options(photograph))
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])

@@ -112,12 +112,10 @@ def open_session(path: Path, provider: str, options: dict[str, str], others: Pro
 def build(spec: Spec, shape: tuple[int, int, int], path: Path) -> None:
     """Export the model of `spec` for uint8 images of `shape` = (B, H, W) to `path`."""
     from aliked.backends.pytorch import choose_device, load_model
-    from aliked.configs import Form
     from aliked.onnx_export import ExportOptions, export_onnx
 
     batch, height, width = shape
     model = load_model(spec, choose_device("cpu"))
-    model.form = Form(row_by_row=False)
     # A static file holds a batch of 1. Bytes are a quarter of the copy, converted on the device.
     options = ExportOptions(height=height, width=width, dynamic=batch > 1, uint8_input=True)
     export_onnx(model, path, options)

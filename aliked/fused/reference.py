@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torchvision.ops import deform_conv2d
 
 from aliked.detection import RADIUS, inner, soft_argmax, suppress_non_maxima
-from aliked.model import unit_length
+from aliked.pyramid import unit_length
 from aliked.patches import get_patches
 from aliked.sampling import bilinear_sample
 from aliked.fused.describe import KEYPOINTS
