@@ -39,14 +39,17 @@ def window_max(scores: torch.Tensor, exported: bool) -> torch.Tensor:
     return functools.reduce(torch.maximum, (rows[..., i:j] for i, j in enumerate(ends)))
 
 
-def near_any(maxima: torch.Tensor, exported: bool) -> torch.Tensor:
-    """Which pixels of [B, 1, H, W] have a positive value in the 5x5 window around them."""
-    if not exported:
-        return window_max(maxima, exported) > 0
-    # Counting by two products with band matrices is exact in half precision, and keeps TensorRT
-    # from fusing the windows before and after into one kernel that evaluates them 25 times.
-    height, width = (band(side, maxima.device) for side in maxima.shape[-2:])
-    return height @ ((maxima > 0).half() @ width) > 0
+def near_any(maxima: torch.Tensor, bands: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+    """Which pixels of [B, 1, H, W] have a positive value in the 5x5 window around them.
+
+    `bands` are the two `band` matrices of an exported graph.
+    """
+    if bands is None:
+        return window_max(maxima, exported=False) > 0
+    # Counting by two products is exact in half precision, and keeps TensorRT from fusing the
+    # windows before and after into one kernel that evaluates them 25 times.
+    vertical, horizontal = bands
+    return vertical @ ((maxima > 0).half() @ horizontal) > 0
 
 
 def band(length: int, device: torch.device) -> torch.Tensor:
@@ -60,10 +63,11 @@ def suppress_non_maxima(scores: torch.Tensor, exported: bool = False) -> torch.T
 
     Two extra rounds recover maxima that were only suppressed by suppressed neighbours.
     """
+    bands = tuple(band(side, scores.device) for side in scores.shape[-2:]) if exported else None
     rest = scores  # without what is near a maximum
     maxima = found = torch.where(rest == window_max(rest, exported), rest, 0.0)
     for _ in range(2):
-        rest = torch.where(near_any(maxima, exported), 0.0, rest)
+        rest = torch.where(near_any(maxima, bands), 0.0, rest)
         maxima = torch.where(rest == window_max(rest, exported), rest, 0.0)
         found = torch.maximum(found, maxima)
     return found

@@ -68,7 +68,8 @@ def to_tensor(images: torch.Tensor) -> torch.Tensor:
 
 def interpolation_matrix(length: int, new_length: int, like: torch.Tensor) -> torch.Tensor:
     """Weights [new_length, length] of linear interpolation that keeps both ends, as `like`."""
-    position = torch.arange(new_length, device=like.device) * ((length - 1) / (new_length - 1))
+    position = torch.arange(new_length, device=like.device).float()
+    position = position * (length - 1) / (new_length - 1)
     distance = (position[:, None] - torch.arange(length, device=like.device)).abs()
     return (1 - distance).clamp(min=0).to(like.dtype)
 

@@ -111,7 +111,7 @@ def read_by_gather(
     parts = []
     for level in levels:
         h, w = level.shape[-2:]
-        place = torch.stack((x * ((w - 1) / (width - 1)), y * ((h - 1) / (height - 1))), dim=-1)
+        place = torch.stack((x * (w - 1) / (width - 1), y * (h - 1) / (height - 1)), dim=-1)
         parts.append(bilinear_sample(level, place, "gather"))
     return torch.cat(parts, dim=1)
 
