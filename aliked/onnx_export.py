@@ -34,7 +34,7 @@ class ExportOptions:
     height: int  # of the images, pixels
     width: int
     opset: int = 19
-    deform_conv: str = "native"  # or "gather", "gridsample": standard operators
+    deform_conv: str = "gridsample"  # or "gather"; "native": DeformConv, which fewer runtimes have
     dynamic: bool = False  # batch, height and width symbolic
     uint8_input: bool = False  # uint8 [B, H, W, 3] instead of float32 [B, 3, H, W]
     io: str = "default"  # or "colmap"
