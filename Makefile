@@ -28,7 +28,7 @@ demo: $(VENV)/.installed
 	    --model_path converted_model/$(MODEL)-top1k.onnx --output demo/timings.jsonl
 
 readme-tables: $(VENV)/.installed
-	$(RUN) -m aliked.report results/*.jsonl results/evaluation/*.jsonl \
+	$(RUN) draw_report.py results/*.jsonl results/evaluation/*.jsonl \
 	    --other_run results/other_run/*.jsonl --output results/report --readme README.md
 
 lint: $(VENV)/.installed-dev

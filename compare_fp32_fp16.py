@@ -12,25 +12,28 @@ from tqdm import tqdm
 
 from aliked import cli
 from aliked.backends import BACKENDS, Spec
-from aliked.comparison import ImageComparison, compare_image, compare_matches
-from aliked.comparison.histogram import draw_histogram, write_histogram
-from aliked.comparison.numbers import Numbers
-from aliked.comparison.sides import Side, choose_side, common_model, open_side
-from aliked.comparison.text import report_text
+from aliked.cli import add_device_option, add_selection_options, add_weights_option, check_selection
+from aliked.comparison import (
+    ImageComparison,
+    Numbers,
+    Side,
+    choose_side,
+    common_model,
+    compare_image,
+    compare_matches,
+    draw_histogram,
+    open_side,
+    report_text,
+    write_histogram,
+)
 from aliked.configs import CONFIGS, get_config
-from aliked.datasets import offer_download
 from aliked.doctor import packages
+from aliked.download import offer_download
 from aliked.drawing import draw_differences, write_picture
 from aliked.errors import InputError
 from aliked.features import Extractor
 from aliked.files import sha256, whole_file, writable_folder, write_json
 from aliked.images import list_images, load_image
-from aliked.options import (
-    add_device_option,
-    add_selection_options,
-    add_weights_option,
-    check_selection,
-)
 from aliked.weights import find_weights
 
 

@@ -5,9 +5,9 @@ import argparse
 from pathlib import Path
 
 from aliked import cli
-from aliked.backends.tensorrt_manifest import BuildOptions, Shape
-from aliked.backends.tensorrt_runtime import SEVERITIES
-from aliked.onnx_checks import Target, check_file
+from aliked.backends.tensorrt import SEVERITIES
+from aliked.export.builder import BuildOptions, Shape
+from aliked.export.onnx_checks import Target, check_file
 
 
 def shape(text: str) -> Shape:
@@ -167,7 +167,7 @@ def main(args: argparse.Namespace) -> int:
     if args.check_only:
         max_batch = args.max_shape[0] if args.max_shape else None
         return check(args.check_only, Target(args.version_compatible, max_batch))
-    from aliked.engine_build import Request, convert
+    from aliked.export.engine import Request, convert
 
     request = Request(
         onnx_path=args.model_onnx_path,

@@ -13,18 +13,18 @@ import onnx
 from tqdm import tqdm
 
 from aliked import cli
+from aliked.cli import add_model_options, add_selection_options, check_selection
 from aliked.configs import Form
-from aliked.datasets import offer_download
+from aliked.doctor import installed_versions
+from aliked.download import offer_download
 from aliked.errors import InputError
+from aliked.export.onnx_export import ExportOptions, export_onnx
+from aliked.export.verify import verify_onnx
 from aliked.files import scratch_file, sha256, writable_folder, write_json
 from aliked.images import list_images, load_image, require_same_size
 from aliked.model import ALIKED, PRECISIONS
-from aliked.onnx_export import ExportOptions, export_onnx
-from aliked.onnx_verify import verify
-from aliked.options import add_model_options, add_selection_options, check_selection
 from aliked.parity import Verdict
 from aliked.sampling import SAMPLERS
-from aliked.versions import installed_versions
 from aliked.weights import describe_weights, find_weights
 
 # What decides the content of the file and the verdict.
@@ -194,7 +194,7 @@ def main(args: argparse.Namespace) -> int:
         if args.verbose:
             print_graph(proto)
         progress = tqdm(images, desc="PyTorch fp32 and ONNX Runtime", unit="image")
-        verdict = verify(candidate, reference, args.precision, options, progress)
+        verdict = verify_onnx(candidate, reference, args.precision, options, progress)
         print(verdict.text)
         if not verdict.passed:
             path = path.with_name(f"{path.name}.rejected")

@@ -10,16 +10,22 @@ from pathlib import Path
 import numpy as np
 
 from aliked import cli
-from aliked.datasets import offer_download
-from aliked.drawing import draw_matches, draw_motion, write_animation, write_picture
+from aliked.cli import add_extractor_options, extractor_from
+from aliked.download import offer_download
+from aliked.drawing import (
+    draw_matches,
+    draw_motion,
+    show,
+    why_no_window,
+    write_animation,
+    write_picture,
+)
 from aliked.errors import InputError
 from aliked.features import Extractor, Features
 from aliked.files import writable_folder
 from aliked.images import list_images, load_image
 from aliked.matching import match_mutual
-from aliked.options import add_extractor_options, extractor_from
 from aliked.weights import describe_weights
-from aliked.window import show, why_no_window
 
 MAX_FRAMES = 100  # of the animation, which is held in memory
 

@@ -5,11 +5,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from aliked.configs import Form
+from aliked.configs import RADIUS, Form
 from aliked.patches import get_patches
 from aliked.sampling import bilinear_sample
 
-RADIUS = 2  # of the suppression and refinement windows, and of the border that is dropped
 TEMPERATURE = 0.1  # of the soft-argmax
 MAX_TOP_K = 3840  # that one TopK of TensorRT can return
 

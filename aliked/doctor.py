@@ -1,11 +1,23 @@
-"""What is installed here, which backends can run, and what the others lack.
+"""Which versions of which packages are installed."""
 
-usage: python -m aliked.doctor
-"""
+import platform
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
 
 from aliked import gpu
-from aliked.backends import BACKENDS, load_backend
-from aliked.versions import installed_versions
+from aliked.backends import BACKENDS
+
+
+def installed_versions(packages: Iterable[str]) -> dict[str, str | None]:
+    """Versions of Python and of `packages`, None for one that is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
 
 PACKAGES = (
     "torch",
@@ -45,7 +57,7 @@ def graphics_cards() -> dict[str, str]:
 
 def backends() -> dict[str, str]:
     """Every backend: "available", or why not and what to install."""
-    return {name: reason_against(name) or "available" for name in BACKENDS}
+    return {name: backend.unavailable() or "available" for name, backend in BACKENDS.items()}
 
 
 def custom_operators() -> dict[str, str]:
@@ -53,22 +65,8 @@ def custom_operators() -> dict[str, str]:
     try:
         from aliked import patches  # here, because the doctor also runs without PyTorch
     except ModuleNotFoundError as error:
-        return {"get_patches": missing(error)}
+        return {"get_patches": f"needs the package {error.name}; pip install {error.name}"}
     return {"get_patches": patches.form_in_use()}
-
-
-def missing(error: ModuleNotFoundError) -> str:
-    """What is not installed, and how to install it."""
-    return f"the package {error.name} is not installed; pip install {error.name}"
-
-
-def reason_against(name: str) -> str | None:
-    """Why backend `name` cannot run here, or None."""
-    try:
-        module = load_backend(name)
-    except ModuleNotFoundError as error:
-        return missing(error)
-    return module.unavailable()
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import file_server
+from tests.helpers import file_server
 
 
 @pytest.fixture(scope="session")

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from aliked.datasets import datasets, offer_download
-from aliked.download import RemoteFile, is_complete
+from aliked.download import RemoteFile, datasets, is_complete, offer_download
 from aliked.errors import InputError
-from tests.file_server import FileServer
+from tests.helpers.file_server import FileServer
 
 PHOTOS = {f"{number}.png": f"photograph {number}".encode() for number in range(3)}
 

@@ -21,15 +21,15 @@ import torch
 
 from aliked import cli, patches
 from aliked.backends.pytorch import choose_device
-from aliked.benchmark import environment
-from aliked.benchmark.records import write_records
-from aliked.benchmark.timing import CudaClock, no_garbage_collection, wall_clock
+from aliked.cli import add_device_option, add_weights_option
 from aliked.configs import CONFIGS
 from aliked.errors import InputError
 from aliked.files import writable_folder
 from aliked.images import load_image
 from aliked.model import ALIKED, PRECISIONS, plain_float32, to_tensor
-from aliked.options import add_device_option, add_weights_option
+from benchmark import environment
+from benchmark.records import write_records
+from benchmark.timing import CudaClock, no_garbage_collection, wall_clock
 
 LAYOUTS = {"nchw": torch.contiguous_format, "channels-last": torch.channels_last}
 WARMUP, MIN_ROUNDS = 3, 10

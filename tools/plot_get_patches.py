@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from aliked import cli
-from aliked.benchmark.plots import plain_ticks, save_figure
-from aliked.benchmark.tables import markdown
 from aliked.errors import InputError
 from aliked.files import whole_file
+from benchmark.plots import plain_ticks, save_figure
+from benchmark.report import markdown
 
 COLOURS = {"plain": "tab:orange", "compiled": "tab:blue"}
 LINES = {"fp32": "o-", "fp16": "s--"}

@@ -16,9 +16,9 @@ import triton
 from aliked import cli, files
 from aliked.backends import Spec
 from aliked.configs import CONFIGS
+from aliked.fused import kernels, reference, trace, tuning
 from aliked.images import load_image
 from aliked.model import PRECISIONS
-from aliked.fused import kernels, reference, trace, tuning
 from tools.bench_fused import TOLERANCE, operator_us, record_calls
 
 CHOICES = {
