@@ -144,7 +144,7 @@ def main(args: argparse.Namespace) -> None:
     extractors = [open_side(side, spec) for side in sides]
     output = writable_folder(args.output or Path("output") / time.strftime("compare-%Y%m%d-%H%M%S"))
 
-    labels = [side.label(extractor.name) for side, extractor in zip(sides, extractors, strict=True)]
+    labels = [side.label(extractor) for side, extractor in zip(sides, extractors, strict=True)]
     title = f"{spec.model}: {labels[1]} against {labels[0]}"
 
     numbers, previous = Numbers(), None

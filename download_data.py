@@ -13,7 +13,7 @@ from aliked.configs import OFFICIAL
 from aliked.download import FileSet, datasets, fetch
 from aliked.errors import InputError
 from aliked.weights import WEIGHTS, cache_dir, files_of
-from evaluation import homography
+from evaluation import hpatches
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,7 +42,7 @@ def file_sets(args: argparse.Namespace) -> dict[str, FileSet]:
     """What the command line asks for, by name."""
     weights = files_of(args.model) if args.model else WEIGHTS
     usual = {"weights": weights} | datasets()
-    known = usual | {"hpatches": homography.ARCHIVE}
+    known = usual | {"hpatches": hpatches.ARCHIVE}
     wanted = {name: known[name] for name in args.names if name != "all"}
     wanted |= usual if "all" in args.names else {}
     if args.model and "weights" not in wanted:
@@ -60,7 +60,7 @@ def main(args: argparse.Namespace) -> None:
         folder = args.output or default_folder(name, files)
         print(f"{name}: {files.title}, {files.size / 1e6:.1f} MB; licence {files.licence}")
         if name == "hpatches":
-            written, total = homography.download(folder, files), homography.NUM_FILES
+            written, total = hpatches.download(folder, files), hpatches.NUM_FILES
         else:
             written, total = len(fetch(files, folder)), len(files.files)
         if written:

@@ -31,8 +31,12 @@ class Side:
     path: Path | None  # of the file it runs
     export: dict  # what the file says it was exported with; empty where it says nothing
 
-    def label(self, runtime: str) -> str:
-        """The side in words; `runtime` is the name of its extractor, which says where it runs."""
+    def label(self, extractor: Extractor) -> str:
+        """Return the side in words: the runtime, where it runs, and the precision."""
+        runtime, device = extractor.name, getattr(extractor, "device", "")
+        kind = str(device).partition(":")[0]
+        if len(get_backend(self.backend).devices) > 1 and not runtime.endswith(kind):
+            runtime += f"-{kind}"
         return f"{runtime} {self.precision}" + (f" ({self.path.name})" if self.path else "")
 
 

@@ -17,7 +17,7 @@ from aliked.errors import InputError
 from aliked.files import whole_file
 
 if TYPE_CHECKING:
-    import tensorrt
+    import tensorrt as trt
 
 
 Shape = tuple[int, ...]
@@ -63,7 +63,7 @@ class Progress:
         self._bars.pop(phase).close()
 
 
-def progress_monitor(trt: ModuleType, progress: Progress) -> "tensorrt.IProgressMonitor":
+def progress_monitor(trt: ModuleType, progress: Progress) -> "trt.IProgressMonitor":
     """Return what TensorRT's builder tells its progress to."""
 
     class Monitor(trt.IProgressMonitor):
@@ -137,15 +137,15 @@ def build_plan(trt: ModuleType, onnx_path: Path, options: BuildOptions) -> bytes
 
 
 def create_network(
-    trt: ModuleType, builder: "tensorrt.Builder", options: BuildOptions
-) -> "tensorrt.INetworkDefinition":
+    trt: ModuleType, builder: "trt.Builder", options: BuildOptions
+) -> "trt.INetworkDefinition":
     """A network whose types are those of the file, unless TensorRT is to choose FP16."""
     if options.weak_fp16:
         return builder.create_network(0)
     return builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
 
 
-def parse(parser: "tensorrt.OnnxParser", onnx_path: Path) -> None:
+def parse(parser: "trt.OnnxParser", onnx_path: Path) -> None:
     """Fill the parser's network; `InputError` with every error of the parser, whole."""
     if parser.parse_from_file(str(onnx_path)):
         return
@@ -156,8 +156,8 @@ def parse(parser: "tensorrt.OnnxParser", onnx_path: Path) -> None:
 
 
 def create_config(
-    trt: ModuleType, builder: "tensorrt.Builder", options: BuildOptions
-) -> "tensorrt.IBuilderConfig":
+    trt: ModuleType, builder: "trt.Builder", options: BuildOptions
+) -> "trt.IBuilderConfig":
     """The builder's settings, but for what depends on the network."""
     config = builder.create_builder_config()
     config.builder_optimization_level = options.optimization_level
@@ -182,8 +182,8 @@ def create_config(
 
 
 def add_profile(
-    builder: "tensorrt.Builder",
-    config: "tensorrt.IBuilderConfig",
+    builder: "trt.Builder",
+    config: "trt.IBuilderConfig",
     name: str,
     shapes: tuple[Shape, Shape, Shape],
 ) -> None:
@@ -197,7 +197,7 @@ def add_profile(
         )
 
 
-def load_timing_cache(config: "tensorrt.IBuilderConfig", path: Path) -> None:
+def load_timing_cache(config: "trt.IBuilderConfig", path: Path) -> None:
     """Use the kernel timings of earlier builds, where the file exists."""
     data = path.read_bytes() if path.exists() else b""
     cache = config.create_timing_cache(data)
@@ -208,7 +208,7 @@ def load_timing_cache(config: "tensorrt.IBuilderConfig", path: Path) -> None:
         )
 
 
-def save_timing_cache(config: "tensorrt.IBuilderConfig", path: Path) -> None:
+def save_timing_cache(config: "trt.IBuilderConfig", path: Path) -> None:
     """Write the timings, those of this build included, for the next one."""
     with whole_file(path) as partial:
         partial.write_bytes(bytes(config.get_timing_cache().serialize()))
@@ -227,7 +227,7 @@ def build_failure(onnx_path: Path, options: BuildOptions, why: str) -> InputErro
     )
 
 
-def layer_information(trt: ModuleType, engine: "tensorrt.ICudaEngine") -> dict:
+def layer_information(trt: ModuleType, engine: "trt.ICudaEngine") -> dict:
     """What the engine inspector tells of every layer, in TensorRT's own words."""
     inspector = engine.create_engine_inspector()
     return json.loads(inspector.get_engine_information(trt.LayerInformationFormat.JSON))

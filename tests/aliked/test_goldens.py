@@ -15,7 +15,7 @@ def test_every_golden_output_of_the_official_implementation_is_reproduced(shared
     command += ["--weights", weights_dir]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        command, cwd=ROOT / "tests", env=environment, capture_output=True, text=True
+        command, cwd=ROOT / "tests" / "helpers", env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "41 of 41 goldens pass" in done.stdout

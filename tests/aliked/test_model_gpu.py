@@ -70,6 +70,6 @@ def test_every_golden_output_is_reproduced_on_cuda(shared, weights_dir):
     command += ["--adapter", "goldens_adapter:extract", "--weights", weights_dir]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "ALIKED_TEST_DEVICE": "cuda"}
     done = subprocess.run(
-        command, cwd=ROOT / "tests", env=environment, capture_output=True, text=True
+        command, cwd=ROOT / "tests" / "helpers", env=environment, capture_output=True, text=True
     )
     assert "41 of 41 goldens pass" in done.stdout, done.stdout + done.stderr

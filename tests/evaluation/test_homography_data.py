@@ -13,7 +13,7 @@ import pytest
 import download_data
 from aliked.download import RemoteFile
 from aliked.errors import InputError
-from evaluation import homography
+from evaluation import hpatches
 from evaluation.changes import CHANGES, LEVELS
 from evaluation.homography import load_dataset, read_homographies
 from tests.helpers.file_server import FileServer
@@ -38,13 +38,13 @@ def test_hpatches_scenes_are_grouped_by_what_changes(tmp_path):
 def test_scenes_can_be_left_out(tmp_path):
     for name in ("i_dc", "i_dome"):
         write_scene(tmp_path / name, [(0, 0)])
-    pairs = load_dataset(tmp_path, None, leave_out=homography.LARGE).pairs
+    pairs = load_dataset(tmp_path, None, leave_out=hpatches.LARGE).pairs
     assert [pair.name for pair in pairs] == ["i_dome 1-2"]
 
 
 def test_116_scenes_less_the_large_ones_are_108():
-    scenes = homography.official_scenes()
-    assert len(set(scenes)) == 116 and len(set(scenes) - set(homography.LARGE)) == 108
+    scenes = hpatches.official_scenes()
+    assert len(set(scenes)) == 116 and len(set(scenes) - set(hpatches.LARGE)) == 108
     assert [sum(name[0] == kind for name in scenes) for kind in "iv"] == [57, 59]
 
 
@@ -59,7 +59,7 @@ def test_a_sequence_is_extended_by_changes_of_two_of_its_frames(tmp_path):
 
 def test_sequences_come_before_an_hpatches_folder_beside_them(tmp_path):
     write_sequence(tmp_path / "sequence", [(3, 4)])
-    write_scene(tmp_path / homography.FOLDER / "i_dome", [(0, 0)])
+    write_scene(tmp_path / hpatches.FOLDER / "i_dome", [(0, 0)])
     assert {pair.group for pair in load_dataset(tmp_path, None).pairs} == {"sequence", *CHANGES}
 
 
@@ -106,7 +106,7 @@ def test_a_sequence_with_too_few_homographies_is_named(tmp_path):
 
 
 def test_a_half_downloaded_hpatches_is_named_with_the_command(tmp_path):
-    write_scene(tmp_path / homography.FOLDER / "i_dome", [(0, 0)] * 5)
+    write_scene(tmp_path / hpatches.FOLDER / "i_dome", [(0, 0)] * 5)
     with pytest.raises(InputError, match=r"lacks 115 .*python download_data\.py hpatches"):
         load_dataset(tmp_path, None)
 
@@ -124,7 +124,7 @@ def packed(scenes: list[str]) -> bytes:
         for scene in scenes:
             names = [f"{n}.ppm" for n in range(1, 7)] + [f"H_1_{n}" for n in range(2, 7)]
             for name in names:
-                file.writestr(f"{homography.FOLDER}/{scene}/{name}", "")
+                file.writestr(f"{hpatches.FOLDER}/{scene}/{name}", "")
         file.writestr("__MACOSX/x", "")
     return buffer.getvalue()
 
@@ -136,37 +136,37 @@ def archive(server: FileServer, monkeypatch):
     def offer(scenes: list[str]):
         data = packed(scenes)
         file = RemoteFile("h.zip", len(data), hashlib.sha256(data).hexdigest())
-        files = replace(homography.ARCHIVE, base_url=server.url, files=(file,))
+        files = replace(hpatches.ARCHIVE, base_url=server.url, files=(file,))
         server.files = {"/main/h.zip": data}
-        monkeypatch.setattr(homography, "ARCHIVE", files)
+        monkeypatch.setattr(hpatches, "ARCHIVE", files)
         return files
 
     return offer
 
 
 def test_hpatches_is_downloaded_unpacked_and_then_left_alone(archive, server, tmp_path, capsys):
-    archive(homography.official_scenes())
+    archive(hpatches.official_scenes())
     args = download_data.parser().parse_args(["hpatches", "--output", str(tmp_path)])
     download_data.main(args)
-    assert not homography.missing_scenes(tmp_path / homography.FOLDER)
-    assert [path.name for path in tmp_path.iterdir()] == [homography.FOLDER]
+    assert not hpatches.missing_scenes(tmp_path / hpatches.FOLDER)
+    assert [path.name for path in tmp_path.iterdir()] == [hpatches.FOLDER]
     assert "downloaded 1276 of 1276 files" in capsys.readouterr().out
     download_data.main(args)
     assert "already complete" in capsys.readouterr().out and len(server.requests) == 1
 
 
 def test_an_interrupted_download_of_hpatches_goes_on(archive, server, tmp_path):
-    files = archive(homography.official_scenes())
+    files = archive(hpatches.official_scenes())
     server.close_after = 1000
     with pytest.raises(InputError, match="run the same command again to go on"):
-        homography.download(tmp_path, files)
+        hpatches.download(tmp_path, files)
     server.close_after = None
-    assert homography.download(tmp_path, files) == homography.NUM_FILES
+    assert hpatches.download(tmp_path, files) == hpatches.NUM_FILES
     assert server.requests[-1][1] == "bytes=1000-"
 
 
 def test_an_archive_that_lacks_scenes_is_named(archive, tmp_path):
-    files = archive(homography.official_scenes()[1:])
-    missing = homography.official_scenes()[0]
+    files = archive(hpatches.official_scenes()[1:])
+    missing = hpatches.official_scenes()[0]
     with pytest.raises(InputError, match=re.escape(f"lacks 1 of the scenes, such as {missing}")):
-        homography.download(tmp_path, files)
+        hpatches.download(tmp_path, files)

@@ -151,7 +151,7 @@ def test_colmap_limits_act_when_the_file_runs(photograph, model, tmp_path):
 
 
 def test_threshold_mode_has_a_score_to_cut_on(photograph, weights_dir, tmp_path):
-    model = ALIKED.from_pretrained(NAME, scores_th=0.2, n_limit=500, weights=weights_dir)
+    model = ALIKED.from_pretrained(NAME, top_k=0, scores_th=0.2, n_limit=500, weights=weights_dir)
     model.form = Form(row_by_row=False)
     path = tmp_path / "threshold.onnx"
     export_onnx(model, path, options(photograph))

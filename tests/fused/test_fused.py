@@ -67,7 +67,7 @@ def test_every_operator_gives_the_results_of_its_twin():
             "-q",
             "-p",
             "no:cacheprovider",
-            "tests/fused_operators.py",
+            "tests/helpers/fused_operators.py",
         ],
         cwd=Path(__file__).resolve().parents[2],
         env=os.environ | interpret,

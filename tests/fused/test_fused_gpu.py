@@ -151,7 +151,7 @@ def test_every_golden_output_is_reproduced(shared, weights_dir, model, precision
     command += [f"--{name}={value}" for name, value in limits.items()]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "ALIKED_TEST_PRECISION": precision}
     done = subprocess.run(
-        command, cwd=ROOT / "tests", env=environment, capture_output=True, text=True
+        command, cwd=ROOT / "tests" / "helpers", env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "FAIL" not in done.stdout and done.stdout.count("PASS") >= 10

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from aliked.configs import Selection
 from aliked.fused import cuda_source, reference, score_head, weights
 from tests.helpers import cuda_on_host
 from tests.helpers.fused_models import random_model
@@ -33,7 +34,7 @@ def shares(batch, height, width):
 def test_scores_are_those_of_the_twin(library, batch, padded, frame):
     torch.manual_seed(0)
     levels = shares(batch, *padded)
-    head = weights.score_head(random_model("aliked-t16", (1, 0, 0)))
+    head = weights.score_head(random_model("aliked-t16", Selection(1)))
     head = weights.convert(head, torch.float16, torch.device("cpu"))
     expected, _ = reference.score_head(*levels, *head, *frame)
     memory = torch.full((expected.numel() + 128,), float("nan"))  # with 64 before and after

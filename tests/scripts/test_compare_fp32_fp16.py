@@ -340,7 +340,7 @@ def test_an_engine_is_compared_with_its_file(run, folder, models, tmp_path, monk
 def test_bad_options_are_refused_in_one_sentence(
     run, folder, models, tmp_path, monkeypatch, options, says
 ):
-    monkeypatch.setattr(tensorrt, "unavailable", lambda: "there is no GPU")
+    monkeypatch.setattr(tensorrt, "unavailable", lambda lean: "there is no GPU")
     (tmp_path / "fp16.onnx").write_bytes(models["fp16"].read_bytes())
     for name in ("notes.txt", "notes.trt"):
         (tmp_path / name).write_text("no model")
