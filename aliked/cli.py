@@ -2,30 +2,49 @@
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from aliked.backends import BACKENDS, Spec, create_extractor
 from aliked.configs import CONFIGS, get_config
-from aliked.errors import InputError
+from aliked.errors import EXTRAS, InputError, missing_package
 from aliked.features import Extractor
 
 
-def run(main: Callable[[argparse.Namespace], int | None], parser: argparse.ArgumentParser) -> None:
+def run(
+    main: Callable[[argparse.Namespace], int | None],
+    parser: argparse.ArgumentParser,
+    arguments: Sequence[str] | None = None,
+) -> NoReturn:
     """Parse the command line, call `main(args)` and exit.
 
-    Exit status: what `main` returns (None is 0), 2 for an `InputError`, 130 for Ctrl-C.
+    Exit status: what `main` returns (None is 0), 2 for an `InputError` and for a missing package
+    that an extra brings, 130 for Ctrl-C.
     """
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     try:
         status = main(args) or 0
     except InputError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         status = 2
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in EXTRAS:
+            raise
+        print(f"{parser.prog}: error: {missing_package(error)}", file=sys.stderr)
+        status = 2
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         status = 130
     sys.exit(status)
+
+
+def command_line() -> str:
+    """This process's command as it can be typed again, for a manifest."""
+    program = Path(sys.argv[0])
+    if program.name in ("aliked", "__main__.py"):
+        return " ".join(["aliked", *sys.argv[1:]])
+    return " ".join(["python", *sys.argv])
 
 
 def add_extractor_options(parser: argparse.ArgumentParser) -> None:
@@ -98,7 +117,7 @@ def add_selection_options(group: argparse._ArgumentGroup) -> None:
         type=int,
         default=Spec.n_limit,
         metavar="N",
-        help="with --top_k 0: at most so many keypoints per image (default: %(default)s)",
+        help="with --top_k 0: at most this many keypoints per image (default: %(default)s)",
     )
 
 

@@ -1,11 +1,16 @@
-"""Which versions of which packages are installed."""
+"""What is installed, and what runs on this machine: versions, devices, backends, operators."""
 
+import argparse
 import platform
+import shutil
+import sys
+import textwrap
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 
-from aliked import gpu
+from aliked import cli, gpu
 from aliked.backends import BACKENDS
+from aliked.errors import missing_package
 
 
 def installed_versions(packages: Iterable[str]) -> dict[str, str | None]:
@@ -19,9 +24,20 @@ def installed_versions(packages: Iterable[str]) -> dict[str, str | None]:
     return found
 
 
+# Each installs the same module, cv2; one of them is enough.
+OPENCV = (
+    "opencv-python",
+    "opencv-python-headless",
+    "opencv-contrib-python",
+    "opencv-contrib-python-headless",
+)
 PACKAGES = (
+    "aliked",
+    "aliked-custom-ops",
     "torch",
     "torchvision",
+    "numpy",
+    *OPENCV,
     "onnx",
     "onnxruntime",
     "onnxruntime-gpu",
@@ -29,18 +45,19 @@ PACKAGES = (
     "tensorrt-cu12",
     "tensorrt-cu13",
     "tensorrt-lean",
+    "tensorrt-rtx-cu13",
     "pycuda",
     "nvidia-ml-py",
-    "opencv-python-headless",
-    "numpy",
-    "aliked-custom-ops",
 )
 
 
 def packages() -> dict[str, str]:
     """Version of Python and of every package that a part of the project can use."""
     versions = installed_versions(PACKAGES)
-    return {name: found or "not installed" for name, found in versions.items()}
+    others = {name for name in OPENCV if any(map(versions.get, OPENCV)) and not versions[name]}
+    return {
+        name: found or "not installed" for name, found in versions.items() if name not in others
+    }
 
 
 def graphics_cards() -> dict[str, str]:
@@ -65,12 +82,18 @@ def custom_operators() -> dict[str, str]:
     try:
         from aliked import patches  # here, because the doctor also runs without PyTorch
     except ModuleNotFoundError as error:
-        return {"get_patches": f"needs the package {error.name}; pip install {error.name}"}
+        return {"get_patches": missing_package(error)}
     return {"get_patches": patches.form_in_use()}
 
 
-def main() -> None:
-    """Print all of it."""
+def parser() -> argparse.ArgumentParser:
+    """The command line: no options."""
+    return argparse.ArgumentParser(prog="python -m aliked.doctor", description=__doc__)
+
+
+def main(args: argparse.Namespace | None = None) -> None:
+    """Print all of it, on a terminal within its width."""
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
     sections = {
         "Installed": packages(),
         "Devices": graphics_cards(),
@@ -81,8 +104,21 @@ def main() -> None:
         print(f"{title}:")
         width = max(map(len, rows))
         for name, text in rows.items():
-            print(f"  {name.ljust(width)}  {text}")
+            print(row(f"  {name.ljust(width)}  ", text, columns))
+
+
+def row(head: str, text: str, columns: int) -> str:
+    """One line, or several of at most `columns` characters (0: no limit) with `text` indented."""
+    if columns < len(head) + 20:
+        return head + text
+    return textwrap.fill(
+        text,
+        columns,
+        initial_indent=head,
+        subsequent_indent=" " * len(head),
+        break_long_words=False,
+    )
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main, parser())

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from aliked.configs import DEFAULT_MODEL, Selection
-from aliked.errors import InputError
+from aliked.errors import InputError, missing_package
 from aliked.features import Extractor
 
 
@@ -52,7 +52,7 @@ class Backend:
         try:
             return self.load().unavailable(**self.options)
         except ModuleNotFoundError as error:
-            return f"the package {error.name} is not installed; pip install {error.name}"
+            return missing_package(error)
 
 
 ANYWHERE = ("cpu", "cuda")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from aliked.backends import Spec
-from aliked.errors import InputError
+from aliked.errors import InputError, how_to_install
 from aliked.features import OUTPUTS, Extractor, Features, features_of_batch
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -23,7 +23,7 @@ Providers = Sequence[tuple[str, dict[str, str]]]  # names and options, the prefe
 def provider_missing(provider: str) -> str | None:
     """Why the installed ONNX Runtime cannot run on `provider`, or None."""
     if importlib.util.find_spec("onnxruntime") is None:
-        return "the package onnxruntime is not installed; pip install onnxruntime"
+        return f"the package onnxruntime is not installed; {how_to_install('onnxruntime')}"
     import onnxruntime
 
     if provider in onnxruntime.get_available_providers():

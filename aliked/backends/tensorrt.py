@@ -17,7 +17,7 @@ import numpy as np
 from aliked import gpu
 from aliked.backends import Spec
 from aliked.backends.cuda_memory import ALIGNMENT, CudaGraph, Memory, create_memory
-from aliked.errors import InputError
+from aliked.errors import InputError, how_to_install
 from aliked.features import OUTPUTS, Extractor, Features, features_of_batch
 from aliked.files import sha256
 from aliked.threads import copied_parts
@@ -33,7 +33,7 @@ def unavailable(lean: bool = False) -> str | None:
     """Why TensorRT cannot run here and what to do, or None. Loads nothing of it."""
     package = "tensorrt_lean" if lean else "tensorrt"
     if importlib.util.find_spec(package) is None:
-        return f"the package {package} is not installed; see requirements-tensorrt.txt"
+        return f"the package {package} is not installed; {how_to_install(package)}"
     return gpu.unavailable()
 
 
@@ -380,7 +380,7 @@ class TensorRTExtractor(Extractor):
     def unavailable(cls, lean: bool = False, memory: str = "torch", **_: Any) -> str | None:
         """Return why TensorRT, or this form of it, cannot run here and what to do, or None."""
         if memory == "pycuda" and importlib.util.find_spec("pycuda") is None:
-            return "the package pycuda is not installed; pip install pycuda"
+            return f"the package pycuda is not installed; {how_to_install('pycuda')}"
         return unavailable(lean)
 
     @classmethod

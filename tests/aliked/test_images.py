@@ -9,7 +9,7 @@ import pytest
 from skimage import data
 
 from aliked.errors import InputError
-from aliked.images import list_images, load_image, load_images, require_same_size
+from aliked.images import list_images, load_image, require_same_size
 
 LOSSLESS = (".png", ".bmp", ".tif", ".tiff", ".ppm")
 
@@ -134,9 +134,9 @@ def test_names_outside_ascii_work(tmp_path, photo):
     folder = tmp_path / "Straße 東京"
     folder.mkdir()
     written(folder / "été.png", encode(photo, ".png"))
-    ((path, image),) = load_images(folder)
+    (path,) = list_images(folder)
     assert path.name == "été.png"
-    np.testing.assert_array_equal(image, photo)
+    np.testing.assert_array_equal(load_image(path), photo)
 
 
 def test_images_are_listed_in_natural_order(tmp_path):
@@ -171,16 +171,21 @@ def test_a_folder_without_images_is_refused(tmp_path):
 
 def test_a_missing_folder_and_a_file_are_refused_at_once(tmp_path):
     with pytest.raises(InputError, match=r"gone .*No such file or directory"):
-        load_images(tmp_path / "gone")
+        list_images(tmp_path / "gone")
     (tmp_path / "file.png").touch()
     with pytest.raises(InputError, match=r"file\.png .*Not a directory"):
-        load_images(tmp_path / "file.png")
+        list_images(tmp_path / "file.png")
 
 
-def test_images_are_decoded_one_at_a_time(tmp_path, photo):
+def read(folder):
+    """Each image with its path, when its turn comes."""
+    return ((path, load_image(path)) for path in list_images(folder))
+
+
+def test_images_are_passed_on_one_at_a_time(tmp_path, photo):
     written(tmp_path / "1.png", encode(photo, ".png"))
     written(tmp_path / "2.png", b"damaged")
-    images = load_images(tmp_path)
+    images = require_same_size(read(tmp_path))
     path, _ = next(images)
     assert path.name == "1.png"
     with pytest.raises(InputError, match=r"2\.png"):
@@ -190,7 +195,7 @@ def test_images_are_decoded_one_at_a_time(tmp_path, photo):
 def test_images_of_another_size_are_named_with_both_sizes(tmp_path, photo):
     written(tmp_path / "1.png", encode(photo, ".png"))
     written(tmp_path / "2.png", encode(photo, ".png"))
-    assert len(list(require_same_size(load_images(tmp_path)))) == 2
+    assert len(list(require_same_size(read(tmp_path)))) == 2
     written(tmp_path / "3.png", encode(photo[:50], ".png"))
     with pytest.raises(InputError, match=r"3\.png has 96x50 pixels but .*1\.png has 96x64"):
-        list(require_same_size(load_images(tmp_path)))
+        list(require_same_size(read(tmp_path)))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from aliked.backends import Spec, create_extractor
-from aliked.images import load_images
+from aliked.images import list_images, load_image
 from aliked.model import ALIKED
 from aliked.parity import FP16, FP32, compare_features, judge
 
@@ -29,7 +29,8 @@ def test_features_on_cuda_are_those_of_the_cpu_in_float32(name, precision, toler
         name, top_k=1000, weights=weights_dir, device="cuda", precision=precision
     )
     parities = {}
-    for path, image in list(load_images("assets/sequence_1241x376"))[::4]:
+    for path in list_images("assets/sequence_1241x376")[::4]:
+        image = load_image(path)
         parities[path.name] = compare_features(reference(image), on_cuda(image))
     verdict = judge(parities, tolerance)
     assert verdict.passed, verdict.text
@@ -51,7 +52,7 @@ def test_forward_does_not_wait_for_the_device(weights_dir):
 @pytest.mark.parametrize("backend", ["pytorch", "pytorch-cudagraph", "pytorch-compile"])
 def test_what_runs_beside_the_default_stream_is_still_the_model(backend, weights_dir):
     """A kernel that is launched on the default stream would be missing from a CUDA graph."""
-    images = [image for _, image in load_images("assets/sequence_640x480")][::6]
+    images = [load_image(path) for path in list_images("assets/sequence_640x480")[::6]]
     reference = ALIKED.from_pretrained("aliked-t16", top_k=500, weights=weights_dir)
     spec = Spec("aliked-t16", top_k=500, weights=weights_dir, device="cuda")
     with torch.cuda.stream(torch.cuda.Stream()):

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import download_data
+from aliked import hpatches
 from aliked.download import RemoteFile
 from aliked.errors import InputError
-from evaluation import hpatches
 from evaluation.changes import CHANGES, LEVELS
 from evaluation.homography import load_dataset, read_homographies
 from tests.helpers.file_server import FileServer

@@ -7,16 +7,16 @@ import onnx
 import onnxruntime
 import pytest
 
-import convert_pytorch_to_onnx as script
 from aliked import cli
 from aliked.backends import Spec
 from aliked.backends.onnxruntime import ONNXRuntimeExtractor
+from aliked.commands import export as script
 from aliked.configs import Form
 from aliked.errors import InputError
 from aliked.export.onnx_checks import check_file
 from aliked.export.onnx_export import ExportOptions, export_onnx
 from aliked.export.verify import verify_onnx
-from aliked.images import load_images
+from aliked.images import list_images, load_image
 from aliked.model import ALIKED
 from aliked.parity import FP32, Verdict, compare_features, judge
 
@@ -27,7 +27,7 @@ FRAMES = "assets/sequence_640x480"
 @pytest.fixture(scope="module")
 def photograph():
     """A part of a shipped frame whose sides are not multiples of 32."""
-    _, image = next(load_images(FRAMES))
+    image = load_image(list_images(FRAMES)[0])
     return image[100:333, 50:361].copy()
 
 

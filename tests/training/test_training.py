@@ -152,7 +152,7 @@ def run(*arguments, environment=None):
 
 @pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("skimage", "sklearn"))),
-    reason="needs the photographs of scikit-image and scikit-learn (requirements-training.txt)",
+    reason="needs the photographs of scikit-image and scikit-learn (extra train)",
 )
 def test_a_smoke_run_writes_weights_logs_and_a_checkpoint(tmp_path):
     result = run("--smoke", "--output", tmp_path)
