@@ -79,6 +79,8 @@ def run(name: str, arguments: Sequence[str]) -> NoReturn:
     try:
         stage = importlib.import_module(command.module)
     except ModuleNotFoundError as error:
+        if (error.name or "").startswith("aliked"):
+            raise
         print(f"aliked {name}: error: {missing_package(error)}", file=sys.stderr)
         sys.exit(2)
     from aliked import cli  # here: NumPy is not needed to print the list of commands
