@@ -19,7 +19,6 @@ from custom_ops.get_patches import toolchain
 from tests.helpers import cuda_on_host
 from tests.helpers.compiled_patches import LAYOUTS, build, random_centres, random_maps
 from tests.helpers.textures import texture
-from tools import bench_get_patches, plot_get_patches
 
 ROOT = Path(__file__).resolve().parents[2]
 EXTREMES = [-(2**63), -(2**31), 2**31, 2**63 - 1]
@@ -287,20 +286,6 @@ def test_pip_installs_the_operator_beside_the_fused_kernels(tmp_path):
     )
     printed = python("-c", code, PYTHONPATH=str(installed))
     assert printed.startswith("compiled for CPU")
-
-
-def test_the_benchmark_gives_tables_and_a_plot(in_use, tmp_path, capsys):
-    records = tmp_path / "cpu.jsonl"
-    options = ["--device", "cpu", "--parts", "alone", "--maps", "40x30", "--max_seconds", "0"]
-    options += ["--keypoints", "10", "20", "--channels", "8", "--sizes", "5", "--layouts", "nchw"]
-    options += ["--output", str(records)]
-    status = bench_get_patches.main(bench_get_patches.parser().parse_args(options))
-    assert status == 0  # the patches were the same
-    plot_get_patches.main(plot_get_patches.parser().parse_args([str(records)]))
-    printed = capsys.readouterr().out
-    assert "| fp16 | 8 | 5x5 |" in printed
-    assert (tmp_path / "report" / "tables.md").read_text() in printed
-    assert len(list((tmp_path / "report").glob("get_patches_*.png"))) == 1
 
 
 KERNELS = "".join(

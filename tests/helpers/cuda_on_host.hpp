@@ -380,8 +380,9 @@ static void wait_for_copies() {}
 static float power_below_zero(float x, float positive, float bottom) {
   return x > 0 ? positive : bottom * (exp2f(x) - 1);
 }
+constexpr float SELU_SCALE = 1.0507009873554805f, SELU_ALPHA = 1.6732632423543772f;
+constexpr float LOG2E = 1.4426950408889634f;
 static float selu(float x) {
-  const float scale = 1.0507009873554805f, alpha = 1.6732632423543772f;
-  return scale * (x > 0 ? x : alpha * (expf(x) - 1));
+  return SELU_SCALE * (x > 0 ? x : SELU_ALPHA * (expf(x) - 1));
 }
 static void await_previous_kernel() {}
