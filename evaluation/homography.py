@@ -17,12 +17,12 @@ from aliked.backends import Spec
 from aliked.drawing import draw_matches
 from aliked.errors import InputError
 from aliked.features import Features
+from aliked.hpatches import FOLDER, LARGE, missing_scenes
 from aliked.images import SUFFIXES, list_images, load_image
 from aliked.matching import mutual_nearest_keypoints
 from evaluation import runner
 from evaluation.changes import CHANGES, LEVELS, change
 from evaluation.estimators import HOMOGRAPHY_INLIER_PX, homography_estimators
-from evaluation.hpatches import FOLDER, LARGE, missing_scenes
 from evaluation.runner import add_shared_options
 from evaluation.scores import Kind, Score
 from evaluation.store import FeatureStore, Image, Pair, Resize, match, measure_pairs
