@@ -35,7 +35,8 @@ engine: $(VENV)/.installed
 
 readme-tables: $(VENV)/.installed
 	$(RUN) draw_report.py results/*.jsonl results/evaluation/*.jsonl \
-	    --other_run results/other_run/*.jsonl --output results/report --readme README.md
+	    --other_run results/other_run/*.jsonl --output results/report \
+	    --readme docs/results.md docs/evaluation.md
 
 lint: $(VENV)/.installed-dev
 	$(RUN) -m ruff check .

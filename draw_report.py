@@ -74,9 +74,11 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--readme",
         type=Path,
+        nargs="+",
         metavar="FILE",
         help=f"put the tables between {BEGIN} and {END}, those of evaluations between "
-        + " and ".join(EVALUATION),
+        + " and ".join(EVALUATION)
+        + ", of every file that has these lines",
     )
     return parser
 
@@ -107,14 +109,16 @@ def main(args: argparse.Namespace) -> None:
         show(evaluation.report_text(outcomes, timings), written, args.readme, EVALUATION)
 
 
-def show(text: str, written: list[Path], readme: Path | None, markers: tuple[str, str]) -> None:
-    """Print the tables, and put them into the README if there is one."""
+def show(
+    text: str, written: list[Path], pages: list[Path] | None, markers: tuple[str, str]
+) -> None:
+    """Print the tables, and put them into the pages that have the markers; at least one must."""
     print(text)
     for path in written:
         print(f"wrote {path}")
-    if readme:
-        put_between_markers(readme, text, *markers)
-        print(f"put the tables into {readme}")
+    for page in [page for page in pages or [] if markers[0] in page.read_text()] or pages or []:
+        put_between_markers(page, text, *markers)
+        print(f"put the tables into {page}")
 
 
 if __name__ == "__main__":
