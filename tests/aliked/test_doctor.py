@@ -73,3 +73,39 @@ def test_what_keeps_the_driver_from_working_is_said(monkeypatch, machine, says):
     assert says in gpu.unavailable()
     with pytest.raises(InputError):
         gpu.devices()
+
+
+def test_the_doctor_explains_itself():
+    command = [sys.executable, "-m", "aliked.doctor", "--help"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert run.stdout.startswith("usage: python -m aliked.doctor")
+    assert "Backends:" not in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("installed", "shown"),
+    [
+        ({"opencv-python": "4.13"}, {"opencv-python": "4.13"}),
+        ({"opencv-python-headless": "5.0"}, {"opencv-python-headless": "5.0"}),
+        (
+            {"opencv-python": "4.13", "opencv-contrib-python": "4.12"},
+            {"opencv-python": "4.13", "opencv-contrib-python": "4.12"},
+        ),
+        ({}, dict.fromkeys(doctor.OPENCV, "not installed")),
+    ],
+)
+def test_whichever_opencv_is_installed_is_shown_and_the_others_are_not_missed(
+    installed, shown, monkeypatch
+):
+    versions = dict.fromkeys(doctor.PACKAGES) | installed
+    monkeypatch.setattr(doctor, "installed_versions", lambda names: versions)
+    found = doctor.packages()
+    assert {name: text for name, text in found.items() if name in doctor.OPENCV} == shown
+
+
+def test_a_row_fits_the_terminal():
+    lines = doctor.row("  tensorrt  ", "one two three " * 10 + "four", 40).splitlines()
+    assert len(lines) > 3 and max(map(len, lines)) <= 40
+    assert all(line.startswith(" " * 12) for line in lines[1:])
+    assert " ".join(line[12:] for line in lines) == "one two three " * 10 + "four"
+    assert "\n" not in doctor.row("  tensorrt  ", "one two three " * 10, 0)

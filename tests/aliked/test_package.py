@@ -174,13 +174,13 @@ def test_the_requirements_are_the_package_and_its_extras():
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
     """A folder with the wheel's content, built from a copy of the source."""
-    pytest.importorskip("setuptools", reason="setuptools builds the wheel (extra dev)")
+    pytest.importorskip("hatchling", reason="hatchling builds the wheel (extra dev)")
     source, folder = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
     for name in ("aliked", "benchmark", "evaluation", "training", "tools", "tests"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE", "download_data.py"):
         shutil.copy(ROOT / name, source)
-    code = "from setuptools.build_meta import build_wheel; build_wheel('dist')"
+    code = "from hatchling.build import build_wheel; build_wheel('dist')"
     built = python("-c", code, cwd=source)
     assert built.returncode == 0, built.stderr
     (wheel,) = source.glob("dist/*.whl")
