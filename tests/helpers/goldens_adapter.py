@@ -13,6 +13,9 @@ import torch
 from aliked.backends import Spec, create_extractor
 from aliked.model import ALIKED, plain_float32, to_tensor
 
+# The last image's maps: goldens of both modes follow each other, and the maps do not know the mode.
+MAPS: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
+
 
 def extract(name, image, top_k, scores_th, n_limit, weights_path):
     """Run the model on one image; arrays by name, fill-ins removed."""
@@ -21,9 +24,13 @@ def extract(name, image, top_k, scores_th, n_limit, weights_path):
     model = ALIKED.from_pretrained(
         *(name, top_k, scores_th, n_limit, weights_path), device=device, precision=precision
     )
+    key = (name, weights_path, device, precision, image.shape, image.tobytes())
     with torch.inference_mode(), plain_float32():
-        images = to_tensor(torch.from_numpy(np.ascontiguousarray(image[None])).to(device))
-        features, score_map = model.dense(images)
+        if key not in MAPS:
+            MAPS.clear()
+            images = to_tensor(torch.from_numpy(np.ascontiguousarray(image[None])).to(device))
+            MAPS[key] = model.dense(images)
+        features, score_map = MAPS[key]
         output = model.describe(features, model.detect(score_map))
     kept = output.scores[0] > 0
     arrays = {name: getattr(output, name)[0][kept] for name in output._fields}
