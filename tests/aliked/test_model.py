@@ -249,7 +249,7 @@ def test_what_is_traced_never_holds_the_operator_of_the_default_stream(traced):
 @pytest.mark.gpu
 def test_eager_maps_are_the_same_on_every_stream(weights_dir):
     if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
+        pytest.skip("needs a CUDA device")
     model = ALIKED.from_pretrained("aliked-t16", top_k=100, weights=weights_dir / "aliked-t16.pth")
     images = torch.rand(1, 3, 96, 128)
     with torch.inference_mode(), plain_float32():

@@ -94,7 +94,7 @@ def test_anything_but_bytes_is_refused(dtype):
 @pytest.mark.gpu
 def test_a_cuda_device_gets_and_gives_back_the_same_bytes():
     if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
+        pytest.skip("needs a CUDA device")
     images = [texture(480, 640, seed)[None] for seed in range(20)]
     # More uploads than page-locked blocks, none waited for.
     on_device = [upload(image, torch.device("cuda")) for image in images]
@@ -105,7 +105,7 @@ def test_a_cuda_device_gets_and_gives_back_the_same_bytes():
 @pytest.mark.gpu
 def test_a_large_batch_gets_to_a_cuda_device_in_parts():
     if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
+        pytest.skip("needs a CUDA device")
     one = np.stack([texture(480, 640, seed) for seed in range(4)])
     for images in views_of(np.concatenate([one + i for i in range(8)])):
         kept = torch.empty(images.shape, dtype=torch.uint8, device="cuda")
@@ -121,7 +121,7 @@ def test_a_large_batch_gets_to_a_cuda_device_in_parts():
 @pytest.mark.parametrize("backend", ["pytorch", "pytorch-cudagraph", "fused"])
 def test_features_stay_as_they_were_when_more_are_extracted(backend, weights_dir):
     if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
+        pytest.skip("needs a CUDA device")
     extract = create_extractor(backend, Spec("aliked-t16", weights=weights_dir, device="cuda"))
     images = [texture(240, 320, seed) for seed in range(4)]
     alone = [[getattr(extract(image), name).copy() for name in NAMES] for image in images]

@@ -207,7 +207,7 @@ def test_on_a_gpu_it_is_the_model_too(
     name, precision, photographs, reference, weights_dir, tmp_path
 ):
     if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
+        pytest.skip("needs a CUDA device")
     spec = replace(SPEC, weights=weights_dir, precision=precision, device="cuda")
     if get_backend(name).suffix:
         spec = replace(spec, model_path=tmp_path / "model.pt2")
@@ -306,7 +306,7 @@ def test_a_process_that_has_compiled_nothing_runs_a_package(
     device, photographs, weights_dir, tmp_path
 ):
     if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
+        pytest.skip("needs a CUDA device")
     path, (height, width) = tmp_path / "model.pt2", photographs.shape[1:3]
     spec = Spec("aliked-t16", top_k=200, device=device, weights=weights_dir)
     build_model_file(spec, (1, height, width), path)
@@ -318,7 +318,7 @@ def test_a_process_that_has_compiled_nothing_runs_a_package(
 def test_cuda_events_and_a_stopwatch_agree(photographs, weights_dir):
     """Within the time that Python and two waits take: 0.1 ms and a fifth of the call."""
     if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
+        pytest.skip("needs a CUDA device")
     from benchmark.timing import CudaClock, unseen
 
     extractor = create_extractor("pytorch", replace(SPEC, weights=weights_dir, device="cuda"))

@@ -433,7 +433,7 @@ def test_the_backend_needs_no_torch():
 def test_torch_memory_copies_and_records_on_its_stream():
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
+        pytest.skip("needs a CUDA device")
     from aliked.backends.cuda_memory import CudaGraph
 
     memory = TorchMemory(0)
