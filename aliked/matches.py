@@ -24,15 +24,22 @@ class Matches:
         return len(self.indices)
 
 
+@dataclass(frozen=True)
+class PairMatches:
+    """Keypoints of two images, as found and matched in one go. Rows beyond them are fill-ins."""
+
+    keypoints0: np.ndarray  # [K, 2] float32, pixels, (x, y), centre of the top-left pixel = (0, 0)
+    keypoints1: np.ndarray  # [K, 2] the same of the second image
+    matches: Matches
+
+
 NO_MATCHES = Matches(np.empty((0, 2), np.int64), np.empty(0, np.float32))
 
 
 class Matcher(Protocol):
     """One runtime holding one matcher."""
 
-    def match(
-        self, features0: Features, features1: Features, size0: Size, size1: Size
-    ) -> Matches:
+    def match(self, features0: Features, features1: Features, size0: Size, size1: Size) -> Matches:
         """Matches of two images' `Features`, given each image's (width, height) in pixels."""
 
 
