@@ -7,6 +7,7 @@ linear layers and norms see the whole, attention sees each image by itself (self
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -275,8 +276,9 @@ class LightGlue(nn.Module):
         cache and the download in turn. `options` are those of the class. Raises `InputError` where
         the weights are missing or others.
         """
-        model = cls(**options)
-        model.load_state_dict(load_state_dict(LIGHTGLUE, weights))
+        with torch.device("meta"):  # random weights would only be thrown away
+            model = cls(**options)
+        model.load_state_dict(load_state_dict(LIGHTGLUE, weights), assign=True)
         return model.eval().requires_grad_(False).set_precision(precision).to(device)
 
     def set_precision(self, precision: str) -> "LightGlue":
@@ -356,7 +358,7 @@ class LightGlue(nn.Module):
             for features, size in ((features0, size0), (features1, size1))
         )
         keypoints, descriptors = (torch.cat(rows, dim=1) for rows in zip(*tensors, strict=True))
-        return self._match_adaptively(keypoints, descriptors, len(features0))[0]
+        return self._match_adaptively(keypoints, descriptors, len(features0))
 
     def _tensors(self, features: Features, size: Size) -> tuple[torch.Tensor, torch.Tensor]:
         """Normalised keypoints [1, N, 2] and descriptors [1, N, 128] on the model's device."""
@@ -369,8 +371,8 @@ class LightGlue(nn.Module):
 
     def _match_adaptively(
         self, keypoints: torch.Tensor, descriptors: torch.Tensor, first: int
-    ) -> tuple[Matches, int]:
-        """Matches of one pair, of `first` and the remaining rows, and how many layers ran."""
+    ) -> Matches:
+        """Matches of one pair, whose first image has the first `first` rows."""
         x, encoding = self.embed(keypoints, descriptors)
         total, kept = x.shape[1], torch.arange(x.shape[1], device=x.device)
         m = first  # of the first image's keypoints, those that are left
@@ -390,13 +392,13 @@ class LightGlue(nn.Module):
                 encoding = Encoding(encoding.cos[:, stays], encoding.sin[:, stays])
                 m = int(stays[:m].sum())
                 if m in (0, len(kept)):
-                    return NO_MATCHES, number + 1
+                    return replace(NO_MATCHES, layers=number + 1)
         output = self.select(self.log_assignment[number](x, pair), self.filter_threshold)
         matches0, scores0 = (rows[0] for rows in output)
         matched = matches0 >= 0
         i, j = kept[:m][matched], kept[m:][matches0[matched]] - first
         indices = torch.stack((i, j), dim=1)
-        return Matches(indices.cpu().numpy(), scores0[matched].cpu().numpy()), number + 1
+        return Matches(indices.cpu().numpy(), scores0[matched].cpu().numpy(), number + 1)
 
     def _stops(self, uncertain: torch.Tensor, total: int) -> bool:
         """Whether few enough of `total` keypoints are uncertain; dropped ones are certain."""

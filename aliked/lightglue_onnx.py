@@ -222,7 +222,7 @@ def _check_opset(opset: int) -> None:
 
 
 def _example_features(matcher: LightGlue, options: MatcherOptions) -> dict[str, torch.Tensor]:
-    """Inputs by name, random, of the counts of the file or unequal ones where it leaves them open."""
+    """Random inputs by name, of the file's counts; of unequal ones where it leaves them open."""
     colmap = options.io == "colmap"
     counts = (options.top_k,) * 2 if options.top_k and not colmap else SYMBOLIC_EXAMPLE
     batch = 1 if options.top_k or colmap else 2

@@ -1,4 +1,4 @@
-"""Is an exported matcher still LightGlue? ONNX Runtime beside PyTorch float32 on pairs of images."""
+"""Is an exported matcher still LightGlue? ONNX Runtime beside PyTorch float32."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path

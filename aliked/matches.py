@@ -1,4 +1,4 @@
-"""What a learned matcher returns and takes, without PyTorch: `Matches`, and the checks of a pair."""
+"""What a learned matcher returns, and the checks of what it takes, without PyTorch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ class Matches:
 
     indices: np.ndarray  # [P, 2] int64: into the keypoints of each image
     scores: np.ndarray  # [P] float32, above the filter threshold, at most 1
+    layers: int | None = None  # how many ran, where the matcher may stop early
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -35,8 +35,8 @@ class MatcherSession:
         wanted = {f"{name}{side}" for name in self.features for side in (0, 1)}
         if set(self.shapes) != wanted:
             raise InputError(
-                f"{self.path} has inputs {sorted(self.shapes)}, not {sorted(wanted)}; write it with "
-                "convert_lightglue_to_onnx.py"
+                f"{self.path} has inputs {sorted(self.shapes)}, not {sorted(wanted)}; write it "
+                "with convert_lightglue_to_onnx.py"
             )
 
     def match(self, features0: Features, features1: Features, size0: Size, size1: Size) -> Matches:
