@@ -1,13 +1,17 @@
 """LightGlue is the published matcher, in every form in which it runs here."""
 
 import dataclasses
+import functools
+import itertools
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
 
+from aliked.backends import Spec, fused_pair
 from aliked.backends.lightglue_onnxruntime import (
     ColmapMatcher,
     ONNXRuntimeMatcher,
@@ -15,17 +19,21 @@ from aliked.backends.lightglue_onnxruntime import (
 )
 from aliked.errors import InputError
 from aliked.features import Features
-from aliked.lightglue import LightGlue
+from aliked.fused import pipeline, reference
+from aliked.fused.weights import pack as pack_weights
+from aliked.images import load_images
+from aliked.lightglue import LightGlue, PairAttention, fused_attention
 from aliked.lightglue_onnx import MatcherOptions, PairOptions, export_matcher, export_pair
 from aliked.lightglue_verify import Pair, verify_matcher, verify_pair
 from aliked.match_parity import (
     MATCH_FP16,
     MATCH_FP32,
+    PAIR_FP32,
     compare_matches,
     in_terms_of,
     judge_matches,
 )
-from aliked.matches import Matches
+from aliked.matches import Matches, matches_of_rows
 from aliked.model import ALIKED
 from aliked.weights import LIGHTGLUE, find_weights
 from tests.textures import texture
@@ -207,8 +215,6 @@ def published_state(matcher, dim):
 
 
 def self_attention(matcher, x, keypoints):
-    from aliked.lightglue import PairAttention, fused_attention
-
     encoding = matcher.posenc(keypoints, torch.float64)
     # The second image is the first again: both see themselves alone.
     encoding = type(encoding)(*(torch.cat((rows, rows), dim=1) for rows in encoding))
@@ -406,8 +412,6 @@ def test_exporting_leaves_the_matcher_as_it_was(tmp_path):
 
 
 def test_a_dynamic_file_takes_a_batch(tmp_path):
-    import onnxruntime
-
     matcher, path = small_matcher(), tmp_path / "matcher.onnx"
     export_matcher(matcher, path, MatcherOptions(None))
     firsts = [features_of(30, seed) for seed in (1, 2, 3)]
@@ -467,7 +471,7 @@ def test_colmap_decides_about_the_lowest_score(tmp_path):
 )
 def test_one_file_goes_from_two_images_to_matches(sizes, uint8_input, tmp_path):
     torch.manual_seed(0)
-    model = ALIKED("aliked-t16", top_k=100).eval()  # more than the textures have: some fill-ins
+    model = ALIKED("aliked-t16", top_k=400).eval()  # more than the textures have: some fill-ins
     matcher = small_matcher(descriptor_dim=64, filter_threshold=0.0)
     path = tmp_path / "pair.onnx"
     options = PairOptions(*sizes, deform_conv="gather", uint8_input=uint8_input)
@@ -478,7 +482,7 @@ def test_one_file_goes_from_two_images_to_matches(sizes, uint8_input, tmp_path):
     verdict = verify_pair(path, model, matcher, "fp32", [("textures", *images)])
     assert verdict.passed, verdict.text
     with pytest.raises(InputError, match=f"exported for {width1}x{height1}"):
-        ONNXRuntimePair(path, "cpu")(images[0], texture(50, 60, 1))
+        ONNXRuntimePair(path, "cpu")(images[0], texture(48, 48, 1))
 
 
 def test_a_pair_of_nets_that_do_not_fit_is_refused(tmp_path):
@@ -523,6 +527,60 @@ def profile_of(builder, network):
         shapes = zip((1, 1, 2), counts, strict=True)
         profile.set_shape(name, *((batch, *count, *fixed) for batch, count in shapes))
     return profile
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_what_the_fused_pair_runs_on_a_gpu_gives_the_matches_of_pytorch(together):
+    """Its parts on the CPU, with the kernels' plain twins; some rows are fill-ins."""
+    torch.manual_seed(0)
+    model = ALIKED("aliked-t16", top_k=400).eval()
+    matcher = small_matcher(descriptor_dim=64, filter_threshold=0.0)
+    scene = texture(90, 100, 1)
+    images = [scene[:64, :80].copy(), scene[8:72, 4:84].copy()]
+    extract = functools.partial(
+        pipeline.extract,
+        weights=pack_weights(model.fold_batch_norm(), torch.float32, torch.device("cpu")),
+        selection=pipeline.Selection(model.top_k, model.scores_th, model.n_limit),
+        ops=reference,
+    )
+    batches = torch.from_numpy(np.stack(images))
+    sizes = [torch.tensor([[80.0, 64.0]])] * 2
+    with torch.no_grad():
+        found = fused_pair.find(extract, [batches] if together else batches.split(1))
+        matched = fused_pair.match(matcher, found, sizes, masked=True)
+        packed = fused_pair.pack(found, matched).numpy()
+    rows = fused_pair.unpack(packed, (400, 400))
+    assert rows.has_fill_ins
+    features = [model.extract(image) for image in images]
+    expected = matcher.match(*features, (80, 64), (80, 64))
+    found = in_terms_of(
+        (features[0].keypoints, features[1].keypoints),
+        (rows.keypoints0, rows.keypoints1),
+        matches_of_rows(rows.partners, rows.match_scores),
+    )
+    verdict = judge_matches({"pair": compare_matches(expected, found)}, PAIR_FP32)
+    assert verdict.passed, verdict.text
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_fused_pair_gives_the_matches_of_pytorch(weights_dir):
+    spec = Spec("aliked-n16rot", top_k=1000, device="cuda", weights=weights_dir)
+    pair = fused_pair.FusedPair(spec, weights_dir, compile_mode=None)
+    model = ALIKED.from_pretrained("aliked-n16rot", 1000, weights=weights_dir, device="cuda")
+    matcher = LightGlue.from_pretrained(weights_dir, device="cuda")
+    (_, first), (_, second) = itertools.islice(load_images("assets/sequence_640x480"), 2)
+    for images in ((first, second), (first, second[:400, :600].copy()), (first, first // 16)):
+        features = [model.extract(image) for image in images]
+        expected = matcher.match(*features, *(image.shape[1::-1] for image in images))
+        found = pair(*images)
+        ours = in_terms_of(
+            (features[0].keypoints, features[1].keypoints),
+            (found.keypoints0, found.keypoints1),
+            found.matches,
+        )
+        verdict = judge_matches({"pair": compare_matches(expected, ours)}, PAIR_FP32)
+        assert verdict.passed, verdict.text
 
 
 def some_matches(*pairs, score=0.5):
