@@ -55,13 +55,14 @@ MATCH_FP32 = MatchTolerance(
     mean_score_difference=5e-5,
 )
 
-# From images on: features that agree within `parity.FP32` move the scores, too.
+# From images on: features that agree within `parity.FP32` move the scores, too, on photographs by at
+# most 3.2e-5. A keypoint at a tie is found elsewhere, and its match is lost.
 PAIR_FP32 = MatchTolerance(
     name="FP32 pair",
     max_changed=2,
     max_changed_share=0.005,
-    max_score_difference=0.1,
-    mean_score_difference=1e-3,
+    max_score_difference=0.02,
+    mean_score_difference=1e-4,
 )
 
 # The same pairs in half precision: at most 3 keypoints of a pair change, of 473 matches, scores of
