@@ -55,8 +55,8 @@ MATCH_FP32 = MatchTolerance(
     mean_score_difference=5e-5,
 )
 
-# From images on: features that agree within `parity.FP32` move the scores, too, on photographs by at
-# most 3.2e-5. A keypoint at a tie is found elsewhere, and its match is lost.
+# From images on: features that agree within `parity.FP32` move the scores, too, on photographs by
+# at most 3.2e-5. A keypoint at a tie is found elsewhere, and its match is lost.
 PAIR_FP32 = MatchTolerance(
     name="FP32 pair",
     max_changed=2,
