@@ -1,15 +1,16 @@
 # make demo   the whole main job on the shipped images, in a virtual environment of its own
 # make test   ruff and pytest
-# make readme-tables   the README's tables and plots, drawn again from results/
+# make readme-tables   the tables and plots of README.md and docs/, drawn again from results/
 PYTHON ?= python3
 VENV ?= .venv
 MODEL ?= aliked-t16-homography
 FRAMES ?= assets/sequence_640x480
+ONNX = converted_model/$(MODEL)-top1k.onnx
 RUN = $(VENV)/bin/python
 
-.PHONY: demo readme-tables test lint clean
+.PHONY: demo engine readme-tables test lint clean
 
-$(VENV)/.installed: requirements.txt
+$(VENV)/.installed: requirements.txt constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
 	$(RUN) -m pip install --quiet -r requirements.txt
@@ -20,23 +21,31 @@ $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
 	touch $@
 
 demo: $(VENV)/.installed
-	$(RUN) convert_pytorch_to_onnx.py $(FRAMES) --model $(MODEL) --top_k 1000 \
-	    --model_output converted_model/$(MODEL)-top1k.onnx
+	$(RUN) convert_pytorch_to_onnx.py $(FRAMES) --model $(MODEL) --top_k 1000 --model_output $(ONNX)
 	$(RUN) demo_pair.py $(FRAMES) --model $(MODEL) --top_k 1000 --output demo/matches
 	rm -f demo/timings.jsonl
 	$(RUN) measure_timings.py $(FRAMES) --model $(MODEL) --top_k 1000 \
-	    --model_path converted_model/$(MODEL)-top1k.onnx --output demo/timings.jsonl
+	    --model_path $(ONNX) --output demo/timings.jsonl
+
+# TensorRT for RTX builds without a GPU; where the platform has no wheel of it, this says so.
+engine: $(VENV)/.installed
+	@if $(RUN) -c "import tensorrt_rtx" 2> /dev/null; then \
+	    $(RUN) convert_onnx_to_trt.py --model_onnx_path $(ONNX); \
+	else echo "no engine: TensorRT for RTX has no wheel for this platform"; fi
 
 readme-tables: $(VENV)/.installed
-	$(RUN) -m aliked.report results/*.jsonl results/evaluation/*.jsonl \
-	    --other_run results/other_run/*.jsonl --output results/report --readme README.md
+	$(RUN) draw_report.py results/*.jsonl results/evaluation/*.jsonl \
+	    --other_run results/other_run/*.jsonl --output results/report \
+	    --readme docs/results.md docs/evaluation.md
 
 lint: $(VENV)/.installed-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
+# A process a core, each with one thread: tests are small, and threads of several processes in the
+# way of each other cost more than they give.
 test: lint
-	$(RUN) -m pytest -q
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --maxprocesses 8 --dist worksteal
 
 clean:
 	rm -rf $(VENV) demo

@@ -4,9 +4,9 @@
 import argparse
 
 from aliked import cli
-from aliked.evaluation.homography import add_homography_options, run_homography
-from aliked.evaluation.pose import add_pose_options, run_pose
-from aliked.evaluation.sequences import add_sequences_options, run_sequences
+from evaluation.homography import add_homography_options, run_homography
+from evaluation.pose import add_pose_options, run_pose
+from evaluation.sequences import add_sequences_options, run_sequences
 
 TASKS = {
     "homography": (

@@ -14,22 +14,22 @@ from pathlib import Path
 from tqdm import tqdm
 
 from aliked import cli
-from aliked.benchmark.options import (
+from aliked.download import offer_download
+from aliked.errors import InputError
+from aliked.files import writable_folder
+from benchmark.records import load_results, resume
+from benchmark.report import footnotes, summary_table
+from benchmark.rows import (
+    Row,
     add_file_options,
     add_grid_options,
     add_limit_options,
     grid_from,
     limits_from,
+    row_of,
 )
-from aliked.benchmark.records import resume
-from aliked.benchmark.results import load_results
-from aliked.benchmark.rows import Row, row_of
-from aliked.benchmark.runner import Session, load_image_sets, open_session, run_rows
-from aliked.benchmark.tables import footnotes, summary_table
-from aliked.datasets import offer_download
-from aliked.errors import InputError
-from aliked.files import writable_folder
-from aliked.report import write_report
+from benchmark.runner import Session, load_image_sets, open_session, run_rows
+from draw_report import write_report
 
 
 def parser() -> argparse.ArgumentParser:

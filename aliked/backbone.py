@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.ops import deform_conv2d
 
-from aliked.tracing import is_traced
+from aliked.patches import is_traced
 
 
 def longest_side(size: tuple[int, int]) -> int | torch.Tensor:

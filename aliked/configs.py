@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from aliked.errors import InputError
 
+RADIUS = 2  # pixels: of the suppression and refinement windows, and of the border without keypoints
+STRIDE = 32  # of the coarsest features: images are padded to a multiple of it
+
 
 @dataclass(frozen=True)
 class Config:
@@ -27,6 +30,7 @@ CONFIGS = {
 }
 
 
+DEFAULT_MODEL = "aliked-t16-homography"  # the one whose weights are part of the project
 OFFICIAL = tuple(name for name, config in CONFIGS.items() if not config.shipped)
 
 
@@ -35,6 +39,36 @@ def get_config(name: str) -> Config:
     if name not in CONFIGS:
         raise InputError(f"unknown model {name!r}; choose one of {', '.join(CONFIGS)}")
     return CONFIGS[name]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which keypoints of an image are kept: the best, or those above a threshold."""
+
+    top_k: int = 1000  # the best by score; <= 0: those above `scores_th`
+    scores_th: float = 0.2  # lowest score at the maximum, 0 to 1
+    n_limit: int = 5000  # most keypoints in threshold mode
+
+    @property
+    def by_threshold(self) -> bool:
+        """Whether the score decides, and not the number."""
+        return self.top_k <= 0
+
+    @property
+    def limit(self) -> int:
+        """The most keypoints of an image."""
+        return self.n_limit if self.by_threshold else self.top_k
+
+    def rows(self, height: int, width: int) -> int:
+        """Return how many rows an image's outputs have, fill-ins included."""
+        return min(self.limit, (height - 2 * RADIUS) * (width - 2 * RADIUS))
+
+    def __str__(self) -> str:
+        return (
+            f"score > {self.scores_th:g} (max {self.n_limit})"
+            if self.by_threshold
+            else str(self.top_k)
+        )
 
 
 @dataclass(frozen=True)

@@ -6,17 +6,15 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from aliked.configs import Form
+from aliked.configs import RADIUS, Form
 from aliked.patches import get_patches
 from aliked.sampling import bilinear_sample
 
-RADIUS = 2  # of the suppression and refinement windows, and of the border that is dropped
 WINDOW = 2 * RADIUS + 1
 TEMPERATURE = 0.1  # of the soft-argmax
 MAX_TOP_K = 3840  # that one TopK of TensorRT can return
-GROUP = (
-    4096  # values that TensorRT sorts in one block; a TopK of twice as many takes 4 times as long
-)
+# Values that TensorRT sorts in one block; a TopK of twice as many takes four times as long.
+GROUP = 4096
 
 
 class Detections(NamedTuple):

@@ -1,15 +1,43 @@
-"""What is installed here, which backends can run, and what the others lack.
+"""What is installed, and what runs on this machine: versions, devices, backends, operators."""
 
-usage: python -m aliked.doctor
-"""
+import argparse
+import platform
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
 
-from aliked import gpu
-from aliked.backends import BACKENDS, load_backend
-from aliked.versions import installed_versions
+from aliked import cli, gpu
+from aliked.backends import BACKENDS
+from aliked.errors import missing_package
 
+
+def installed_versions(packages: Iterable[str]) -> dict[str, str | None]:
+    """Versions of Python and of `packages`, None for one that is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+# Each installs the same module, cv2; one of them is enough.
+OPENCV = (
+    "opencv-python",
+    "opencv-python-headless",
+    "opencv-contrib-python",
+    "opencv-contrib-python-headless",
+)
 PACKAGES = (
+    "aliked",
+    "aliked-custom-ops",
     "torch",
     "torchvision",
+    "numpy",
+    *OPENCV,
     "onnx",
     "onnxruntime",
     "onnxruntime-gpu",
@@ -17,18 +45,19 @@ PACKAGES = (
     "tensorrt-cu12",
     "tensorrt-cu13",
     "tensorrt-lean",
+    "tensorrt-rtx-cu13",
     "pycuda",
     "nvidia-ml-py",
-    "opencv-python-headless",
-    "numpy",
-    "aliked-custom-ops",
 )
 
 
 def packages() -> dict[str, str]:
     """Version of Python and of every package that a part of the project can use."""
     versions = installed_versions(PACKAGES)
-    return {name: found or "not installed" for name, found in versions.items()}
+    others = {name for name in OPENCV if any(map(versions.get, OPENCV)) and not versions[name]}
+    return {
+        name: found or "not installed" for name, found in versions.items() if name not in others
+    }
 
 
 def graphics_cards() -> dict[str, str]:
@@ -45,7 +74,7 @@ def graphics_cards() -> dict[str, str]:
 
 def backends() -> dict[str, str]:
     """Every backend: "available", or why not and what to install."""
-    return {name: reason_against(name) or "available" for name in BACKENDS}
+    return {name: backend.unavailable() or "available" for name, backend in BACKENDS.items()}
 
 
 def custom_operators() -> dict[str, str]:
@@ -53,26 +82,18 @@ def custom_operators() -> dict[str, str]:
     try:
         from aliked import patches  # here, because the doctor also runs without PyTorch
     except ModuleNotFoundError as error:
-        return {"get_patches": missing(error)}
+        return {"get_patches": missing_package(error)}
     return {"get_patches": patches.form_in_use()}
 
 
-def missing(error: ModuleNotFoundError) -> str:
-    """What is not installed, and how to install it."""
-    return f"the package {error.name} is not installed; pip install {error.name}"
+def parser() -> argparse.ArgumentParser:
+    """The command line: no options."""
+    return argparse.ArgumentParser(prog="python -m aliked.doctor", description=__doc__)
 
 
-def reason_against(name: str) -> str | None:
-    """Why backend `name` cannot run here, or None."""
-    try:
-        module = load_backend(name)
-    except ModuleNotFoundError as error:
-        return missing(error)
-    return module.unavailable()
-
-
-def main() -> None:
-    """Print all of it."""
+def main(args: argparse.Namespace | None = None) -> None:
+    """Print all of it, on a terminal within its width."""
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
     sections = {
         "Installed": packages(),
         "Devices": graphics_cards(),
@@ -83,8 +104,21 @@ def main() -> None:
         print(f"{title}:")
         width = max(map(len, rows))
         for name, text in rows.items():
-            print(f"  {name.ljust(width)}  {text}")
+            print(row(f"  {name.ljust(width)}  ", text, columns))
+
+
+def row(head: str, text: str, columns: int) -> str:
+    """One line, or several of at most `columns` characters (0: no limit) with `text` indented."""
+    if columns < len(head) + 20:
+        return head + text
+    return textwrap.fill(
+        text,
+        columns,
+        initial_indent=head,
+        subsequent_indent=" " * len(head),
+        break_long_words=False,
+    )
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main, parser())

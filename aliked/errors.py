@@ -1,5 +1,38 @@
 """The one exception that a script turns into a sentence and exit status 2."""
 
+import importlib.metadata
+
+# Which extra of this package brings a module that not every part of it needs.
+EXTRAS = {
+    "onnx": "onnx",
+    "onnxscript": "onnx",
+    "onnxruntime": "onnx",
+    "tensorrt": "tensorrt",
+    "tensorrt_rtx": "tensorrt-rtx",
+    "pycuda": "pycuda",
+    "matplotlib": "evaluate",
+    "h5py": "evaluate",
+    "skimage": "train",
+    "sklearn": "train",
+}
+
 
 class InputError(ValueError):
     """Bad input from the user: one sentence that names the thing, the reason and the cure."""
+
+
+def how_to_install(module: str) -> str:
+    """Return the `pip install` that brings `module`, for this package installed or a checkout."""
+    package = module.partition(".")[0]
+    if package not in EXTRAS:
+        return f"pip install {package}"
+    try:
+        importlib.metadata.version("aliked")
+    except importlib.metadata.PackageNotFoundError:
+        return f'pip install -e ".[{EXTRAS[package]}]"'
+    return f'pip install "aliked[{EXTRAS[package]}]"'
+
+
+def missing_package(error: ModuleNotFoundError) -> str:
+    """Say in one sentence which package an import did not find, and how to install it."""
+    return f"the package {error.name} is not installed; {how_to_install(error.name or '')}"

@@ -1,15 +1,22 @@
 """What every runtime returns, and the interface every runtime has."""
 
+import abc
 import itertools
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from aliked.configs import RADIUS
 from aliked.errors import InputError
 from aliked.threads import each, in_parts
 
-MIN_SIDE = 5  # pixels: detection drops a border of 2, so a smaller image has no keypoint
+if TYPE_CHECKING:
+    from aliked.backends import Spec
+
+# What every runtime returns for a batch, found by these names: [B, K, 2], [B, K, D], [B, K].
+OUTPUTS = ("keypoints", "descriptors", "scores")
+MIN_SIDE = 2 * RADIUS + 1  # pixels: detection drops the border, so a smaller image has no keypoint
 
 
 @dataclass(frozen=True)
@@ -26,32 +33,6 @@ class Features:
 
     def __len__(self) -> int:
         return len(self.keypoints)
-
-
-class Extractor(Protocol):
-    """One runtime holding one model (`aliked/backends/`, a file each)."""
-
-    name: str  # as the command line has it, for example "onnxruntime-cpu"
-
-    def __call__(self, image: np.ndarray) -> Features:
-        """uint8 [H, W, 3] RGB in host memory to `Features` in host memory, copies included."""
-
-    def extract_batch(self, images: np.ndarray) -> list[Features]:
-        """uint8 [B, H, W, 3] RGB in host memory to each image's `Features`, copies included."""
-
-    def infer(self, batch: Any) -> dict[str, Any]:
-        """Device tensors to device tensors: what a compute-only timing measures.
-
-        `batch` is what `to_device` made; the result has `keypoints` [B, K, 2], `descriptors`
-        [B, K, D] and `scores` [B, K], found by name. The work may still be running on return:
-        `synchronize` waits for it.
-        """
-
-    def to_device(self, images: np.ndarray) -> Any:
-        """uint8 [B, H, W, 3] RGB in host memory to the input that `infer` takes."""
-
-    def synchronize(self) -> None:
-        """Wait until everything that `infer` started has finished."""
 
 
 def drop_fill_ins(keypoints: np.ndarray, descriptors: np.ndarray, scores: np.ndarray) -> Features:
@@ -88,3 +69,51 @@ def check_image(image: np.ndarray) -> None:
             f"the image is {image.shape[1]}x{image.shape[0]} pixels; both sides must be at least "
             f"{MIN_SIDE}, since detection drops a border of 2 pixels"
         )
+
+
+class Extractor(abc.ABC):
+    """One runtime holding one model; `aliked.backends` has a table of them."""
+
+    name: str  # as the command line has it, for example "onnxruntime-cpu"
+
+    @classmethod
+    def unavailable(cls) -> str | None:
+        """Why this runtime cannot run on this machine and what to install, or None."""
+        return None
+
+    @classmethod
+    def from_spec(cls, spec: "Spec", name: str, **options: Any) -> "Extractor":
+        """Return an extractor that runs `spec`, under a backend's name and with its options.
+
+        `InputError` where `spec` cannot be run.
+        """
+        return cls(spec, name, **options)
+
+    def __call__(self, image: np.ndarray) -> Features:
+        """Return the `Features` of uint8 [H, W, 3] RGB in host memory, copies included.
+
+        Raises `InputError` for another type or shape, or a side below 5 pixels.
+        """
+        check_image(image)
+        return self.extract_batch(image[None])[0]
+
+    @abc.abstractmethod
+    def extract_batch(self, images: np.ndarray) -> list[Features]:
+        """Return each image's `Features` of uint8 [B, H, W, 3] RGB in host memory."""
+
+    @abc.abstractmethod
+    def to_device(self, images: np.ndarray) -> Any:
+        """Return the input that `infer` takes, of uint8 [B, H, W, 3] RGB in host memory."""
+
+    @abc.abstractmethod
+    def infer(self, batch: Any) -> dict[str, Any]:
+        """Return device tensors of a batch on the device: what a compute-only timing measures.
+
+        `batch` is what `to_device` made; the result has `keypoints` [B, K, 2], `descriptors`
+        [B, K, D] and `scores` [B, K], found by name. The work may still be running on return:
+        `synchronize` waits for it.
+        """
+
+    @abc.abstractmethod
+    def synchronize(self) -> None:
+        """Wait until everything that `infer` started has finished."""

@@ -27,7 +27,7 @@ def list_images(folder: Path) -> list[Path]:
             names = [entry.name for entry in entries if _is_image(entry)]
     except OSError as error:
         raise InputError(
-            f"cannot list the images of {folder} ({error.strerror}); give a folder of images"
+            f"cannot list the images of {folder} ({error.strerror}); {_cure(folder)}"
         ) from error
     if not names:
         raise InputError(f"no image in {folder}; give a folder with {', '.join(SUFFIXES)} files")
@@ -64,15 +64,6 @@ def load_image(path: Path) -> np.ndarray:
     return np.ascontiguousarray(image[..., ::-1])
 
 
-def load_images(folder: Path) -> Iterator[tuple[Path, np.ndarray]]:
-    """The images of `folder` in natural order, each decoded when its turn comes.
-
-    The folder itself is checked at once; see `list_images` and `load_image` for the errors.
-    """
-    paths = list_images(folder)
-    return ((path, load_image(path)) for path in paths)
-
-
 def require_same_size(
     images: Iterable[tuple[Path, np.ndarray]],
 ) -> Iterator[tuple[Path, np.ndarray]]:
@@ -88,6 +79,17 @@ def require_same_size(
                 "fixed input size needs images of one size"
             )
         yield path, image
+
+
+def _cure(folder: Path) -> str:
+    """What to do where there is no such folder."""
+    checkout = Path(__file__).resolve().parents[1]
+    if folder.parts[:1] != ("assets",) or (checkout / "assets").is_dir():
+        return "give a folder of images"
+    return (
+        "assets/ is part of the project's source and not of the installed package: give a folder "
+        "of images of your own, or get some with `python download_data.py tum`"
+    )
 
 
 def _is_image(entry: os.DirEntry) -> bool:

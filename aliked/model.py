@@ -18,7 +18,7 @@ from aliked.backbone import (
     conv1x1,
     conv3x3,
 )
-from aliked.configs import Form, get_config
+from aliked.configs import STRIDE, Form, Selection, get_config
 from aliked.descriptors import SDDH
 from aliked.detection import Detections, detect
 from aliked.errors import InputError
@@ -28,7 +28,6 @@ from aliked.transfer import download, upload
 from aliked.weights import load_state_dict
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
-STRIDE = 32  # of the coarsest features: images are padded to a multiple of it
 
 
 class Output(NamedTuple):
@@ -82,7 +81,11 @@ class ALIKED(nn.Module):
     """
 
     def __init__(
-        self, name: str, top_k: int = -1, scores_th: float = 0.2, n_limit: int = 20000
+        self,
+        name: str,
+        top_k: int = Selection.top_k,
+        scores_th: float = Selection.scores_th,
+        n_limit: int = Selection.n_limit,
     ) -> None:
         super().__init__()
         config = get_config(name)
@@ -115,9 +118,9 @@ class ALIKED(nn.Module):
     def from_pretrained(
         cls,
         name: str,
-        top_k: int = -1,
-        scores_th: float = 0.2,
-        n_limit: int = 20000,
+        top_k: int = Selection.top_k,
+        scores_th: float = Selection.scores_th,
+        n_limit: int = Selection.n_limit,
         weights: str | Path | None = None,
         device: str | torch.device = "cpu",
         precision: str = "fp32",

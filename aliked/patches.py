@@ -1,8 +1,4 @@
-"""Square windows cut out of a map around integer centres, zeros outside the map.
-
-The model calls `get_patches`, which takes the compiled operator of `custom_ops/get_patches` where
-there is one, and else `plain_patches`. Both give the same patches.
-"""
+"""Whether the model runs, or is being written down to run later."""
 
 import contextlib
 import contextvars
@@ -16,7 +12,12 @@ from types import ModuleType
 import torch
 
 from aliked.errors import InputError
-from aliked.tracing import is_traced
+
+
+def is_traced() -> bool:
+    """Whether `torch.compile`, `torch.export` or `torch.jit.trace` is looking on."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
 
 PACKAGE = "aliked_custom_ops"  # what `pip install ./custom_ops` installs
 VARIABLE = "ALIKED_CUSTOM_OPS"  # unset, "build" or "off"

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from aliked.detection import RADIUS, suppress_non_maxima
+from aliked.configs import RADIUS
+from aliked.detection import suppress_non_maxima
 from aliked.features import Features
 from aliked.model import ALIKED
 from aliked.patches import get_patches

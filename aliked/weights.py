@@ -44,6 +44,21 @@ WEIGHTS = FileSet(
     ),
 )
 
+LIGHTGLUE = "aliked_lightglue"  # the matcher's name among the models
+LIGHTGLUE_WEIGHTS = FileSet(
+    title="the official LightGlue weights for ALIKED",
+    licence="Apache-2.0",
+    base_url="https://github.com/cvg/LightGlue/releases/download",
+    folder="v0.1_arxiv",
+    files=(
+        RemoteFile(
+            f"{LIGHTGLUE}.pth",
+            47632827,
+            "d975e965b105311a6143194852297dff4f02aea5cc2e10cecfed966ca0e22503",
+        ),
+    ),
+)
+
 
 def cache_dir() -> Path:
     """The user cache, where downloaded weights are kept: `~/.cache/aliked` if not set otherwise."""
@@ -51,10 +66,12 @@ def cache_dir() -> Path:
 
 
 def files_of(name: str) -> FileSet:
-    """The part of `WEIGHTS` that model `name` needs.
+    """The official files that model `name` needs; `LIGHTGLUE` is a name, too.
 
     `InputError` for an unknown model, and for one whose weights are part of the project.
     """
+    if name == LIGHTGLUE:
+        return LIGHTGLUE_WEIGHTS
     if get_config(name).shipped:
         raise InputError(
             f"the weights of {name} are part of this project ({SHIPPED / name}.pth): there is "
@@ -76,7 +93,7 @@ def find_weights(name: str, path: str | Path | None = None) -> Path:
     if path is not None:
         path = Path(path).expanduser()
         path = path / f"{name}.pth" if path.is_dir() else path
-    if get_config(name).shipped:
+    if name != LIGHTGLUE and get_config(name).shipped:
         return _not_official(name, path or SHIPPED / f"{name}.pth")
     files = files_of(name)
     (file,) = files.files
@@ -95,7 +112,7 @@ def find_weights(name: str, path: str | Path | None = None) -> Path:
 def describe_weights(name: str, path: str | Path | None = None) -> str:
     """Whose weights of model `name` are used, and where they are, as found by `find_weights`."""
     found = find_weights(name, path)
-    if not get_config(name).shipped:
+    if name == LIGHTGLUE or not get_config(name).shipped:
         return f"official weights {found}"
     whose = "this project's own" if found.parent == SHIPPED else "self-trained"
     return f"{whose} weights {os.path.relpath(found)}"
@@ -121,7 +138,8 @@ def _owner(name: str, path: Path) -> tuple[str | None, str]:
             f"cannot read the weights {path} ({error.strerror}); give the path of {name}.pth or "
             "of a folder that holds it"
         ) from error
-    owners = {file.sha256: Path(file.name).stem for file in WEIGHTS.files}
+    files = WEIGHTS.files + LIGHTGLUE_WEIGHTS.files
+    owners = {file.sha256: Path(file.name).stem for file in files}
     return owners.get(found), found
 
 
@@ -143,8 +161,8 @@ def _checked(name: str, path: Path) -> Path:
             "for the official file"
         )
     if owner != name:
+        other = "" if LIGHTGLUE in (owner, name) else f"pass --model {owner} or "
         raise InputError(
-            f"{path} is the official {owner} file, not {name}; pass --model {owner} "
-            f"or the weights of {name}"
+            f"{path} is the official {owner} file, not {name}; {other}give the weights of {name}"
         )
     return path

@@ -1,12 +1,13 @@
 """What the tests share: the private reference data, and a server and a cache of their own."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests import file_server
+from tests.helpers import file_server
 
 
 @pytest.fixture(scope="session")
@@ -42,3 +43,11 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("ALIKED_WEIGHTS_DIR", raising=False)
     return tmp_path / "cache" / "aliked"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say once per reason how many tests were skipped."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"skipped, {count}: {reason}")

@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 import statistics
+from dataclasses import astuple
 from pathlib import Path
 
 import torch
@@ -18,9 +19,9 @@ from aliked import cli, files
 from aliked.backends import Spec
 from aliked.backends.fused import FusedExtractor
 from aliked.configs import CONFIGS
+from aliked.fused import kernels, pipeline, reference, trace, weights
 from aliked.images import load_image
 from aliked.model import ALIKED, PRECISIONS
-from aliked.fused import kernels, pipeline, reference, trace, weights
 
 REPEATS = 20  # launches of one operator in a graph, so that the graph's own launch hardly counts
 TOLERANCE = {"fp32": 2e-5, "fp16": 5e-3}  # of the largest output: a few roundings
@@ -88,8 +89,8 @@ def deform_flops(x_shape, weight_shape, *arguments, out_shape=None, **options) -
 
 def record_calls(spec: Spec, images: torch.Tensor, ops) -> list[trace.Call]:
     """The operator calls of one run."""
-    selection = pipeline.Selection(spec.top_k, spec.scores_th, spec.n_limit)
-    model = ALIKED.from_pretrained(spec.model, *selection, weights=spec.weights)
+    selection = spec.selection
+    model = ALIKED.from_pretrained(spec.model, *astuple(selection), weights=spec.weights)
     packed = weights.pack(model, PRECISIONS[spec.precision], images.device)
     recorder = trace.Recorder(ops)
     pipeline.extract(images, packed, selection, recorder)

@@ -18,8 +18,8 @@ from types import ModuleType
 import torch
 
 from aliked.configs import OFFICIAL
+from aliked.export.onnx_export import OPSETS, ExportOptions, export_onnx
 from aliked.model import ALIKED
-from aliked.onnx_export import OPSETS, ExportOptions, export_onnx
 
 LIBRARIES = ("tensorrt", "tensorrt_rtx")
 # Batch, height and width of a dynamic engine: least, most usual, largest.

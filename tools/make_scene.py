@@ -16,8 +16,8 @@ import numpy as np
 from tqdm import tqdm
 
 from aliked import cli
-from aliked.evaluation.scene import FILE, Faces, Scene, cast, write_scene
 from aliked.files import whole_file
+from evaluation.scene import FILE, Faces, Scene, cast, write_scene
 from tools.make_assets import PROJECT
 from tools.scene_contents import contents, faces_of
 from tools.scene_rendering import expose, pyramid, render

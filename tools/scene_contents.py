@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from aliked.evaluation.scene import Faces
+from evaluation.scene import Faces
 from tools.make_assets import Print, ground, lay, photograph
 
 TEXELS = 400  # per metre on floor and walls: one per pixel at 1.9 m

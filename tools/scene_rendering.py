@@ -3,7 +3,7 @@
 import cv2
 import numpy as np
 
-from aliked.evaluation.scene import Scene
+from evaluation.scene import Scene
 
 SUPERSAMPLING = 4  # samples per pixel and direction
 BAND = 32  # rows of pixels rendered at a time

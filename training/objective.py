@@ -4,14 +4,8 @@ from typing import NamedTuple
 
 import torch
 
-from aliked.detection import (
-    RADIUS,
-    Detections,
-    inner,
-    refine,
-    select_top_k,
-    suppress_non_maxima,
-)
+from aliked.configs import RADIUS
+from aliked.detection import Detections, inner, refine, select_top_k, suppress_non_maxima
 from aliked.model import ALIKED
 from aliked.sampling import bilinear_sample
 from training import losses

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from aliked.errors import InputError
+from aliked.errors import InputError, how_to_install
 
 SKIMAGE, SKLEARN = "skimage/data", "sklearn/datasets/images"
 
@@ -56,6 +56,6 @@ def load_photograph(name: str) -> np.ndarray:
             with Image.open(path) as image:
                 return np.asarray(image.convert("RGB"))
     raise InputError(
-        f"the photograph {name} is not here; pip install -r requirements-training.txt "
+        f"the photograph {name} is not here; {how_to_install(package)} "
         f"({PACKAGES[package]} carries it)"
     )

@@ -20,11 +20,11 @@ import numpy as np
 
 from aliked import cli
 from aliked.backends import Spec, create_extractor
-from aliked.evaluation.baselines import Baseline
 from aliked.features import Features
 from aliked.files import whole_file
 from aliked.images import list_images, load_image
 from aliked.matching import match_mutual
+from evaluation.systems import Baseline
 
 TRAINED, OFFICIAL = "aliked-t16-homography", "aliked-t16"
 CORRECT = 3.0  # pixels from where the homography puts the point

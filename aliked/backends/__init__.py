@@ -1,61 +1,101 @@
 """Every runtime by name. A runtime's own library is imported only when it is chosen."""
 
 import importlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from aliked.errors import InputError
+from aliked.configs import DEFAULT_MODEL, Selection
+from aliked.errors import InputError, missing_package
 from aliked.features import Extractor
-
-# Each module has `unavailable() -> str | None`, a sentence that says why it cannot run on this
-# machine and what to install, and `create(spec) -> Extractor`. One that runs a file may also have
-# `SUFFIX`, that file's, and `build(spec, shape, path)`, which makes it for images of
-# `shape` = (B, H, W). One that compiles when it first runs, and keeps the result, says `COMPILES`.
-BACKENDS = {
-    "pytorch": "aliked.backends.pytorch",
-    "pytorch-amp": "aliked.backends.pytorch_amp",
-    "pytorch-compile": "aliked.backends.pytorch_compile",
-    "pytorch-cudagraph": "aliked.backends.pytorch_cudagraph",
-    "aotinductor": "aliked.backends.aotinductor",
-    "onnxruntime": "aliked.backends.onnxruntime",
-    "onnxruntime-cpu": "aliked.backends.onnxruntime_cpu",
-    "onnxruntime-cuda": "aliked.backends.onnxruntime_cuda",
-    "onnxruntime-tensorrt": "aliked.backends.onnxruntime_tensorrt",
-    "tensorrt": "aliked.backends.tensorrt",
-    "tensorrt-cudagraph": "aliked.backends.tensorrt_cudagraph",
-    "tensorrt-pycuda": "aliked.backends.tensorrt_pycuda",
-    "tensorrt-lean": "aliked.backends.tensorrt_lean",
-    "torch-tensorrt": "aliked.backends.torch_tensorrt",
-    "fused": "aliked.backends.fused",
-}
 
 
 @dataclass(frozen=True)
 class Spec:
     """What to run. A backend that runs a file (`model_path`) takes the rest from that file."""
 
-    model: str = "aliked-t16-homography"  # the one whose weights are part of the project
-    top_k: int = 1000  # <= 0: threshold mode
-    scores_th: float = 0.2
-    n_limit: int = 5000
+    model: str = DEFAULT_MODEL
+    top_k: int = Selection.top_k  # <= 0: threshold mode
+    scores_th: float = Selection.scores_th
+    n_limit: int = Selection.n_limit
     precision: str = "fp32"  # or "fp16"
     device: str = "auto"  # "auto", "cpu", "cuda" or "cuda:N"
     weights: Path | None = None
     model_path: Path | None = None
     compile_mode: str = "reduce-overhead"  # of torch.compile: with CUDA graphs
 
+    @property
+    def selection(self) -> Selection:
+        """Which keypoints are kept."""
+        return Selection(self.top_k, self.scores_th, self.n_limit)
 
-def load_backend(name: str):
-    """The module of backend `name`; `InputError` when there is no such backend."""
+
+@dataclass(frozen=True)
+class Backend:
+    """A runtime: the class that runs it, with which options, and what it can do."""
+
+    module: str  # of this package
+    extractor: str  # the class in it, made of a `Spec`, the backend's name and `options`
+    options: Mapping[str, Any] = field(default_factory=dict)
+    devices: tuple[str, ...] = ("cuda",)  # of "cpu" and "cuda"
+    precisions: tuple[str, ...] = ("fp32", "fp16")
+    suffix: str | None = None  # of the model file that it runs
+    compiles: bool = False  # when it first runs, and keeps the result
+
+    def load(self) -> type[Extractor]:
+        """Return the class, its module and library imported."""
+        return getattr(importlib.import_module(f"{__name__}.{self.module}"), self.extractor)
+
+    def unavailable(self) -> str | None:
+        """Return why it cannot run on this machine and what to install, or None."""
+        try:
+            return self.load().unavailable(**self.options)
+        except ModuleNotFoundError as error:
+            return missing_package(error)
+
+
+ANYWHERE = ("cpu", "cuda")
+BACKENDS = {
+    "pytorch": Backend("pytorch", "PyTorchExtractor", devices=ANYWHERE),
+    "pytorch-amp": Backend("pytorch", "AutocastExtractor", devices=ANYWHERE, precisions=("fp16",)),
+    "pytorch-compile": Backend("pytorch", "CompiledExtractor", devices=ANYWHERE, compiles=True),
+    "pytorch-cudagraph": Backend("pytorch", "CapturedExtractor"),
+    "aotinductor": Backend("aotinductor", "PackageExtractor", devices=ANYWHERE, suffix=".pt2"),
+    "onnxruntime": Backend("onnxruntime", "ONNXRuntimeExtractor", devices=ANYWHERE, suffix=".onnx"),
+    "onnxruntime-cpu": Backend(
+        "onnxruntime", "ONNXRuntimeExtractor", {"provider": "cpu"}, ("cpu",), suffix=".onnx"
+    ),
+    "onnxruntime-cuda": Backend(
+        "onnxruntime", "ONNXRuntimeExtractor", {"provider": "cuda"}, suffix=".onnx"
+    ),
+    "onnxruntime-tensorrt": Backend(
+        "onnxruntime", "ONNXRuntimeExtractor", {"provider": "tensorrt"}, suffix=".onnx"
+    ),
+    "tensorrt": Backend("tensorrt", "TensorRTExtractor", suffix=".trt"),
+    "tensorrt-cudagraph": Backend(
+        "tensorrt", "TensorRTExtractor", {"cuda_graph": True}, suffix=".trt"
+    ),
+    "tensorrt-pycuda": Backend(
+        "tensorrt", "TensorRTExtractor", {"memory": "pycuda"}, suffix=".trt"
+    ),
+    "tensorrt-lean": Backend("tensorrt", "TensorRTExtractor", {"lean": True}, suffix=".trt"),
+    "torch-tensorrt": Backend("pytorch", "TorchTensorRTExtractor"),
+    "fused": Backend("fused", "FusedExtractor", compiles=True),
+}
+
+
+def get_backend(name: str) -> Backend:
+    """Return the backend `name`; `InputError` when there is no such backend."""
     if name not in BACKENDS:
         raise InputError(f"unknown backend {name!r}; choose one of {', '.join(BACKENDS)}")
-    return importlib.import_module(BACKENDS[name])
+    return BACKENDS[name]
 
 
-def create_extractor(backend: str, spec: Spec) -> Extractor:
-    """An extractor that runs `spec`; `InputError` where the backend cannot run here."""
-    module = load_backend(backend)
-    reason = module.unavailable()
+def create_extractor(name: str, spec: Spec) -> Extractor:
+    """Return an extractor that runs `spec`; `InputError` where the backend cannot run here."""
+    backend = get_backend(name)
+    reason = backend.unavailable()
     if reason:
-        raise InputError(f"backend {backend} cannot run here: {reason}")
-    return module.create(spec)
+        raise InputError(f"backend {name} cannot run here: {reason}")
+    return backend.load().from_spec(spec, name, **backend.options)

@@ -8,38 +8,8 @@ from typing import Any
 import torch
 
 from aliked.backends import Spec
-from aliked.backends.pytorch import (
-    ForwardExtractor,
-    NamedOutputs,
-    choose_device,
-    load_model,
-    plain_float32,
-)
-from aliked.backends.pytorch_compile import unavailable
+from aliked.backends.pytorch import CompiledExtractor, ForwardExtractor, choose_device
 from aliked.errors import InputError
-from aliked.files import whole_file
-from aliked.model import to_tensor
-
-__all__ = ["SUFFIX", "build", "create", "unavailable"]
-
-SUFFIX = ".pt2"
-
-
-def build(spec: Spec, shape: tuple[int, int, int], path: Path) -> None:
-    """Compile the model of `spec` for images of `shape` = (B, H, W) into the package `path`."""
-    device = choose_device(spec.device)
-    model = NamedOutputs(load_model(spec, device))
-    # As `to_device` makes them: a package takes its input's strides for granted.
-    images = to_tensor(torch.zeros(*shape, 3, dtype=torch.uint8, device=device))
-    with torch.no_grad(), plain_float32(), whole_file(path) as partial:
-        program = torch.export.export(model, (images,))
-        # The package does not check its input's shape; the extractor does, by what is noted here.
-        noted = {"shape": ",".join(map(str, images.shape)), "device": device.type}
-        torch._inductor.aoti_compile_and_package(
-            program,
-            package_path=str(partial),
-            inductor_configs={"aot_inductor.metadata": noted},
-        )
 
 
 def share_cpp_library() -> None:
@@ -105,13 +75,20 @@ class PackagedForward:
         return self.package(batch.contiguous(memory_format=torch.channels_last))
 
 
-def create(spec: Spec) -> ForwardExtractor:
-    """The package `spec.model_path`; `InputError` where there is none or for another device."""
-    if spec.model_path is None or not Path(spec.model_path).is_file():
-        raise InputError(
-            f"backend aotinductor needs a package, but there is no file {spec.model_path}; pass "
-            "--model_path FILE.pt2, such as measure_timings.py builds"
-        )
-    device = choose_device(spec.device)
-    forward = PackagedForward(Path(spec.model_path), device)
-    return ForwardExtractor("aotinductor", device, forward)
+class PackageExtractor(ForwardExtractor):
+    """A compiled package on the device that it was compiled for."""
+
+    @classmethod
+    def unavailable(cls) -> str | None:
+        """Return why no package can be compiled here, or None."""
+        return CompiledExtractor.unavailable()
+
+    def __init__(self, spec: Spec, name: str = "aotinductor"):
+        """Raise `InputError` where there is no package, or it is for another device."""
+        if spec.model_path is None or not Path(spec.model_path).is_file():
+            raise InputError(
+                f"backend {name} needs a package, but there is no file {spec.model_path}; pass "
+                "--model_path FILE.pt2, such as measure_timings.py builds"
+            )
+        device = choose_device(spec.device)
+        super().__init__(name, device, PackagedForward(Path(spec.model_path), device))

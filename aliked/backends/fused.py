@@ -3,30 +3,20 @@
 import functools
 import importlib.util
 from collections import OrderedDict
-from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from aliked.backends import Spec
-from aliked.backends.pytorch import choose_device, named, to_features
+from aliked.backends.pytorch import choose_device, load_model, named, to_features
 from aliked.errors import InputError
-from aliked.features import Features, check_image
-from aliked.model import ALIKED, PRECISIONS
+from aliked.features import Extractor, Features
+from aliked.model import PRECISIONS
 from aliked.transfer import upload
 
-COMPILES = True
 MAX_PLANS = 16  # sizes whose buffers are kept; the one unused for longest makes room
-
-
-def unavailable() -> str | None:
-    """Why the kernels cannot run here, or None."""
-    if not torch.cuda.is_available():
-        return "PyTorch sees no CUDA device; the fused kernels run on NVIDIA GPUs only"
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed; pip install triton"
-    return None
 
 
 class Plan(NamedTuple):
@@ -37,73 +27,74 @@ class Plan(NamedTuple):
     outputs: dict[str, torch.Tensor]
 
 
-class FusedExtractor:
+class FusedExtractor(Extractor):
     """One model on one GPU. The first image of each size waits for a capture, the next do not."""
 
-    name = "fused"
+    @classmethod
+    def unavailable(cls) -> str | None:
+        """Return why the kernels cannot run here, or None."""
+        if not torch.cuda.is_available():
+            return "PyTorch sees no CUDA device; the fused kernels run on NVIDIA GPUs only"
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton is not installed; pip install triton"
+        return None
 
-    def __init__(self, spec: Spec):
-        from aliked.fused import kernels, pipeline, weights
+    def __init__(self, spec: Spec, name: str = "fused"):
+        from aliked.fused import kernels, pipeline, weights  # here, as it imports triton
 
-        self.device = choose_device(spec.device)
-        if self.device.type != "cuda":
-            raise InputError(f"device {spec.device} was asked for; the fused kernels need cuda")
+        self.name = name
+        self.device = choose_device(spec.device, "cuda")
         if spec.precision not in PRECISIONS:
             choices = " or ".join(PRECISIONS)
             raise InputError(f"unknown precision {spec.precision!r}; choose {choices}")
-        selection = pipeline.Selection(spec.top_k, spec.scores_th, spec.n_limit)
-        model = ALIKED.from_pretrained(spec.model, *selection, weights=spec.weights)
+        selection = spec.selection
+        model = load_model(replace(spec, precision="fp32"), torch.device("cpu"))
         packed = weights.pack(model, PRECISIONS[spec.precision], self.device)
         self.run = functools.partial(
             pipeline.extract, weights=packed, selection=selection, ops=kernels
         )
         self.plans: OrderedDict[tuple, Plan] = OrderedDict()
 
-    def __call__(self, image: np.ndarray) -> Features:
-        """uint8 [H, W, 3] RGB to `Features`."""
-        check_image(image)
-        return self.extract_batch(image[None])[0]
-
     def extract_batch(self, images: np.ndarray) -> list[Features]:
-        """uint8 [B, H, W, 3] RGB to each image's `Features`, copies included."""
-        upload_into = functools.partial(upload, images, self.device)
-        return to_features(self._run(images, np.uint8, upload_into))
+        """Return each image's `Features` of uint8 [B, H, W, 3] RGB, copies included."""
+        with torch.cuda.device(self.device):
+            plan = self._plan(images)
+            upload(images, self.device, plan.images)
+            plan.graph.replay()
+        return to_features(plan.outputs)
 
     def to_device(self, images: np.ndarray) -> torch.Tensor:
-        """uint8 [B, H, W, 3] RGB to the same on the device."""
+        """Return uint8 [B, H, W, 3] RGB on the device."""
         return upload(images, self.device)
 
     def infer(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
-        """uint8 [B, H, W, 3], wherever it is, to `keypoints`, `descriptors` and `scores`.
+        """Return `keypoints`, `descriptors` and `scores` of uint8 [B, H, W, 3], wherever it is.
 
         All three are on the device; the next call for the same size on the same stream overwrites
         them. Leave a page-locked batch alone until `synchronize`: it may be read after the return.
         """
-        return self._run(batch, torch.uint8, lambda out: out.copy_(batch, non_blocking=True))
-
-    def _run(
-        self,
-        batch: np.ndarray | torch.Tensor,
-        byte: type | torch.dtype,
-        copy_into: Callable[[torch.Tensor], object],
-    ) -> dict[str, torch.Tensor]:
-        """The outputs for `batch`, of the type `byte` lest a value be NaN, after its copy."""
-        if batch.dtype != byte or batch.ndim != 4 or batch.shape[3] != 3:
-            raise InputError(
-                f"the batch is {batch.dtype} {list(batch.shape)}; give uint8 [B, H, W, 3]"
-            )
+        if batch.dtype != torch.uint8:  # an array's is another, whatever it holds
+            raise self._refused(batch)
         with torch.cuda.device(self.device):
-            plan = self._plan(tuple(batch.shape))
-            copy_into(plan.images)
+            plan = self._plan(batch)
+            plan.images.copy_(batch, non_blocking=True)
             plan.graph.replay()
         return plan.outputs
+
+    def _refused(self, batch: np.ndarray | torch.Tensor) -> InputError:
+        return InputError(
+            f"the batch is {batch.dtype} {list(batch.shape)}; give uint8 [B, H, W, 3]"
+        )
 
     def synchronize(self) -> None:
         """Wait for the device."""
         torch.cuda.synchronize(self.device)
 
-    def _plan(self, shape: tuple) -> Plan:
-        """The plan for a batch's shape on the current stream, captured when it is new."""
+    def _plan(self, batch: np.ndarray | torch.Tensor) -> Plan:
+        """Return the plan for a batch's shape on the current stream, captured when it is new."""
+        if batch.ndim != 4 or batch.shape[3] != 3:
+            raise self._refused(batch)
+        shape = tuple(batch.shape)
         key = (shape, torch.cuda.current_stream().cuda_stream)
         if key not in self.plans:
             self._make_room()
@@ -127,6 +118,3 @@ class FusedExtractor:
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             outputs = named(self.run(images))
         return Plan(graph, images, outputs)
-
-
-create = FusedExtractor

@@ -1,37 +1,29 @@
 """ONNX Runtime on an exported `.onnx` file, on the CPU or through its CUDA provider."""
 
 import contextlib
+import ctypes.util
 import importlib.util
 import io
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from aliked.backends import Spec
-from aliked.errors import InputError
-from aliked.features import Features, check_image, features_of_batch
+from aliked.errors import InputError, how_to_install
+from aliked.features import OUTPUTS, Extractor, Features, features_of_batch
 
-SUFFIX = ".onnx"
-OUTPUTS = ["keypoints", "descriptors", "scores"]
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+TENSORRT = "TensorrtExecutionProvider"
 Providers = Sequence[tuple[str, dict[str, str]]]  # names and options, the preferred one first
-
-
-def unavailable() -> str | None:
-    """Why ONNX Runtime cannot run here, or None."""
-    if importlib.util.find_spec("onnxruntime") is None:
-        return "the package onnxruntime is not installed; pip install onnxruntime"
-    return None
 
 
 def provider_missing(provider: str) -> str | None:
     """Why the installed ONNX Runtime cannot run on `provider`, or None."""
-    reason = unavailable()
-    if reason:
-        return reason
+    if importlib.util.find_spec("onnxruntime") is None:
+        return f"the package onnxruntime is not installed; {how_to_install('onnxruntime')}"
     import onnxruntime
 
     if provider in onnxruntime.get_available_providers():
@@ -109,32 +101,70 @@ def open_session(path: Path, provider: str, options: dict[str, str], others: Pro
     return session
 
 
-def build(spec: Spec, shape: tuple[int, int, int], path: Path) -> None:
-    """Export the model of `spec` for uint8 images of `shape` = (B, H, W) to `path`."""
-    from aliked.backends.pytorch import choose_device, load_model
-    from aliked.onnx_export import ExportOptions, export_onnx
+def tensorrt_missing() -> str | None:
+    """Return why the TensorRT provider cannot run here, or None.
 
-    batch, height, width = shape
-    model = load_model(spec, choose_device("cpu"))
-    # A static file holds a batch of 1. Bytes are a quarter of the copy, converted on the device.
-    options = ExportOptions(height=height, width=width, dynamic=batch > 1, uint8_input=True)
-    export_onnx(model, path, options)
+    ONNX Runtime names the provider wherever it was built with it, TensorRT itself or not.
+    """
+    reason = provider_missing(TENSORRT)
+    if reason or tensorrt_from_pip() or ctypes.util.find_library("nvinfer"):
+        return reason
+    return (
+        "TensorRT's libraries are not installed; install the release that this ONNX Runtime was "
+        "built for"
+    )
 
 
-class ONNXRuntimeExtractor:
-    """One session on one exported file, by default on the provider that `spec.device` means."""
+def tensorrt_from_pip() -> bool:
+    """Return whether TensorRT's libraries lie in its pip package, where no loader looks."""
+    return importlib.util.find_spec("tensorrt_libs") is not None
 
-    def __init__(self, spec: Spec, name: str | None = None, providers: Providers | None = None):
+
+def tensorrt_providers(spec: Spec) -> Providers:
+    """TensorRT, whose engine is built when the file is opened, and CUDA for what it leaves."""
+    if tensorrt_from_pip():
+        importlib.import_module("tensorrt")  # loads its libraries
+    options = {
+        "device_id": cuda_device(spec.device),
+        # Half precision is in the graph, but a weakly typed engine has to be allowed to use it.
+        "trt_fp16_enable": str(int(spec.precision == "fp16")),
+    }
+    return [(TENSORRT, options), cuda_provider(spec.device)]
+
+
+# By the option `provider`: why it cannot run here, and what a session is opened with.
+PROVIDERS: dict[str | None, tuple[Callable[[], str | None], Callable[[Spec], Providers]]] = {
+    None: (lambda: provider_missing(CPU), lambda spec: choose_providers(spec.device)),
+    "cpu": (lambda: provider_missing(CPU), lambda spec: [(CPU, {})]),
+    "cuda": (lambda: provider_missing(CUDA), lambda spec: [cuda_provider(spec.device)]),
+    "tensorrt": (tensorrt_missing, tensorrt_providers),
+}
+
+
+class ONNXRuntimeExtractor(Extractor):
+    """One session on one exported file."""
+
+    @classmethod
+    def unavailable(cls, provider: str | None = None) -> str | None:
+        """Return why ONNX Runtime, or this provider of it, cannot run here, or None."""
+        return PROVIDERS[provider][0]()
+
+    def __init__(self, spec: Spec, name: str = "onnxruntime", provider: str | None = None):
+        """Open `spec.model_path` on a provider, by default the one that `spec.device` means.
+
+        `provider` is "cpu", "cuda" or "tensorrt". `InputError` where it does not load, and for a
+        file that is no export of this project or not of `spec`.
+        """
         if spec.model_path is None:
             raise InputError(
-                f"backend {name or 'onnxruntime'} needs a model file; pass --model_path "
-                "FILE.onnx, as written by convert_pytorch_to_onnx.py"
+                f"backend {name} needs a model file; pass --model_path FILE.onnx, as written by "
+                "convert_pytorch_to_onnx.py"
             )
         self.path = Path(spec.model_path)
-        (provider, options), *others = providers or choose_providers(spec.device)
-        self.session = open_session(self.path, provider, options, others)
-        self.device = "cpu" if provider == CPU else "cuda"
-        self.name = name or f"onnxruntime-{self.device}"
+        (chosen, options), *others = PROVIDERS[provider][1](spec)
+        self.session = open_session(self.path, chosen, options, others)
+        self.device = "cpu" if chosen == CPU else "cuda"
+        self.name = name if provider else f"{name}-{self.device}"
         self.device_id = int(options.get("device_id", 0))
         self.shapes = {tensor.name: tensor.shape for tensor in self.session.get_outputs()}
         self.input = self._check_contract()
@@ -204,11 +234,6 @@ class ONNXRuntimeExtractor:
             return np.ascontiguousarray(images)
         return np.ascontiguousarray(images.transpose(0, 3, 1, 2), np.float32) / np.float32(255)
 
-    def __call__(self, image: np.ndarray) -> Features:
-        """uint8 [H, W, 3] RGB to `Features`."""
-        check_image(image)
-        return self.extract_batch(image[None])[0]
-
     def extract_batch(self, images: np.ndarray) -> list[Features]:
         """uint8 [B, H, W, 3] RGB to each image's `Features`, copies included."""
         rows = self.session.run(OUTPUTS, {"image": self._prepare(images)})
@@ -242,6 +267,3 @@ class ONNXRuntimeExtractor:
             operators = Counter(node.op_type for node in subgraph.get_nodes())
             placed.setdefault(subgraph.ep_name, Counter()).update(operators)
         return placed
-
-
-create = ONNXRuntimeExtractor

@@ -1,30 +1,31 @@
-"""PyTorch, eager; and what the other backends that run through PyTorch share with it."""
+"""The PyTorch model itself, and what PyTorch's compilers and CUDA graphs make of it."""
 
+import importlib.util
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from aliked.backends import Spec
 from aliked.errors import InputError
-from aliked.features import Features, check_image, features_of_batch
+from aliked.features import OUTPUTS, Extractor, Features, features_of_batch
 from aliked.model import ALIKED, Output, plain_float32, to_tensor
 from aliked.ties import Expected, expect
 from aliked.transfer import download, upload
 
-OUTPUTS = ("keypoints", "descriptors", "scores")
 Forward = Callable[[torch.Tensor], dict[str, torch.Tensor]]
 
 
-def unavailable() -> str | None:
-    """PyTorch is a requirement of this module, so it always runs."""
-    return None
+def choose_device(device: str, only: str | None = None) -> torch.device:
+    """Return the device of that name: "auto" is the first CUDA device, or else the CPU.
 
-
-def choose_device(device: str) -> torch.device:
-    """ "auto" is the first CUDA device or the CPU; any other name must exist on this machine."""
+    `InputError` where it does not exist on this machine, or is of another type than `only`.
+    """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
@@ -34,7 +35,16 @@ def choose_device(device: str) -> torch.device:
             f"device {device} was asked for, but PyTorch sees {torch.cuda.device_count()} CUDA "
             "devices; pass --device cpu, or install a CUDA build of PyTorch and a driver"
         )
+    if only not in (None, chosen.type):
+        raise InputError(f"this backend cannot run on {chosen}; pass --device {only}")
     return chosen
+
+
+def no_cuda() -> str | None:
+    """Return why PyTorch has no CUDA device here and what to install, or None."""
+    if torch.cuda.is_available():
+        return None
+    return "PyTorch sees no CUDA device; install a CUDA build of PyTorch and a driver"
 
 
 def load_model(spec: Spec, device: torch.device) -> ALIKED:
@@ -72,28 +82,23 @@ class NamedOutputs(torch.nn.Module):
         return named(self.model(images))
 
 
-class ForwardExtractor:
+class ForwardExtractor(Extractor):
     """A forward pass, float [B, 3, H, W] to `named` outputs, run by PyTorch on one device."""
 
     def __init__(self, name: str, device: torch.device, forward: Forward):
         self.name, self.device, self.forward = name, device, forward
 
-    def __call__(self, image: np.ndarray) -> Features:
-        """uint8 [H, W, 3] RGB to `Features`."""
-        check_image(image)
-        return self.extract_batch(image[None])[0]
-
     def extract_batch(self, images: np.ndarray) -> list[Features]:
-        """uint8 [B, H, W, 3] RGB to each image's `Features`, copies included."""
+        """Return each image's `Features` of uint8 [B, H, W, 3] RGB, copies included."""
         return to_features(self.infer(self.to_device(images)))
 
     def to_device(self, images: np.ndarray) -> torch.Tensor:
-        """uint8 [B, H, W, 3] RGB to float32 [B, 3, H, W] in [0, 1] on the device."""
+        """Return uint8 [B, H, W, 3] RGB as float32 [B, 3, H, W] in [0, 1] on the device."""
         return to_tensor(upload(images, self.device))
 
     @torch.inference_mode()
     def infer(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Float [B, 3, H, W] to `keypoints`, `descriptors` and `scores` on the device."""
+        """Return `keypoints`, `descriptors` and `scores` of float [B, 3, H, W] on the device."""
         with plain_float32():
             return self.forward(batch)
 
@@ -106,18 +111,158 @@ class ForwardExtractor:
 class PyTorchExtractor(ForwardExtractor):
     """The eager model on one device."""
 
-    def __init__(self, spec: Spec):
+    def __init__(self, spec: Spec, name: str = "pytorch"):
         device = choose_device(spec.device)
         self.model = load_model(spec, device)
-        super().__init__(f"pytorch-{device.type}", device, lambda batch: named(self.model(batch)))
+        super().__init__(name, device, lambda batch: named(self.model(batch)))
 
     def __call__(self, image: np.ndarray) -> Features:
-        """uint8 [H, W, 3] RGB to `Features`; in threshold mode no fill-in is described."""
+        """Return the `Features` of uint8 [H, W, 3] RGB; no fill-in is described."""
         return self.model.extract(image)
 
     def expect(self, image: np.ndarray) -> Expected:
-        """uint8 [H, W, 3] RGB to what other runtimes are compared with."""
+        """Return what other runtimes are compared with, of uint8 [H, W, 3] RGB."""
         return expect(self.model, image)
 
 
-create = PyTorchExtractor
+class AutocastExtractor(ForwardExtractor):
+    """The eager model under `torch.autocast`: float32 weights, half-precision products."""
+
+    def __init__(self, spec: Spec, name: str = "pytorch-amp"):
+        """Raise `InputError` unless `spec.precision` is fp16."""
+        if spec.precision != "fp16":
+            raise InputError("mixed precision is not float32; pass --precision fp16")
+        device = choose_device(spec.device)
+        model = load_model(replace(spec, precision="fp32"), device)
+
+        def forward(batch: torch.Tensor) -> dict[str, torch.Tensor]:
+            with torch.autocast(device.type, torch.float16):
+                return named(model(batch))
+
+        super().__init__(name, device, forward)
+
+
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+
+class CompiledExtractor(ForwardExtractor):
+    """The model compiled by Inductor, with CUDA graphs unless the compile mode says otherwise.
+
+    Each image size is compiled at its first call, which takes a minute.
+    """
+
+    @classmethod
+    def unavailable(cls) -> str | None:
+        """Return why Inductor cannot compile here, or None."""
+        if torch.cuda.is_available() or shutil.which("c++") or shutil.which("g++"):
+            return None
+        return "Inductor needs a C++ compiler; install g++"
+
+    def __init__(self, spec: Spec, name: str = "pytorch-compile"):
+        if spec.compile_mode not in COMPILE_MODES:
+            raise InputError(
+                f"unknown compile mode {spec.compile_mode!r}; choose one of "
+                f"{', '.join(COMPILE_MODES)}"
+            )
+        device = choose_device(spec.device)
+        model = load_model(spec, device)
+        # What was compiled for another model counts against this one: both share their code.
+        torch._dynamo.reset()
+        compiled = torch.compile(
+            model.forward, mode=spec.compile_mode, dynamic=False, fullgraph=True
+        )
+        super().__init__(name, device, lambda batch: named(compiled(batch)))
+
+
+WARMUP_RUNS = 3  # cuDNN and cuBLAS choose and allocate in the first ones
+
+
+class Captured(NamedTuple):
+    """A graph with the tensors that it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    images: torch.Tensor
+    outputs: dict[str, torch.Tensor]
+
+
+class CapturedForward:
+    """The model's forward pass as CUDA graphs; a call overwrites what the last one returned."""
+
+    def __init__(self, model: ALIKED, device: torch.device):
+        self.model, self.device = model, device
+        self.captured: dict[torch.Size, Captured] = {}
+
+    def __call__(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Float [B, 3, H, W] to `keypoints`, `descriptors` and `scores`."""
+        if batch.shape not in self.captured:
+            self.captured[batch.shape] = self._capture(batch)
+        graph, images, outputs = self.captured[batch.shape]
+        images.copy_(batch)
+        graph.replay()
+        return outputs
+
+    def _capture(self, batch: torch.Tensor) -> Captured:
+        with torch.cuda.device(self.device):
+            images, graph = batch.clone(), torch.cuda.CUDAGraph()
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(WARMUP_RUNS):
+                    self.model(images)
+            torch.cuda.current_stream().wait_stream(side)
+            with torch.cuda.graph(graph):
+                outputs = named(self.model(images))
+        return Captured(graph, images, outputs)
+
+
+class CapturedExtractor(ForwardExtractor):
+    """The eager kernels, captured once per input shape as a CUDA graph and replayed."""
+
+    @classmethod
+    def unavailable(cls) -> str | None:
+        """Return why no CUDA graph can be captured here, or None."""
+        return no_cuda()
+
+    def __init__(self, spec: Spec, name: str = "pytorch-cudagraph"):
+        """Raise `InputError` on another device than CUDA."""
+        device = choose_device(spec.device, "cuda")
+        super().__init__(name, device, CapturedForward(load_model(spec, device), device))
+
+
+class EngineForward:
+    """The forward pass, compiled at the first call of each input shape."""
+
+    def __init__(self, model: torch.nn.Module):
+        self.model = NamedOutputs(model)
+        self.compiled: dict[torch.Size, torch.nn.Module] = {}
+
+    def __call__(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Float [B, 3, H, W] to `keypoints`, `descriptors` and `scores`."""
+        if batch.shape not in self.compiled:
+            self.compiled[batch.shape] = self._compile(batch)
+        return self.compiled[batch.shape](batch)
+
+    def _compile(self, batch: torch.Tensor) -> torch.nn.Module:
+        import torch_tensorrt
+
+        program = torch.export.export(self.model, (batch,))
+        # The model's own types are the precision, as in the other runtimes; TF32 is neither.
+        return torch_tensorrt.dynamo.compile(
+            program, arg_inputs=[batch], use_explicit_typing=True, disable_tf32=True
+        )
+
+
+class TorchTensorRTExtractor(ForwardExtractor):
+    """Torch-TensorRT: what TensorRT takes of the model as engines, the rest in PyTorch."""
+
+    @classmethod
+    def unavailable(cls) -> str | None:
+        """Return why Torch-TensorRT cannot run here, or None."""
+        if importlib.util.find_spec("torch_tensorrt") is None:
+            return "the package torch_tensorrt is not installed; pip install torch-tensorrt"
+        return no_cuda()
+
+    def __init__(self, spec: Spec, name: str = "torch-tensorrt"):
+        """Raise `InputError` on another device than CUDA."""
+        device = choose_device(spec.device, "cuda")
+        super().__init__(name, device, EngineForward(load_model(spec, device)))

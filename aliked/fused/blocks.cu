@@ -35,8 +35,7 @@ __device__ __forceinline__ void load_columns(u32 (&b)[TILES][2], const byte *fra
   }
 }
 
-constexpr float LOG2E = 1.4426950408889634f, ALPHA = 1.6732632423543772f;
-constexpr float UNIT = 1.0507009873554805f / LOG2E;
+constexpr float UNIT = SELU_SCALE / LOG2E;
 
 template <int TILES>
 __device__ __forceinline__ void multiply(float (&d)[TILES][4], const u32 (&a)[4],
@@ -65,7 +64,7 @@ __device__ __forceinline__ void load_bias(float (&c)[TILES][4], const float *bia
 // precision.
 template <bool KEEP, int TILES>
 __device__ __forceinline__ void activate(float (&d)[TILES][4], u32 (&packed)[2][TILES]) {
-  constexpr float unit = KEEP ? UNIT : 1, bottom = unit * ALPHA * LOG2E;
+  constexpr float unit = KEEP ? UNIT : 1, bottom = unit * SELU_ALPHA * LOG2E;
 #pragma unroll
   for (int j = 0; j < TILES; ++j) {
 #pragma unroll

@@ -4,8 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from aliked.fused import tuning
-from aliked.fused.common import add_product, load_matrix, padded, product, selu
+from aliked.fused.common import add_product, load_matrix, padded, product, selu, tile_for
 
 
 @triton.jit
@@ -143,7 +142,7 @@ def conv3x3(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.
     weight: [9 * CI, CO] (row, column, channel); bias: [CO], float32.
     """
     out = _allocate(x, weight, bias)
-    tile = tuning.choose("conv3x3", x, weight)
+    tile = tile_for("conv3x3", x)
     height, width, channels = x.shape[1:]
     _conv3x3[_grid(x, tile)](
         x, weight, bias, out, height, width,
@@ -183,7 +182,7 @@ def conv3x3_level(
     outputs = _allocate_level(
         x, weight, bias, shortcut, shortcut_weight, level_weight, score_weight, pool
     )
-    tile = tuning.choose("conv3x3_level", x, weight)
+    tile = tile_for("conv3x3_level", x)
     height, width, channels = x.shape[1:]
     below = 0 if shortcut is None else shortcut.shape[3]
     _conv3x3_level[_grid(x, tile)](

@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from aliked.fused import cuda_source, tuning
-from aliked.fused.common import add_product, load_matrix, product, selu
+from aliked.fused import cuda_source
+from aliked.fused.common import add_product, load_matrix, product, selu, tile_for
 from aliked.fused.conv import convolve, emit_level, emit_pooled
 
 
@@ -245,7 +245,7 @@ def deform(
         arguments = [x, fragments, offset_bias, bias, out]
         _run(x, wide, tile, constants(x, wide, tile), arguments)
         return out
-    tile = tuning.choose("deform", x, weight)
+    tile = tile_for("deform", x)
     grid = (triton.cdiv(height * width, tile["M"]), batch, triton.cdiv(wide, tile["N"]))
     _deform[grid](
         x, offset_weight, offset_bias, weight, bias, *_scratch(x, math.prod(grid), tile["M"]),
@@ -295,7 +295,7 @@ def deform_level(
         arguments = [x, fragments, offset_bias, bias, kept, shortcut, score_weight, pooled, score]
         _run(x, wide, tile, constants(x, wide, tile, shortcut, quarter, pool), arguments)
         return outputs
-    tile = tuning.choose("deform_level", x, weight)
+    tile = tile_for("deform_level", x)
     grid = (triton.cdiv(height * width, tile["M"]), batch)
     _deform_level[grid](
         x, offset_weight, offset_bias, weight, bias, shortcut, shortcut_weight,

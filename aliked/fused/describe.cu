@@ -53,8 +53,8 @@ __device__ __forceinline__ u32 both(float value) { return pack(value, value); }
 
 // SELU of y for x = y log2(e): the weights bring the factor.
 __device__ __forceinline__ float selu_of_power(float x) {
-  const float scale = 1.0507009873554805f, alpha = 1.6732632423543772f, ln2 = 0.6931471805599453f;
-  return power_below_zero(x, scale * ln2 * x, scale * alpha);
+  const float ln2 = 0.6931471805599453f;
+  return power_below_zero(x, SELU_SCALE * ln2 * x, SELU_SCALE * SELU_ALPHA);
 }
 
 // The maps of image `b`.

@@ -10,8 +10,16 @@ import torch
 import triton
 import triton.language as tl
 
-from aliked.fused import cuda_source, tuning
-from aliked.fused.common import add_product, float_bits, load_matrix, padded, product, selu
+from aliked.fused import cuda_source
+from aliked.fused.common import (
+    add_product,
+    float_bits,
+    load_matrix,
+    padded,
+    product,
+    selu,
+    tile_for,
+)
 from aliked.fused.score_map import level_geometry, upsampled
 
 SOURCE = "describe.cu"
@@ -145,7 +153,7 @@ def sample_offsets(
         level_fragments, patch_fragments, top, left, height, width,
     )  # fmt: skip
     batch, k = keypoints.shape[:2]
-    tile = tuning.choose("sample_offsets", x1, x1_weight)
+    tile = tile_for("sample_offsets", x1)
     programs = triton.cdiv(k, tile["M"])
     patches = x1.new_empty((batch, programs, tile["M"], patch_weight.shape[0]))
     _sample_offsets[(programs, batch)](
@@ -235,7 +243,7 @@ def sample_features(
     batch, k = keypoints.shape[:2]
     positions = offsets.shape[2] // 2
     out = x1.new_empty((batch, k, positions * weight.shape[1]))
-    tile = tuning.choose("sample_features", x1, x1_weight)
+    tile = tile_for("sample_features", x1)
     _sample_features[(triton.cdiv(k * positions, tile["M"]), batch)](
         keypoints, offsets, x1, x1_weight, f2, f3, f4, weight, out,
         k, height, width, top, left, *x1.shape[1:3], *level_geometry(x1, f2, f3, f4),
@@ -266,7 +274,7 @@ def aggregate(sampled: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Unit-length sums over positions and channels: [B, K, M * D] to float32 [B, K, D]."""
     out = sampled.new_empty((*sampled.shape[:2], weight.shape[1]), dtype=torch.float32)
     rows = sampled.shape[0] * sampled.shape[1]
-    tile = tuning.choose("aggregate", sampled, weight)
+    tile = tile_for("aggregate", sampled)
     _aggregate[(triton.cdiv(rows, tile["M"]),)](
         sampled, weight, out, rows, DEPTH=weight.shape[0], D=weight.shape[1], **tile
     )

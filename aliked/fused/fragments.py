@@ -12,8 +12,9 @@ import torch.nn.functional as F
 
 # Blocks 1 and 2: a product gives x log2(e), whose power of two SELU needs, and what only the next
 # product reads is SELU(x) / UNIT, in which positive values are x log2(e).
+SELU_SCALE, SELU_ALPHA = 1.0507009873554805, 1.6732632423543772
 LOG2E = math.log2(math.e)
-UNIT = 1.0507009873554805 / LOG2E
+UNIT = SELU_SCALE / LOG2E
 
 
 def lane_order(channels: int) -> torch.Tensor:
@@ -129,7 +130,7 @@ def first_level(weight: torch.Tensor) -> torch.Tensor:
     for the SELU behind it.
     """
     rows, columns = weight.shape
-    weight = weight[:, lane_order(columns)] * math.log2(math.e)
+    weight = weight[:, lane_order(columns)] * LOG2E
     split = weight.reshape(4, rows // 4, columns // 8, 8)
     return split.permute(3, 0, 2, 1).reshape(32, -1)
 
@@ -155,5 +156,5 @@ def samples(project_weight: torch.Tensor, aggregate_weight: torch.Tensor) -> tor
     """
     quarters = torch.arange(len(project_weight)).reshape(4, -1)
     order = quarters[:, lane_order(quarters.shape[1])].flatten()
-    projection = project_weight[:, order] * math.log2(math.e)
+    projection = project_weight[:, order] * LOG2E
     return torch.cat([fragments(projection), fragments(aggregate_weight)])

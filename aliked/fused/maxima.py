@@ -12,7 +12,6 @@ import triton.language as tl
 from aliked.fused import cuda_source
 
 RADIUS = tl.constexpr(2)  # of the suppression window, and of the border that is dropped
-INDEX_BITS = tl.constexpr(32)
 
 # What is kept with the keys, in int32: the number of keys per bin of scores, the number of keys,
 # then what `select` adds: how many it kept, and whether their order is that of the image; one more

@@ -5,17 +5,9 @@ from typing import NamedTuple
 
 import torch
 
-from aliked.detection import RADIUS
-from aliked.model import STRIDE, Output
+from aliked.configs import STRIDE, Selection
 from aliked.fused.weights import Weights
-
-
-class Selection(NamedTuple):
-    """Which keypoints to keep, as in `aliked.model.ALIKED`."""
-
-    top_k: int
-    scores_th: float
-    n_limit: int
+from aliked.model import Output
 
 
 class Frame(NamedTuple):
@@ -60,10 +52,8 @@ def detect(
     """Keypoints [B, K, 2] and [B, K] each: scores, scores at the maxima, dispersities."""
     keys = ops.find_maxima(scores, tally)
     height, width = scores.shape[1:]
-    room = (height - 2 * RADIUS) * (width - 2 * RADIUS)
-    by_threshold = selection.top_k <= 0
-    k = min(selection.n_limit if by_threshold else selection.top_k, room)
-    means = scores.mean(dim=(1, 2)) if by_threshold else None
+    k = selection.rows(height, width)
+    means = scores.mean(dim=(1, 2)) if selection.by_threshold else None
     chosen = ops.select(keys, tally, means, k, selection.scores_th)
     return ops.refine(chosen, tally, scores, k)
 

@@ -8,8 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from aliked.fused import tuning
-from aliked.fused.common import selu, upsampling_scale
+from aliked.fused.common import selu, tile_for, upsampling_scale
 
 
 @triton.jit
@@ -77,7 +76,7 @@ def blend(s1: torch.Tensor, s2: torch.Tensor, s3: torch.Tensor, s4: torch.Tensor
     """SELU of the sum of all shares at full resolution, [B, H, W, 8]; s2..s4 are upsampled."""
     out = _allocate_blend(s1, s2, s3, s4)
     batch, height, width = s1.shape[:3]
-    tile = tuning.choose("blend", s1, s2)
+    tile = tile_for("blend", s1)
     grid = (triton.cdiv(height * width, tile["M"]), batch)
     _blend[grid](s1, s2, s3, s4, out, height, width, *level_geometry(s1, s2, s3, s4), **tile)
     return out
@@ -122,7 +121,7 @@ def score_map(
     and column `left` on.
     """
     out = _allocate_score_map(x, weight, top, left, height, width)
-    tile = tuning.choose("score_map", x, weight)
+    tile = tile_for("score_map", x)
     grid = (triton.cdiv(height * width, tile["M"]), x.shape[0])
     _score_map[grid](x, weight, out, *x.shape[1:3], top, left, height, width, **tile)
     return out

@@ -4,8 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from aliked.fused import tuning
-from aliked.fused.common import load_matrix, padded, product, selu
+from aliked.fused.common import load_matrix, padded, product, selu, tile_for
 
 
 @triton.jit
@@ -55,7 +54,7 @@ def stem(
     and column `left` of the frame, whose sides are multiples of 32.
     """
     out = _allocate(images, weight, bias, height, width, top, left)
-    tile = tuning.choose("stem", out, weight)
+    tile = tile_for("stem", out)
     grid = (height // tile["ROWS"] * (width // tile["COLUMNS"]), images.shape[0])
     channels = weight.shape[1]
     _stem[grid](

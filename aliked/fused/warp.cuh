@@ -200,9 +200,11 @@ __device__ __forceinline__ float power_below_zero(float x, float positive, float
   return positive;
 }
 
+constexpr float SELU_SCALE = 1.0507009873554805f, SELU_ALPHA = 1.6732632423543772f;
+constexpr float LOG2E = 1.4426950408889634f;
+
 __device__ __forceinline__ float selu(float x) {
-  const float scale = 1.0507009873554805f, alpha = 1.6732632423543772f;
-  return power_below_zero(x * 1.4426950408889634f, scale * x, scale * alpha);
+  return power_below_zero(x * LOG2E, SELU_SCALE * x, SELU_SCALE * SELU_ALPHA);
 }
 
 // First in every kernel, for all threads, before it reads or writes what another one writes or

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from aliked.backbone import DeformableConv2d
-from aliked.model import ALIKED
 from aliked.fused import fragments
+from aliked.model import ALIKED
 
 
 class Conv(NamedTuple):

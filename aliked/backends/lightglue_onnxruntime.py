@@ -1,0 +1,146 @@
+"""ONNX Runtime on the files that `convert_lightglue_to_onnx.py` writes."""
+
+from pathlib import Path
+
+import numpy as np
+
+from aliked.backends.onnxruntime import choose_providers, open_session
+from aliked.errors import InputError
+from aliked.features import Features, check_image
+from aliked.matches import (
+    NO_MATCHES,
+    Matches,
+    PairMatches,
+    Size,
+    check_features,
+    matches_of_rows,
+)
+
+MATCHES = ["matches0", "scores0"]
+FEATURES = ("keypoints", "descriptors", "mask", "size")  # each with 0 and 1 behind its name
+COLMAP_FEATURES = ("kpts", "desc", "image_size")
+
+
+class MatcherSession:
+    """What the files with a matcher alone have in common: one session, by default on CUDA."""
+
+    features: tuple[str, ...]
+    outputs: list[str]
+
+    def __init__(self, path: str | Path, device: str = "auto"):
+        (provider, options), *others = choose_providers(device)
+        self.path = Path(path)
+        self.session = open_session(self.path, provider, options, others)
+        self.shapes = {tensor.name: tensor.shape for tensor in self.session.get_inputs()}
+        wanted = {f"{name}{side}" for name in self.features for side in (0, 1)}
+        if set(self.shapes) != wanted:
+            raise InputError(
+                f"{self.path} has inputs {sorted(self.shapes)}, not {sorted(wanted)}; write it "
+                "with convert_lightglue_to_onnx.py"
+            )
+
+    def match(self, features0: Features, features1: Features, size0: Size, size1: Size) -> Matches:
+        """Matches of two images' `Features`, given each image's (width, height) in pixels.
+
+        Raises `InputError` as `LightGlue.match` does, and for more keypoints than the file takes.
+        """
+        sides = ((features0, size0), (features1, size1))
+        for features, size in sides:
+            check_features(features, size, self.shapes[f"{self.features[1]}0"][2])
+        if not (len(features0) and len(features1)):
+            return NO_MATCHES
+        inputs = {}
+        for side, (features, size) in enumerate(sides):
+            rows = self.rows(features, size)
+            inputs |= {f"{name}{side}": rows[name][None] for name in self.features}
+        matches0, scores0 = (rows.reshape(-1) for rows in self.session.run(self.outputs, inputs))
+        return matches_of_rows(matches0, scores0)
+
+    def rows(self, features: Features, size: Size) -> dict[str, np.ndarray]:
+        """One image's inputs by name, without the batch."""
+        raise NotImplementedError
+
+
+class ONNXRuntimeMatcher(MatcherSession):
+    """A file of the default contract; fewer than its K keypoints are padded and masked."""
+
+    features, outputs = FEATURES, MATCHES
+
+    def rows(self, features: Features, size: Size) -> dict[str, np.ndarray]:
+        """`keypoints`, `descriptors`, `mask` and `size`, with the file's K rows."""
+        count, rows = len(features), self.shapes["keypoints0"][1]
+        if not isinstance(rows, int):  # symbolic
+            rows = count
+        if count > rows:
+            raise InputError(
+                f"an image has {count} keypoints, but {self.path} matches at most {rows}; "
+                f"export it with --top_k {count}, or extract fewer"
+            )
+        padding = ((0, rows - count), (0, 0))
+        return {
+            "keypoints": np.pad(features.keypoints, padding),
+            "descriptors": np.pad(features.descriptors, padding),
+            "mask": np.arange(rows) < count,
+            "size": np.asarray(size, np.float32),
+        }
+
+
+class ColmapMatcher(MatcherSession):
+    """A file written with `--io colmap`, run the way COLMAP does."""
+
+    features, outputs = COLMAP_FEATURES, ["matches0", "mscores0"]
+
+    def __init__(self, path: str | Path, device: str = "auto", min_score: float = 0.1):
+        super().__init__(path, device)
+        self.min_score = min_score  # COLMAP's default
+
+    def rows(self, features: Features, size: Size) -> dict[str, np.ndarray]:
+        """`kpts`, `desc` and `image_size`."""
+        size = np.asarray(size, np.float32)
+        return {"kpts": features.keypoints, "desc": features.descriptors, "image_size": size}
+
+    def match(self, *pair) -> Matches:
+        """Matches with at least the score `min_score`, as `MatcherSession.match`."""
+        matches = super().match(*pair)
+        kept = matches.scores >= self.min_score
+        return Matches(matches.indices[kept], matches.scores[kept])
+
+
+class ONNXRuntimePair:
+    """A file from two images to keypoints and matches."""
+
+    outputs = ("keypoints0", "keypoints1", *MATCHES)
+
+    def __init__(self, path: str | Path, device: str = "auto"):
+        (provider, options), *others = choose_providers(device)
+        self.path = Path(path)
+        self.session = open_session(self.path, provider, options, others)
+        self.inputs = {tensor.name: tensor for tensor in self.session.get_inputs()}
+        if set(self.inputs) != {"image0", "image1"}:
+            raise InputError(
+                f"{self.path} has inputs {sorted(self.inputs)}; write it with "
+                "convert_lightglue_to_onnx.py --graph pair"
+            )
+
+    def __call__(self, image0: np.ndarray, image1: np.ndarray) -> PairMatches:
+        """Two images, uint8 [H, W, 3] RGB, to their keypoints and matches."""
+        images = {"image0": image0, "image1": image1}
+        batches = {name: self._prepare(name, image) for name, image in images.items()}
+        rows = self.session.run(self.outputs, batches)
+        keypoints0, keypoints1, matches0, scores0 = (row[0] for row in rows)
+        return PairMatches(keypoints0, keypoints1, matches_of_rows(matches0, scores0))
+
+    def _prepare(self, name: str, image: np.ndarray) -> np.ndarray:
+        """A batch of one image as the file's input takes it; `InputError` for another size."""
+        check_image(image)
+        uint8 = self.inputs[name].type == "tensor(uint8)"
+        sides = self.inputs[name].shape[1:3] if uint8 else self.inputs[name].shape[2:4]
+        for want, got in zip(sides, image.shape[:2], strict=True):
+            if isinstance(want, int) and want != got:
+                raise InputError(
+                    f"{name} is {image.shape[1]}x{image.shape[0]} pixels, but {self.path} was "
+                    f"exported for {sides[1]}x{sides[0]}; export it for images of this size"
+                )
+        if uint8:
+            return np.ascontiguousarray(image[None])
+        return image.transpose(2, 0, 1)[None].astype(np.float32) / np.float32(255)

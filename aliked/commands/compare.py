@@ -1,0 +1,195 @@
+"""Stage 4: what is lost between two runtimes or precisions, keypoint by keypoint."""
+
+import argparse
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from aliked.backends import BACKENDS, Spec
+from aliked.cli import (
+    add_device_option,
+    add_selection_options,
+    add_weights_option,
+    check_selection,
+    command_line,
+)
+from aliked.comparison import (
+    ImageComparison,
+    Numbers,
+    Side,
+    choose_side,
+    common_model,
+    compare_image,
+    compare_matches,
+    draw_histogram,
+    open_side,
+    report_text,
+    write_histogram,
+)
+from aliked.configs import CONFIGS, get_config
+from aliked.doctor import packages
+from aliked.download import offer_download
+from aliked.drawing import draw_differences, write_picture
+from aliked.errors import InputError
+from aliked.features import Extractor
+from aliked.files import sha256, whole_file, writable_folder, write_json
+from aliked.images import list_images, load_image
+from aliked.weights import find_weights
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="Without further options PyTorch in half precision is compared with PyTorch in "
+        f"float32, which runs everywhere. Backends: {', '.join(BACKENDS)}.",
+    )
+    p.add_argument("images", type=Path, metavar="FOLDER", help="folder of images, in their order")
+    for role, usual in (("reference", "fp32"), ("other", "fp16")):
+        p.add_argument(
+            f"--{role}",
+            metavar="BACKEND[:PRECISION]",
+            help="runtime, and fp32 or fp16 (default: what runs the file and its own precision; "
+            f"without a file pytorch:{usual})",
+        )
+        p.add_argument(
+            f"--{role}_model_path", type=Path, metavar="FILE", help="its .onnx or .trt file"
+        )
+    add_model_options(p.add_argument_group("both sides"))
+    p.add_argument(
+        "--radius",
+        type=float,
+        default=0.5,
+        metavar="PX",
+        help="keypoints further apart are not the same (default: %(default)s)",
+    )
+    p.add_argument(
+        "--min_similarity",
+        type=float,
+        default=0.75,
+        metavar="COSINE",
+        help="lowest descriptor similarity of a match, -1 to 1 (default: %(default)s)",
+    )
+    p.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="folder of report, numbers and pictures (default: output/compare-DATE-TIME)",
+    )
+    return p
+
+
+def add_model_options(group: argparse._ArgumentGroup) -> None:
+    """The model, where it runs, and how it selects keypoints."""
+    group.add_argument(
+        "--model",
+        metavar="NAME",
+        help=f"one of {', '.join(CONFIGS)} (default: the files', or {Spec.model})",
+    )
+    add_weights_option(group)
+    add_device_option(group)
+    add_selection_options(group)
+
+
+def sides_from(args: argparse.Namespace) -> tuple[Side, Side]:
+    """What to compare; `InputError` where the options do not go together."""
+    if args.radius <= 0:
+        raise InputError(f"--radius {args.radius} pairs nothing; give pixels above 0, such as 0.5")
+    reference = choose_side("reference", args.reference, args.reference_model_path, "fp32")
+    other = choose_side("other", args.other, args.other_model_path, "fp16")
+    return reference, other
+
+
+def spec_from(args: argparse.Namespace, sides: tuple[Side, Side]) -> Spec:
+    """What both sides have in common."""
+    model = common_model(args.model, sides)
+    get_config(model)
+    return Spec(
+        model=model,
+        top_k=args.top_k,
+        scores_th=check_selection(args.top_k, args.scores_th),
+        n_limit=args.n_limit,
+        device=args.device,
+        weights=args.weights,
+    )
+
+
+def compare(
+    paths: list[Path], reference: Extractor, other: Extractor, radius: float
+) -> Iterator[tuple[np.ndarray, ImageComparison]]:
+    """Each image with what both runtimes find in it, when its turn comes."""
+    for path in tqdm(paths, unit="image", disable=None):  # no bar where nobody looks
+        image = load_image(path)
+        yield image, compare_image(path.name, reference(image), other(image), radius)
+
+
+def picture(image: np.ndarray, found: ImageComparison, title: str) -> np.ndarray:
+    """The keypoints of both runtimes on the image."""
+    keypoints = found.reference.keypoints
+    return draw_differences(
+        image,
+        keypoints[found.pairs.reference],
+        keypoints[found.missed],
+        found.other.keypoints[found.extra],
+        f"{found.name}, {title}",
+    )
+
+
+def main(args: argparse.Namespace) -> None:
+    """Compare image by image, each with its picture; then report the numbers in total."""
+    offer_download(args.images)
+    paths = list_images(args.images)
+    sides = sides_from(args)
+    spec = spec_from(args, sides)
+    extractors = [open_side(side, spec) for side in sides]
+    output = writable_folder(args.output or Path("output") / time.strftime("compare-%Y%m%d-%H%M%S"))
+
+    labels = [side.label(extractor) for side, extractor in zip(sides, extractors, strict=True)]
+    title = f"{spec.model}: {labels[1]} against {labels[0]}"
+
+    numbers, previous = Numbers(), None
+    for image, found in compare(paths, *extractors, args.radius):
+        numbers.add_image(found)
+        if previous:
+            numbers.add_matches(compare_matches(previous, found, args.min_similarity))
+        file = output / f"keypoints_{len(numbers.images):04}.png"
+        write_picture(file, picture(image, found, title))
+        previous = found
+    write_results(output, title, numbers, provenance(args, spec, sides, labels))
+
+
+def provenance(
+    args: argparse.Namespace, spec: Spec, sides: tuple[Side, Side], labels: list[str]
+) -> dict:
+    """What the numbers belong to."""
+    files = [side.path or find_weights(spec.model, spec.weights) for side in sides]
+    made_from = [{"file": str(file), "sha256": sha256(file)} for file in files]
+    return {
+        "reference": {"runtime": labels[0], "made_from": made_from[0]},
+        "other": {"runtime": labels[1], "made_from": made_from[1]},
+        "model": spec.model,
+        "top_k": spec.top_k,
+        "scores_th": spec.scores_th,
+        "n_limit": spec.n_limit,
+        "radius_px": args.radius,
+        "min_similarity": args.min_similarity,
+        "folder": str(args.images),
+        "versions": packages(),
+        "command": command_line(),
+    }
+
+
+def write_results(output: Path, title: str, numbers: Numbers, facts: dict) -> None:
+    """Print the report; write it, the numbers and the histogram."""
+    summary = numbers.summary()
+    text = report_text(title, summary, facts["radius_px"])
+    print(text + "\n")
+    figure = draw_histogram(numbers.dot_products(), numbers.similarities(), title)
+    write_histogram(output / "dot_products.png", figure)
+    with whole_file(output / "comparison.md") as partial:
+        partial.write_text(text + "\n")
+    write_json(output / "comparison.json", facts | summary)
+    print(f"wrote comparison.md, comparison.json, dot_products.png and keypoints_*.png to {output}")

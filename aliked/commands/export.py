@@ -1,0 +1,234 @@
+"""Stage 1: export ALIKED to ONNX and prove on real images that the file is still the model."""
+
+import argparse
+import os
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import onnx
+from tqdm import tqdm
+
+from aliked.backends.onnxruntime import CPU, provider_missing
+from aliked.cli import (
+    add_model_options,
+    add_selection_options,
+    check_selection,
+    command_line,
+)
+from aliked.configs import Form
+from aliked.doctor import installed_versions
+from aliked.download import offer_download
+from aliked.errors import InputError
+from aliked.export.onnx_export import ExportOptions, export_onnx
+from aliked.export.verify import verify_onnx
+from aliked.files import scratch_file, sha256, writable_folder, write_json
+from aliked.images import list_images, load_image, require_same_size
+from aliked.model import ALIKED, PRECISIONS
+from aliked.parity import Verdict
+from aliked.sampling import SAMPLERS
+from aliked.weights import describe_weights, find_weights
+
+# What decides the content of the file and the verdict.
+PACKAGES = ("torch", "torchvision", "onnx", "onnxscript", "onnxruntime", "numpy")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="In threshold mode (--top_k 0) the file has --n_limit rows per image in descending "
+        "order; those below the threshold have score 0, and its output nms_scores can be cut "
+        "higher.",
+    )
+    p.add_argument(
+        "images", type=Path, metavar="FOLDER", help="images: give the input size and the check"
+    )
+    p.add_argument(
+        "--model_output",
+        type=Path,
+        metavar="FILE",
+        help="file to write (default: converted_model/MODEL-topK-PRECISION-FOLDER.onnx)",
+    )
+    p.add_argument(
+        "--num_images",
+        type=int,
+        default=10,
+        metavar="N",
+        help="check on the first N images of the folder (default: %(default)s)",
+    )
+    p.add_argument("--verbose", action="store_true", help="the exporter's log, operators, shapes")
+    model = p.add_argument_group("model")
+    add_model_options(model)
+    add_selection_options(model)
+    add_graph_options(p.add_argument_group("graph"))
+    return p
+
+
+def add_graph_options(group: argparse._ArgumentGroup) -> None:
+    """How the model is written."""
+    group.add_argument(
+        "--opset_version",
+        type=int,
+        default=19,
+        metavar="N",
+        help="17, 18 or 19; TensorRT misreads GridSample of 20 and later (default: %(default)s)",
+    )
+    group.add_argument(
+        "--precision",
+        choices=tuple(PRECISIONS),
+        default="fp32",
+        help="of convolutions, products and feature maps (default: %(default)s)",
+    )
+    group.add_argument("--amp", action="store_true", help="the same as --precision fp16")
+    group.add_argument("--dynamic", action="store_true", help="batch, height and width symbolic")
+    group.add_argument("--uint8_input", action="store_true", help="input uint8 [B, H, W, 3] RGB")
+    group.add_argument(
+        "--io",
+        choices=("default", "colmap"),
+        default="default",
+        help="inputs and outputs: this project's, or those that COLMAP's ALIKED extractor loads "
+        "(default: %(default)s)",
+    )
+    add_operator_options(group)
+
+
+def add_operator_options(group: argparse._ArgumentGroup) -> None:
+    """Which ONNX operators express deformable convolution and bilinear sampling."""
+    group.add_argument(
+        "--deform_conv",
+        choices=("native", "gridsample", "gather"),
+        default="gridsample",
+        help="gridsample, gather: standard operators, which every TensorRT builds; native: "
+        "DeformConv of opset 19, which TensorRT runs by a plugin that needs cuBLAS and TensorRT "
+        "for RTX lacks (default: %(default)s)",
+    )
+    group.add_argument(
+        "--sampling",
+        choices=tuple(SAMPLERS),
+        default="gridsample",
+        help="of scores and features: GridSample, or look-ups and arithmetic for runtimes that "
+        "lack it or run it wrongly (default: %(default)s)",
+    )
+    group.add_argument(
+        "--portable",
+        action="store_true",
+        help="no DeformConv and no GridSample: --deform_conv gather --sampling gather",
+    )
+
+
+def export_options(args: argparse.Namespace, height: int, width: int) -> ExportOptions:
+    """The command line as `ExportOptions`."""
+    return ExportOptions(
+        height=height,
+        width=width,
+        opset=args.opset_version,
+        deform_conv=args.deform_conv,
+        dynamic=args.dynamic,
+        uint8_input=args.uint8_input,
+        io=args.io,
+    )
+
+
+def output_path(args: argparse.Namespace) -> Path:
+    """Where the file goes, after making sure that it can."""
+    rows = f"top{args.top_k}" if args.top_k > 0 else f"th{args.scores_th}"
+    name = f"{args.model}-{rows}-{args.precision}-{args.images.resolve().name}.onnx"
+    path = args.model_output or Path("converted_model") / name
+    if path.suffix != ".onnx" or path.is_dir():
+        raise InputError(f"--model_output {path} is not the name of an .onnx file; give one")
+    writable_folder(path.parent)
+    return path
+
+
+def load_models(args: argparse.Namespace) -> tuple[ALIKED, ALIKED]:
+    """The model to export and the float32 reference to judge it by."""
+    selection = (args.model, args.top_k, args.scores_th, args.n_limit, args.weights)
+    model = ALIKED.from_pretrained(*selection, precision=args.precision)
+    model.form = Form(args.sampling)
+    return model, ALIKED.from_pretrained(*selection)
+
+
+def print_graph(proto: onnx.ModelProto) -> None:
+    """The operators and the inputs and outputs of what was written."""
+    counts = Counter(node.op_type for node in proto.graph.node)
+    print("operators:", ", ".join(f"{name} {n}" for name, n in counts.most_common()))
+    for tensor in (*proto.graph.input, *proto.graph.output):
+        dims = [dim.dim_param or dim.dim_value for dim in tensor.type.tensor_type.shape.dim]
+        print(f"  {tensor.name} {dims}")
+
+
+def resolve(args: argparse.Namespace) -> None:
+    """Settle the options that stand for others, and refuse what cannot be exported here."""
+    missing = provider_missing(CPU)
+    if missing:
+        raise InputError(f"ONNX Runtime checks what is exported, but {missing}")
+    args.scores_th = check_selection(args.top_k, args.scores_th)
+    if args.io == "colmap" and args.top_k <= 0:
+        raise InputError(
+            "COLMAP gives the threshold when the file runs; leave out --top_k 0 with --io colmap"
+        )
+    if args.amp:
+        args.precision = "fp16"
+    if args.portable:
+        args.deform_conv = args.sampling = "gather"
+
+
+def load_check_images(args: argparse.Namespace) -> list[tuple[str, np.ndarray]]:
+    """The images to check on, by name; of one size where the file will be static."""
+    offer_download(args.images)
+    paths = list_images(args.images)[: max(args.num_images, 1)]
+    images = ((path, load_image(path)) for path in paths)
+    if not args.dynamic and args.io == "default":
+        images = require_same_size(images)
+    return [(path.name, image) for path, image in images]
+
+
+def main(args: argparse.Namespace) -> int:
+    """Export, check, judge, and only then give the file its name."""
+    resolve(args)
+    images = load_check_images(args)
+    options = export_options(args, *images[0][1].shape[:2])
+    path = output_path(args)
+    model, reference = load_models(args)
+    with scratch_file(path) as candidate:
+        proto = export_onnx(model, candidate, options, args.verbose)
+        print(
+            f"exported {args.model} ({describe_weights(args.model, args.weights)}) to ONNX opset "
+            f"{options.opset}; ONNX's full check passed"
+        )
+        if args.verbose:
+            print_graph(proto)
+        progress = tqdm(images, desc="PyTorch fp32 and ONNX Runtime", unit="image")
+        verdict = verify_onnx(candidate, reference, args.precision, options, progress)
+        print(verdict.text)
+        if not verdict.passed:
+            path = path.with_name(f"{path.name}.rejected")
+        os.replace(candidate, path)
+    manifest = path.with_name(f"{path.name}.json")
+    write_json(manifest, make_manifest(args, options, path, verdict))
+    print(f"{'wrote' if verdict.passed else 'kept the wrong file as'} {path} and {manifest}")
+    return 0 if verdict.passed else 1
+
+
+def make_manifest(
+    args: argparse.Namespace, options: ExportOptions, path: Path, verdict: Verdict
+) -> dict:
+    """What the file is, what it was made from, and how it was judged."""
+    weights = find_weights(args.model, args.weights)
+    return {
+        "file": path.name,
+        "sha256": sha256(path),
+        "model": args.model,
+        "precision": args.precision,
+        "top_k": args.top_k,
+        "scores_th": args.scores_th,
+        "n_limit": args.n_limit,
+        "sampling": args.sampling,
+        **asdict(options),
+        "weights": {"file": weights.name, "sha256": sha256(weights)},
+        "verdict": {"passed": verdict.passed, "text": verdict.text.splitlines()},
+        "versions": installed_versions(PACKAGES),
+        "command": command_line(),
+    }

@@ -1,0 +1,189 @@
+"""Look at the matches between consecutive images of a folder, in a window or as files."""
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from aliked.cli import add_extractor_options, extractor_from
+from aliked.download import offer_download
+from aliked.drawing import (
+    draw_matches,
+    draw_motion,
+    show,
+    why_no_window,
+    write_animation,
+    write_picture,
+)
+from aliked.errors import InputError
+from aliked.features import Extractor, Features
+from aliked.files import writable_folder
+from aliked.images import list_images, load_image
+from aliked.matching import match_mutual
+from aliked.weights import describe_weights
+
+MAX_FRAMES = 100  # of the animation, which is held in memory
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One image with its features."""
+
+    path: Path
+    image: np.ndarray  # uint8 [H, W, 3] RGB
+    features: Features
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two consecutive images and their matches."""
+
+    first: Frame
+    second: Frame
+    matches: np.ndarray  # [P, 2] indices into the features of both
+
+    def displacement(self) -> float:
+        """Pixels between matched keypoints, summed."""
+        i, j = self.matches.T
+        shift = self.second.features.keypoints[j] - self.first.features.keypoints[i]
+        return float(np.hypot(*shift.T).sum())
+
+    def summary(self) -> str:
+        """One line."""
+        first, second = self.first, self.second
+        return (
+            f"{first.path.name} - {second.path.name}: "
+            f"{len(first.features)} and {len(second.features)} keypoints, "
+            f"{matches_text(len(self.matches), self.displacement())}"
+        )
+
+    def picture(self) -> np.ndarray:
+        """Both images and the matches between them."""
+        first, second = self.first, self.second
+        return draw_matches(
+            first.image,
+            first.features,
+            second.image,
+            second.features,
+            self.matches,
+            self.summary(),
+        )
+
+    def motion(self) -> np.ndarray:
+        """The second image and where its keypoints came from."""
+        first, second = self.first, self.second
+        return draw_motion(
+            first.features, second.image, second.features, self.matches, self.summary()
+        )
+
+
+class Files:
+    """Pairs as one picture each, and one animation."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.pictures: list[Path] = []
+        self.frames: list[np.ndarray] = []
+
+    def present(self, pair: Pair) -> bool:
+        """Write the pair's picture; True: go on."""
+        self.pictures.append(self.folder / f"pair_{len(self.pictures) + 1:04}.jpg")
+        write_picture(self.pictures[-1], pair.picture())
+        if len(self.frames) < MAX_FRAMES:
+            self.frames.append(pair.motion())
+        return True
+
+    def close(self) -> None:
+        """Write the animation and say where everything is."""
+        animation = self.folder / "motion.webp"
+        write_animation(animation, self.frames)
+        print(f"pictures:  {self.pictures[0]} to {self.pictures[-1].name}")
+        shown = len(self.frames)
+        part = f" (the first {shown} pairs)" if shown < len(self.pictures) else ""
+        print(f"animation: {animation}{part}")
+
+
+class Window:
+    """Pairs in a window, one after the other."""
+
+    def present(self, pair: Pair) -> bool:
+        """Show the pair until a key is pressed; False where the user has seen enough."""
+        return show("ALIKED matches", pair.picture())
+
+    def close(self) -> None:
+        """Leave the window to the end of the program."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="In the window any key goes on to the next pair, q or Esc quits.",
+    )
+    add_extractor_options(parser)
+    parser.add_argument(
+        "--min_similarity",
+        type=float,
+        default=0.75,
+        metavar="COSINE",
+        help="lowest descriptor similarity of a match, -1 to 1 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="write files into this folder, no window (default where there is no window: demo)",
+    )
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Match each image with the next; show or write every pair; sum up."""
+    offer_download(args.images)
+    paths = list_images(args.images)
+    if len(paths) < 2:
+        raise InputError(f"{args.images} has one image; give a folder with at least two")
+    extractor = extractor_from(args)
+    obstacle = None if args.output else why_no_window()
+    output = writable_folder(args.output or Path("demo")) if args.output or obstacle else None
+    model = args.model_path or f"{args.model} ({describe_weights(args.model, args.weights)})"
+    print(f"{model} on {extractor.name}, {len(paths)} images")
+    if obstacle:
+        print(f"no window, because {obstacle}: writing pictures into {output}")
+
+    view = Files(output) if output else Window()
+    count = matches = displacement = 0
+    for pair in match_consecutive(paths, extractor, args.min_similarity):
+        print(pair.summary())
+        count += 1
+        matches += len(pair.matches)
+        displacement += pair.displacement()
+        if not view.present(pair):
+            break
+    print(f"in total: {count} pairs, {matches_text(matches, displacement)}")
+    view.close()
+
+
+def match_consecutive(
+    paths: list[Path], extractor: Extractor, min_similarity: float
+) -> Iterator[Pair]:
+    """Match neighbours; each image is read, and its features extracted, when its turn comes."""
+
+    def frame(path: Path) -> Frame:
+        image = load_image(path)
+        return Frame(path, image, extractor(image))
+
+    for first, second in pairwise(map(frame, paths)):
+        matches = match_mutual(
+            first.features.descriptors, second.features.descriptors, min_similarity
+        )
+        yield Pair(first, second, matches)
+
+
+def matches_text(count: int, displacement: float) -> str:
+    """A number of matches and, from the sum of their displacements in pixels, the mean."""
+    mean = f", mean displacement {displacement / count:.1f} px" if count else ""
+    return f"{count} matches{mean}"

@@ -1,0 +1,585 @@
+"""Stage 4: what is lost between two runtimes or precisions, keypoint by keypoint."""
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from aliked.backends import Spec, create_extractor, get_backend
+from aliked.backends.tensorrt import read_manifest
+from aliked.errors import InputError
+from aliked.features import Extractor, Features
+from aliked.files import whole_file
+from aliked.matching import match_mutual, mutual_nearest_keypoints
+from benchmark.report import markdown
+
+PRECISIONS = ("fp32", "fp16")
+RUNNERS = {".onnx": "onnxruntime", ".trt": "tensorrt"}  # of a file that comes without a backend
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two runtimes."""
+
+    role: str  # "reference" or "other"
+    backend: str
+    precision: str
+    path: Path | None  # of the file it runs
+    export: dict  # what the file says it was exported with; empty where it says nothing
+
+    def label(self, extractor: Extractor) -> str:
+        """Return the side in words: the runtime, where it runs, and the precision."""
+        runtime, device = extractor.name, getattr(extractor, "device", "")
+        kind = str(device).partition(":")[0]
+        if len(get_backend(self.backend).devices) > 1 and not runtime.endswith(kind):
+            runtime += f"-{kind}"
+        return f"{runtime} {self.precision}" + (f" ({self.path.name})" if self.path else "")
+
+
+def choose_side(role: str, text: str | None, path: Path | None, usual: str) -> Side:
+    """The side that the options --ROLE BACKEND[:PRECISION] and --ROLE_model_path FILE ask for.
+
+    Without a backend it is the one that runs the file, or PyTorch where there is none. Without a
+    precision it is the file's own, or the `usual` one. `InputError` where the options contradict
+    each other or the file, or a file is missing.
+    """
+    if path and not path.is_file():
+        raise InputError(
+            f"{path} does not exist; give --{role}_model_path a file written by "
+            "convert_pytorch_to_onnx.py or convert_onnx_to_trt.py"
+        )
+    backend, _, asked = (text or _runner(role, path)).partition(":")
+    if asked not in ("", *PRECISIONS):
+        raise InputError(f"unknown precision {asked!r} of --{role} {text}; give fp32 or fp16")
+    _check_file(role, backend, path)
+    if path is None:
+        return Side(role, backend, asked or usual, None, {})
+    export, own = _read_file(backend, path)
+    if not own and not asked:
+        raise InputError(f"{path} does not say its precision; give it: --{role} {backend}:fp32")
+    if own and asked and own != asked:
+        raise InputError(
+            f"{path} is {own} and --{role} {text} asks for {asked}; give the {asked} file, or "
+            f"--{role} {backend}"
+        )
+    return Side(role, backend, own or asked, path, export)
+
+
+def common_model(asked: str | None, sides: Sequence[Side]) -> str:
+    """The model of both sides: what the files say, or else `asked`, or else the usual one.
+
+    `InputError` where these differ.
+    """
+    names = {str(side.path): side.export["model"] for side in sides if "model" in side.export}
+    if asked:
+        names["--model"] = asked
+    if len(set(names.values())) > 1:
+        found = " and ".join(f"{where} is {name}" for where, name in names.items())
+        raise InputError(f"{found}; compare two runtimes of the same model")
+    return next(iter(names.values()), Spec.model)
+
+
+def open_side(side: Side, spec: Spec) -> Extractor:
+    """The extractor of a side; `spec` has what both sides have in common.
+
+    `InputError` where it cannot run here, or its file selects keypoints in another way.
+    """
+    _check_selection(side, spec)
+    spec = replace(spec, precision=side.precision, model_path=side.path)
+    return create_extractor(side.backend, spec)
+
+
+def _runner(role: str, path: Path | None) -> str:
+    """The backend that runs a file without being named."""
+    if path is None:
+        return "pytorch"
+    if path.suffix not in RUNNERS:
+        raise InputError(f"{path} may be of any backend; say which one runs it: --{role} BACKEND")
+    return RUNNERS[path.suffix]
+
+
+def _check_file(role: str, backend: str, path: Path | None) -> None:
+    """A file exactly where the backend runs one."""
+    row = get_backend(backend)
+    if path and row.suffix is None:
+        raise InputError(
+            f"backend {backend} does not run {path}; leave --{role}_model_path or --{role} out"
+        )
+    # One that cannot run here says so when it is created.
+    if row.suffix and path is None and row.unavailable() is None:
+        raise InputError(
+            f"backend {backend} runs a model file; give it with "
+            f"--{role}_model_path FILE{row.suffix}"
+        )
+
+
+def _read_file(backend: str, path: Path) -> tuple[dict, str | None]:
+    """What a file was exported with, and its precision; what it does not say is missing."""
+    if backend == "tensorrt":
+        manifest = read_manifest(path)
+        return manifest["source"]["export"], manifest["precision"].lower()
+    if backend.startswith("onnxruntime"):
+        from aliked.export.engine import read_source
+
+        source = read_source(path)
+        return source.export, source.precision.lower()
+    return {}, None
+
+
+def _check_selection(side: Side, spec: Spec) -> None:
+    """A file's threshold is part of it, so that the other side needs the same one."""
+    export = side.export
+    if "top_k" not in export:
+        return
+    asked = spec.scores_th, spec.n_limit
+    in_file = export["scores_th"], export["n_limit"]
+    by_threshold = export["top_k"] <= 0
+    if by_threshold == (spec.top_k <= 0) and (in_file == asked or not by_threshold):
+        return
+    options = (
+        f"--top_k 0 --scores_th {in_file[0]} --n_limit {in_file[1]}"
+        if by_threshold
+        else f"--top_k {export['top_k']}"
+    )
+    raise InputError(f"{side.path} selects keypoints in another way; pass {options}")
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The keypoints that two runtimes both found, as P indices into the features of each."""
+
+    reference: np.ndarray  # [P] int64, ascending
+    other: np.ndarray  # [P] int64
+    shift: np.ndarray  # [P] float64, |dxy| in pixels
+
+
+@dataclass(frozen=True)
+class Differences:
+    """How far the other's half of each of P pairs is from the reference's; [P] float64 each."""
+
+    shift: np.ndarray  # |dxy| in pixels
+    score: np.ndarray  # |dscore|
+    dot: np.ndarray  # dot product of the descriptors
+    element_mean: np.ndarray  # mean |difference| over the descriptor's elements
+    element_max: np.ndarray  # the largest of these
+    # [P] bool: the two lie in different pixels. A descriptor's sample positions are predicted from
+    # the patch around its keypoint's pixel, so theirs come from patches a pixel apart.
+    crossed: np.ndarray
+
+
+@dataclass(frozen=True)
+class ImageComparison:
+    """Both runtimes' features of one image, in descending order of their scores, paired."""
+
+    name: str
+    reference: Features
+    other: Features
+    pairs: Pairs
+
+    @property
+    def missed(self) -> np.ndarray:
+        """Keypoints of the reference without partner: indices, which are ranks by score."""
+        return np.delete(np.arange(len(self.reference)), self.pairs.reference)
+
+    @property
+    def extra(self) -> np.ndarray:
+        """The same of the other."""
+        return np.delete(np.arange(len(self.other)), self.pairs.other)
+
+
+@dataclass(frozen=True)
+class MatchChange:
+    """Matches between two images with the reference, and what the other makes of them."""
+
+    first: str  # names of the images
+    second: str
+    reference: int  # matches with the reference
+    other: int  # matches with the other
+    kept: int  # matches of both, between the same keypoints
+    undetected: int  # of those lost: a keypoint of theirs was missed
+    similarity: np.ndarray  # [reference] dot products of the reference's matches
+
+    @property
+    def lost(self) -> int:
+        """Matches that only the reference makes."""
+        return self.reference - self.kept
+
+    @property
+    def gained(self) -> int:
+        """Matches that only the other makes."""
+        return self.other - self.kept
+
+
+def find_mutual_closest_keypoints(reference: Features, other: Features, radius: float) -> Pairs:
+    """Pair keypoints of the same image that are each other's nearest, at most `radius` px apart."""
+    return Pairs(*mutual_nearest_keypoints(reference.keypoints, other.keypoints, radius))
+
+
+def compare_image(
+    name: str, reference: Features, other: Features, radius: float
+) -> ImageComparison:
+    """Sort both runtimes' features of one image by score and pair them, see above.
+
+    `InputError` when the descriptors differ in length: these are two models, not two runtimes.
+    """
+    lengths = reference.descriptors.shape[1], other.descriptors.shape[1]
+    if lengths[0] != lengths[1]:
+        raise InputError(
+            f"descriptors have {lengths[0]} and {lengths[1]} values; compare two runtimes of the "
+            "same model"
+        )
+    reference, other = by_score(reference), by_score(other)
+    pairs = find_mutual_closest_keypoints(reference, other, radius)
+    return ImageComparison(name, reference, other, pairs)
+
+
+def by_score(features: Features) -> Features:
+    """The same features in descending order of `scores`."""
+    order = np.argsort(-features.scores, kind="stable")
+    return Features(features.keypoints[order], features.scores[order], features.descriptors[order])
+
+
+def measure_differences(image: ImageComparison) -> Differences:
+    """The differences of every pair of one image, in float64."""
+    i, j = image.pairs.reference, image.pairs.other
+    pixels = (np.floor(image.reference.keypoints[i]), np.floor(image.other.keypoints[j]))
+    a = image.reference.descriptors[i].astype(np.float64)
+    b = image.other.descriptors[j].astype(np.float64)
+    element = np.abs(a - b)
+    return Differences(
+        shift=image.pairs.shift,
+        score=np.abs(image.reference.scores[i].astype(np.float64) - image.other.scores[j]),
+        dot=(a * b).sum(axis=1),
+        element_mean=element.mean(axis=1),
+        element_max=element.max(axis=1),
+        crossed=(pixels[0] != pixels[1]).any(axis=1),
+    )
+
+
+def join(differences: Sequence[Differences]) -> Differences:
+    """The pairs of several images as one."""
+    names = [field.name for field in fields(Differences)]
+    return Differences(
+        **{name: np.concatenate([getattr(d, name) for d in differences]) for name in names}
+    )
+
+
+def compare_matches(
+    first: ImageComparison, second: ImageComparison, min_similarity: float
+) -> MatchChange:
+    """Match two images by descriptor with either runtime, and see which matches are the same.
+
+    Two matches are the same when the keypoints at both their ends are pairs.
+    """
+    expected = match_mutual(
+        first.reference.descriptors, second.reference.descriptors, min_similarity
+    )
+    found = match_mutual(first.other.descriptors, second.other.descriptors, min_similarity)
+    ends = (first, expected[:, 0], found[:, 0]), (second, expected[:, 1], found[:, 1])
+    translated = np.stack([_in_reference(image, new) for image, _, new in ends], axis=1)
+    detected = [np.isin(old, image.pairs.reference) for image, old, _ in ends]
+    a = first.reference.descriptors[expected[:, 0]].astype(np.float64)
+    b = second.reference.descriptors[expected[:, 1]]
+    return MatchChange(
+        first=first.name,
+        second=second.name,
+        reference=len(expected),
+        other=len(found),
+        kept=len(set(map(tuple, expected.tolist())) & set(map(tuple, translated.tolist()))),
+        undetected=int((~(detected[0] & detected[1])).sum()),
+        similarity=(a * b).sum(axis=1),
+    )
+
+
+def _in_reference(image: ImageComparison, indices: np.ndarray) -> np.ndarray:
+    """The reference's index of each of the other's keypoints, -1 where it has no partner."""
+    partner = np.full(len(image.other), -1)
+    partner[image.pairs.other] = image.pairs.reference
+    return partner[indices]
+
+
+COUNTS = ("reference", "other", "both", "missed", "extra", "not_finite")
+MATCHES = ("reference", "other", "kept", "lost", "undetected", "gained")
+PERCENTILES = {"median": 50, "p90": 90, "p99": 99, "max": 100}
+
+
+class Numbers:
+    """Collects the numbers of images, and of the matches between consecutive ones."""
+
+    def __init__(self) -> None:
+        self.images: list[dict] = []
+        self.consecutive: list[dict] = []
+        self.dim = 0  # length of the descriptors
+        self._differences: list[Differences] = []
+        self._similarities: list[np.ndarray] = []
+        self._missed_ranks: list[np.ndarray] = []
+
+    def add_image(self, image: ImageComparison) -> None:
+        """Take in one image."""
+        differences = measure_differences(image)
+        self.images.append({"image": image.name} | _counts(image) | _statistics(differences))
+        self.dim = image.reference.descriptors.shape[1]
+        self._differences.append(differences)
+        self._missed_ranks.append(image.missed + 1)
+
+    def add_matches(self, change: MatchChange) -> None:
+        """Take in the matches of two consecutive images."""
+        names = {"first": change.first, "second": change.second}
+        self.consecutive.append(names | {name: getattr(change, name) for name in MATCHES})
+        self._similarities.append(change.similarity)
+
+    def dot_products(self) -> np.ndarray:
+        """Of the descriptors of all pairs."""
+        return join(self._differences).dot
+
+    def similarities(self) -> np.ndarray:
+        """Dot products of the reference's matches between consecutive images."""
+        return np.concatenate([np.empty(0), *self._similarities])
+
+    def summary(self) -> dict:
+        """All numbers, by image and in total; None where there is none, as of no pairs."""
+        total = {name: sum(image[name] for image in self.images) for name in COUNTS}
+        total["missed_rank"] = _percentile(np.concatenate(self._missed_ranks), 50)
+        total |= _statistics(join(self._differences))
+        if self.consecutive:
+            total["matches"] = {n: sum(pair[n] for pair in self.consecutive) for n in MATCHES}
+            total["match_similarity"] = _percentile(self.similarities(), 50)
+        images = {"images": self.images, "consecutive": self.consecutive}
+        return {"descriptor_length": self.dim} | images | {"total": total}
+
+
+def _counts(image: ImageComparison) -> dict[str, int]:
+    return {
+        "reference": len(image.reference),
+        "other": len(image.other),
+        "both": len(image.pairs.shift),
+        "missed": len(image.missed),
+        "extra": len(image.extra),
+        "not_finite": _not_finite(image.reference) + _not_finite(image.other),
+    }
+
+
+def _not_finite(features: Features) -> int:
+    """Keypoints with NaN or infinity in place, score or descriptor."""
+    values = np.hstack([features.keypoints, features.scores[:, None], features.descriptors])
+    return int((~np.isfinite(values)).any(axis=1).sum())
+
+
+def _statistics(differences: Differences) -> dict[str, dict[str, float | None]]:
+    return {
+        "crossed_pixel_edge": int(differences.crossed.sum()),
+        "shift_px": _distribution(differences.shift),
+        "score_difference": _distribution(differences.score),
+        "dot_product": {
+            "mean": _mean(differences.dot),
+            "p1": _percentile(differences.dot, 1),
+            "min": _percentile(differences.dot, 0),
+            "min_within_pixel": _percentile(differences.dot[~differences.crossed], 0),
+        },
+        "element_difference": {
+            "mean": _mean(differences.element_mean),
+            "max": _percentile(differences.element_max, 100),
+        },
+    }
+
+
+def _distribution(values: np.ndarray) -> dict[str, float | None]:
+    return {name: _percentile(values, q) for name, q in PERCENTILES.items()}
+
+
+def _percentile(values: np.ndarray, q: float) -> float | None:
+    return _number(np.percentile(values, q)) if len(values) else None
+
+
+def _mean(values: np.ndarray) -> float | None:
+    return _number(values.mean()) if len(values) else None
+
+
+def _number(value: np.floating) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return float(value) if np.isfinite(value) else None
+
+
+def report_text(title: str, numbers: dict, radius: float) -> str:
+    """What `Numbers.summary` gave, as Markdown; `radius` of the pairs in pixels."""
+    total = numbers["total"]
+    return "\n\n".join(
+        [
+            f"# {title}",
+            _paragraph(
+                f"Keypoints of both are each other's nearest and at most {radius:g} px apart; only "
+                "the reference has the missed ones, only the other the extra ones."
+            ),
+            _image_table([*numbers["images"], {"image": "total"} | total]),
+            _keypoint_remarks(total),
+            _difference_table(total),
+            _descriptor_table(total),
+            _paragraph(_why_dot_products(total, numbers["descriptor_length"]) + _for_scale(total)),
+            *_matching(numbers["consecutive"], total),
+        ]
+    )
+
+
+def _image_table(rows: list[dict]) -> str:
+    counts = ["reference", "other", "both", "missed", "extra"]
+    header = ["image", *counts, "shift px: median", "max", "dot product: mean", "min"]
+    return markdown(
+        header,
+        [
+            [row["image"], *(str(row[name]) for name in counts)]
+            + [_difference(row["shift_px"][name]) for name in ("median", "max")]
+            + [_dot(row["dot_product"][name]) for name in ("mean", "min")]
+            for row in rows
+        ],
+        left=1,
+    )
+
+
+def _keypoint_remarks(total: dict) -> str:
+    text = f"Both found {_share(total['both'], total['reference'])} of the reference's keypoints."
+    if total["missed_rank"]:
+        text += f" The median rank by score of those missed is {total['missed_rank']:.0f}."
+    if total["not_finite"]:
+        text += f" NaN or infinity is in {total['not_finite']} keypoints."
+    return _paragraph(text)
+
+
+def _difference_table(total: dict) -> str:
+    header = [f"differences of {total['both']} pairs", "median", "90 %", "99 %", "max"]
+    lines = {"shift, px": total["shift_px"], "score": total["score_difference"]}
+    rows = [[name, *map(_difference, values.values())] for name, values in lines.items()]
+    return markdown(header, rows, left=1)
+
+
+def _descriptor_table(total: dict) -> str:
+    dot, element = total["dot_product"], total["element_difference"]
+    rows = [
+        ["dot product", _dot(dot["mean"]), _dot(dot["p1"]), _dot(dot["min"])],
+        ["difference per element", _difference(element["mean"]), "", _difference(element["max"])],
+    ]
+    return markdown(["descriptors", "mean", "1st percentile", "worst"], rows, left=1)
+
+
+def _why_dot_products(total: dict, dim: int) -> str:
+    """What the lines about descriptors mean, with the numbers at hand."""
+    largest = total["element_difference"]["max"]
+    text = (
+        "The dot product is the line that matters: descriptors have unit length, and matching "
+        "compares their dot products, the cosines of the angles between them; it never looks at "
+        f"an element. It falls short of 1 by half the sum of the squared differences: with every "
+        f"one of {dim} elements off by 0.01, where their usual size is 1/sqrt({dim}) = "
+        f"{dim**-0.5:.2g}, it is still {1 - dim * 1e-4 / 2:.4f}."
+    )
+    if largest:
+        least, most = largest**2 / 2, min(2, dim * largest**2 / 2)
+        text += (
+            f" The largest difference of an element, {largest:.2g}, leaves open anything from "
+            f"{least:.1g} to {most:.1g} below 1."
+        )
+    return text
+
+
+def _for_scale(total: dict) -> str:
+    """Where the worst dot products come from, and how much a change of view costs."""
+    dot, similarity, text = total["dot_product"], total.get("match_similarity"), ""
+    if total["crossed_pixel_edge"] and dot["min_within_pixel"] is not None:
+        text = (
+            f" In {total['crossed_pixel_edge']} pairs the keypoints lie on two sides of a pixel "
+            "edge, and their descriptors come from patches a pixel apart; the worst of the others "
+            f"is {_dot(dot['min_within_pixel'])}."
+        )
+    if similarity is not None and dot["mean"] is not None:
+        text += (
+            " For scale: the reference's matches between consecutive images have a median of "
+            f"{similarity:.4f}; the change of view costs {1 - similarity:.2g}, the change of "
+            f"runtime {abs(1 - dot['mean']):.1g} on average."
+        )
+    return text
+
+
+def _match_table(rows: list[dict]) -> str:
+    header = ["matches", "reference", "other", "kept", "lost", "of these keypoint missed", "gained"]
+    counts = ("reference", "other", "kept", "lost", "undetected", "gained")
+    return markdown(
+        header, [[row["images"], *(str(row[name]) for name in counts)] for row in rows], left=1
+    )
+
+
+def _matching(consecutive: list[dict], total: dict) -> list[str]:
+    if not consecutive:
+        return ["There is only one image, so there is no matching to compare."]
+    matches = total["matches"]
+    rows = [{"images": f"{pair['first']} - {pair['second']}"} | pair for pair in consecutive]
+    share = _share(matches["kept"], matches["reference"])
+    remark = (
+        "Matches are mutual nearest neighbours of the descriptors; a match is kept when both its "
+        f"keypoints are pairs. Of the reference's matches {share} are kept."
+    )
+    return [_match_table([*rows, {"images": "total"} | matches]), _paragraph(remark)]
+
+
+def _paragraph(text: str) -> str:
+    return textwrap.fill(text, 90)
+
+
+def _difference(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2g}"
+
+
+def _dot(value: float | None) -> str:
+    return "-" if value is None else f"{value:.6f}"
+
+
+def _share(part: int, whole: int) -> str:
+    """A percentage, rounded down, so that only all are 100 %."""
+    return f"{10000 * part // whole / 100:.2f} %" if whole else f"{part} of {whole}"
+
+
+FINEST = 1e-7  # 1 - dot product: below it is the rounding of float32 descriptors
+BINS_PER_DECADE = 8
+
+
+def draw_histogram(dot_products: np.ndarray, similarities: np.ndarray, title: str) -> Figure:
+    """Dot products between two runtimes, and for scale those of matches between images.
+
+    The axis is that of 1 - dot product, logarithmic, as nearly all are close to 1; what is
+    closer than float32 can tell stands at the right end.
+    """
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axis = figure.subplots()
+    bins = np.geomspace(FINEST, 2, int(BINS_PER_DECADE * np.log10(2 / FINEST)) + 1)
+    axis.hist(_distance(dot_products), bins, color="tab:blue", label="same keypoint, two runtimes")
+    if len(similarities):
+        axis.hist(
+            _distance(similarities),
+            bins,
+            histtype="step",
+            color="tab:orange",
+            linewidth=1.5,
+            label="for scale: matches between consecutive images, reference",
+        )
+    axis.set_xscale("log")
+    axis.set_yscale("symlog", linthresh=1)  # single keypoints show, and empty bins are empty
+    axis.set_xlim(2, FINEST)
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda distance, _: f"{1 - distance:.8g}"))
+    axis.set_xlabel("dot product of descriptors")
+    axis.set_ylabel("keypoints")
+    axis.set_title(title, fontsize="medium", wrap=True)
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
+    axis.grid(alpha=0.3)
+    return figure
+
+
+def write_histogram(path: Path, figure: Figure) -> None:
+    """Write the figure, whole or not at all."""
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=120)
+
+
+def _distance(dot_products: np.ndarray) -> np.ndarray:
+    """1 - dot product, within the axis; without what is not a number."""
+    return np.clip(1 - dot_products[np.isfinite(dot_products)], FINEST, 2)

@@ -1,0 +1,67 @@
+"""The files that backends run instead of the model, made for one row of a benchmark."""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from aliked.backends import Spec
+from aliked.backends.pytorch import NamedOutputs, choose_device, load_model, plain_float32
+from aliked.export.builder import BuildOptions
+from aliked.export.engine import Request, convert, read_source
+from aliked.export.onnx_export import ExportOptions, export_onnx
+from aliked.files import whole_file
+from aliked.model import to_tensor
+
+Shape = tuple[int, int, int]  # B, H, W
+
+
+def build_onnx(spec: Spec, shape: Shape, path: Path) -> None:
+    """Export the model of `spec` for uint8 images of `shape` to `path`."""
+    batch, height, width = shape
+    model = load_model(spec, choose_device("cpu"))
+    # A static file holds a batch of 1. Bytes are a quarter of the copy, converted on the device.
+    options = ExportOptions(height=height, width=width, dynamic=batch > 1, uint8_input=True)
+    export_onnx(model, path, options)
+
+
+def build_engine(spec: Spec, shape: Shape, path: Path) -> None:
+    """Export the model of `spec` for images of `shape` and build its TensorRT engine.
+
+    Without TF32, and not verified: whoever times it compares what it gives.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        onnx_path = Path(folder) / f"{path.stem}.onnx"
+        build_onnx(spec, shape, onnx_path)
+        shapes = ((*shape, 3),) * 3 if -1 in read_source(onnx_path).shape else (None,) * 3
+        convert(Request(onnx_path, path, BuildOptions(tf32=False), shapes=shapes, verify=False))
+
+
+def build_package(spec: Spec, shape: Shape, path: Path) -> None:
+    """Compile the model of `spec` for images of `shape` into the AOTInductor package `path`."""
+    device = choose_device(spec.device)
+    model = NamedOutputs(load_model(spec, device))
+    # As `to_device` makes them: a package takes its input's strides for granted.
+    images = to_tensor(torch.zeros(*shape, 3, dtype=torch.uint8, device=device))
+    with torch.no_grad(), plain_float32(), whole_file(path) as partial:
+        program = torch.export.export(model, (images,))
+        # The package does not check its input's shape; the extractor does, by what is noted here.
+        noted = {"shape": ",".join(map(str, images.shape)), "device": device.type}
+        torch._inductor.aoti_compile_and_package(
+            program,
+            package_path=str(partial),
+            inductor_configs={"aot_inductor.metadata": noted},
+        )
+
+
+BUILDERS: dict[str, Callable[[Spec, Shape, Path], None]] = {
+    ".onnx": build_onnx,
+    ".trt": build_engine,
+    ".pt2": build_package,
+}
+
+
+def build_model_file(spec: Spec, shape: Shape, path: Path) -> None:
+    """Make the file `path`, of the kind that its suffix says, for images of `shape`."""
+    BUILDERS[path.suffix](spec, shape, path)

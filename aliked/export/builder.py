@@ -1,0 +1,233 @@
+"""TensorRT's builder: an ONNX file in, an engine's bytes out."""
+
+import contextlib
+import json
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from aliked.backends.tensorrt import journal, logger, register_plugins
+from aliked.errors import InputError
+from aliked.files import whole_file
+
+if TYPE_CHECKING:
+    import tensorrt as trt
+
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What TensorRT's builder is told."""
+
+    optimization_level: int = 3  # 0 takes the first kernel that works, 5 compares all
+    max_workspace_size_mib: int | None = None  # None: no limit
+    timing_cache: Path | None = None
+    shapes: tuple[Shape, Shape, Shape] | None = None  # min, opt, max of a dynamic input
+    weak_fp16: bool = False  # TensorRT 10 chooses where to use FP16 in a network in FP32
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+    tf32: bool = True
+    max_aux_streams: int | None = None  # None: TensorRT's choice
+    detailed: bool = False  # keep what the inspector shows
+    log_level: str = "warning"
+
+
+class Progress:
+    """One bar per phase of a build, and whether the build is to stop."""
+
+    def __init__(self) -> None:
+        self._bars: dict[str, tqdm] = {}
+        self.cancelled = False
+
+    def start(self, phase: str, parent: str | None, steps: int) -> None:
+        """Show the bar of a phase, which is inside another one or not."""
+        place = len(self._bars)
+        self._bars[phase] = tqdm(total=steps, desc=phase, position=place, leave=parent is None)
+
+    def complete(self, phase: str, step: int) -> bool:
+        """Move the bar behind step number `step`; False cancels the build."""
+        bar = self._bars[phase]
+        bar.update(step + 1 - bar.n)
+        return not self.cancelled
+
+    def finish(self, phase: str) -> None:
+        """Close the bar of a phase."""
+        self._bars.pop(phase).close()
+
+
+def progress_monitor(trt: ModuleType, progress: Progress) -> "trt.IProgressMonitor":
+    """Return what TensorRT's builder tells its progress to."""
+
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            progress.start(phase_name, parent_phase, num_steps)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            return progress.complete(phase_name, step)
+
+        def phase_finish(self, phase_name: str) -> None:
+            progress.finish(phase_name)
+
+    return Monitor()
+
+
+@contextlib.contextmanager
+def cancelled_by_ctrl_c(progress: Progress) -> Iterator[None]:
+    """Let Ctrl-C cancel the build at its next step: an exception must not pass through C++."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def cancel(*_: object) -> None:
+        progress.cancelled = True
+
+    before = signal.signal(signal.SIGINT, cancel)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def has_weak_fp16(trt: ModuleType) -> bool:
+    """Whether this TensorRT can choose FP16 by itself, as version 10 can and 11 cannot."""
+    return hasattr(trt.BuilderFlag, "FP16")
+
+
+def build_plan(trt: ModuleType, onnx_path: Path, options: BuildOptions) -> bytes:
+    """Build the engine of an ONNX file.
+
+    `InputError` with TensorRT's own words where it refuses the file or an option, or finds no
+    kernel in the memory that it may use.
+    """
+    journal().errors.clear()
+    journal().least = options.log_level
+    register_plugins()
+    builder = trt.Builder(logger())
+    network = create_network(trt, builder, options)
+    parser = trt.OnnxParser(network, logger())  # it owns the weights: it must outlive the build
+    parse(parser, onnx_path)
+    config = create_config(trt, builder, options)
+    if options.shapes:
+        add_profile(builder, config, network.get_input(0).name, options.shapes)
+    if options.version_compatible:
+        config.plugins_to_serialize = parser.get_used_vc_plugin_libraries()
+    progress = Progress()
+    monitor = progress_monitor(trt, progress)  # which must live until the build is over
+    config.progress_monitor = monitor
+    with cancelled_by_ctrl_c(progress):
+        plan = builder.build_serialized_network(network, config)
+    if progress.cancelled:
+        raise KeyboardInterrupt
+    if plan is None:
+        raise build_failure(onnx_path, options, journal().last_words())
+    if options.timing_cache:
+        save_timing_cache(config, options.timing_cache)
+    return bytes(plan)
+
+
+def create_network(
+    trt: ModuleType, builder: "trt.Builder", options: BuildOptions
+) -> "trt.INetworkDefinition":
+    """A network whose types are those of the file, unless TensorRT is to choose FP16."""
+    if options.weak_fp16:
+        return builder.create_network(0)
+    return builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+
+
+def parse(parser: "trt.OnnxParser", onnx_path: Path) -> None:
+    """Fill the parser's network; `InputError` with every error of the parser, whole."""
+    if parser.parse_from_file(str(onnx_path)):
+        return
+    errors = "\n".join(f"  {parser.get_error(index)}" for index in range(parser.num_errors))
+    raise InputError(
+        f"TensorRT cannot parse {onnx_path}; see --check_only for what it cannot read:\n{errors}"
+    )
+
+
+def create_config(
+    trt: ModuleType, builder: "trt.Builder", options: BuildOptions
+) -> "trt.IBuilderConfig":
+    """The builder's settings, but for what depends on the network."""
+    config = builder.create_builder_config()
+    config.builder_optimization_level = options.optimization_level
+    if options.max_workspace_size_mib is not None:
+        size = options.max_workspace_size_mib * 2**20
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, size)
+    if options.weak_fp16 and has_weak_fp16(trt):
+        config.set_flag(trt.BuilderFlag.FP16)
+    if options.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if options.hardware_compatible:
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    if not options.tf32:
+        config.clear_flag(trt.BuilderFlag.TF32)
+    if options.max_aux_streams is not None:
+        config.max_aux_streams = options.max_aux_streams
+    if options.detailed:
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if options.timing_cache:
+        load_timing_cache(config, options.timing_cache)
+    return config
+
+
+def add_profile(
+    builder: "trt.Builder",
+    config: "trt.IBuilderConfig",
+    name: str,
+    shapes: tuple[Shape, Shape, Shape],
+) -> None:
+    """Give the dynamic input `name` its smallest, usual and largest shape."""
+    profile = builder.create_optimization_profile()
+    profile.set_shape(name, *shapes)
+    if config.add_optimization_profile(profile) < 0:
+        raise InputError(
+            f"TensorRT refuses the shapes {', '.join(map(str, shapes))} for {name} "
+            f"({journal().last_words()}); give others"
+        )
+
+
+def load_timing_cache(config: "trt.IBuilderConfig", path: Path) -> None:
+    """Use the kernel timings of earlier builds, where the file exists."""
+    data = path.read_bytes() if path.exists() else b""
+    cache = config.create_timing_cache(data)
+    if cache is None or not config.set_timing_cache(cache, False):
+        raise InputError(
+            f"{path} is no timing cache of this TensorRT version and GPU; delete it or name "
+            "another --timing_cache"
+        )
+
+
+def save_timing_cache(config: "trt.IBuilderConfig", path: Path) -> None:
+    """Write the timings, those of this build included, for the next one."""
+    with whole_file(path) as partial:
+        partial.write_bytes(bytes(config.get_timing_cache().serialize()))
+
+
+def build_failure(onnx_path: Path, options: BuildOptions, why: str) -> InputError:
+    """Why there is no engine; of memory, with the two numbers that decide over it."""
+    if "memory" not in why.lower():
+        return InputError(f"TensorRT builds no engine of {onnx_path}: {why}")
+    workspace = options.max_workspace_size_mib
+    limit = f"{workspace} MiB" if workspace is not None else "no limit"
+    batch = options.shapes[2][0] if options.shapes else "the batch of the file"
+    return InputError(
+        f"out of device memory while building {onnx_path} ({why}); workspace: {limit}, batch: "
+        f"{batch}; give another --max_workspace_size, a smaller batch, or free the GPU"
+    )
+
+
+def layer_information(trt: ModuleType, engine: "trt.ICudaEngine") -> dict:
+    """What the engine inspector tells of every layer, in TensorRT's own words."""
+    inspector = engine.create_engine_inspector()
+    return json.loads(inspector.get_engine_information(trt.LayerInformationFormat.JSON))

@@ -1,0 +1,304 @@
+"""What an exported file computes: the model between the inputs and outputs of each contract."""
+
+import contextlib
+import io
+import json
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import onnx
+import onnx_ir
+import onnxscript.optimizer
+import torch
+from torch import nn
+
+from aliked.configs import RADIUS, STRIDE, Form
+from aliked.detection import inner, refine, suppress_non_maxima
+from aliked.errors import InputError
+from aliked.export.deform_conv_onnx import NATIVE_TRANSLATION, standard_deform_conv
+from aliked.files import whole_file
+from aliked.model import ALIKED, to_tensor
+
+
+class ImageGraph(nn.Module):
+    """The default contract: `image` to `keypoints` in pixels, `descriptors` and `scores`.
+
+    `image` is float32 [B, 3, H, W] in [0, 1], or uint8 [B, H, W, 3] with `uint8_input`. In
+    threshold mode the rows come in descending order too, and `nms_scores` is an output: cut on it
+    for a higher threshold.
+    """
+
+    def __init__(self, model: ALIKED, uint8_input: bool):
+        super().__init__()
+        self.model = model
+        self.uint8_input = uint8_input
+        self.output_names = ["keypoints", "descriptors", "scores"]
+        if model.top_k <= 0:
+            self.output_names.append("nms_scores")
+
+    def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
+        """The outputs in the order of `output_names`."""
+        output = self.model(to_tensor(image) if self.uint8_input else image)
+        return [getattr(output, name) for name in self.output_names]
+
+
+class ColmapGraph(nn.Module):
+    """COLMAP's contract: how many keypoints there are is decided when the file runs.
+
+    `image` float32 [1, 3, H, W] in [0, 1], padded to a multiple of 32 by the caller;
+    `max_keypoints` int64 scalar; `min_score` float32 scalar, for the score at the maximum.
+    Returns keypoints [1, K, 2] with the centres of the corner pixels at -1 and 1, descriptors
+    [1, K, D] and scores [1, K], in descending order of the score at the maximum.
+    """
+
+    output_names = ("keypoints", "descriptors", "scores")
+
+    def __init__(self, model: ALIKED):
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, image: torch.Tensor, max_keypoints: torch.Tensor, min_score: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """The outputs in the order of `output_names`."""
+        features, score_map = self.model.encode(image)
+        candidates = inner(suppress_non_maxima(score_map, self.model.form.exported))
+        passing = (candidates > min_score.clamp(min=0)).sum()
+        k = torch.minimum(max_keypoints, passing)
+        if not torch.jit.is_tracing():  # a trace keeps the tensor, torch.export wants a symbol
+            k = k.item()
+            torch._check(k >= 0)
+            torch._check(k <= candidates.shape[1])
+        found = refine(score_map, *candidates.topk(k, dim=1), self.model.form)
+        output = self.model.describe(features, found)
+        height, width = image.shape[-2:]
+        x, y = output.keypoints.unbind(2)
+        keypoints = torch.stack((x * 2 / (width - 1) - 1, y * 2 / (height - 1) - 1), dim=2)
+        return [keypoints, output.descriptors, output.scores]
+
+
+OPSETS = (17, 18, 19)
+MAX_SIDE = 8192  # pixels, of a dynamic export
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How to write the file."""
+
+    height: int  # of the images, pixels
+    width: int
+    opset: int = 19
+    deform_conv: str = "gridsample"  # or "gather"; "native": DeformConv, which fewer runtimes have
+    dynamic: bool = False  # batch, height and width symbolic
+    uint8_input: bool = False  # uint8 [B, H, W, 3] instead of float32 [B, 3, H, W]
+    io: str = "default"  # or "colmap"
+
+
+def check_options(options: ExportOptions, top_k: int) -> None:
+    """Raise `InputError` for options that cannot give a right file; `top_k` rows per image."""
+    if options.opset > OPSETS[-1]:
+        raise InputError(
+            f"opset {options.opset} is not written: opset 20 renamed GridSample's modes, and "
+            "TensorRT silently reads the new names as nearest neighbour; pass --opset_version 19"
+        )
+    if options.opset < OPSETS[0]:
+        raise InputError(f"opset {options.opset} is too old; pass --opset_version 17, 18 or 19")
+    if options.deform_conv == "native" and options.opset < 19:
+        raise InputError(
+            f"opset {options.opset} has no DeformConv; pass --deform_conv gridsample or gather, "
+            "or --opset_version 19"
+        )
+    if options.io == "colmap":
+        if options.uint8_input:
+            raise InputError("COLMAP feeds float images; leave out --uint8_input with --io colmap")
+        return
+    room = (options.height - 2 * RADIUS) * (options.width - 2 * RADIUS)
+    if top_k > room:
+        raise InputError(
+            f"{top_k} keypoints are more than a {options.width}x{options.height} image can give "
+            f"({room}); pass a smaller --top_k or --n_limit"
+        )
+
+
+def make_graph(model: ALIKED, options: ExportOptions) -> nn.Module:
+    """The module whose inputs and outputs are those of the file."""
+    if options.io == "colmap":
+        return ColmapGraph(model).eval()
+    return ImageGraph(model, options.uint8_input).eval()
+
+
+def example_inputs(options: ExportOptions) -> dict[str, torch.Tensor]:
+    """Inputs by name, random, of the size of the export or one near it where that is symbolic."""
+    batch, height, width = 1, options.height, options.width
+    if symbolic_axes(options):
+        # torch.export cannot follow symbolic padding from an example that is padded.
+        height, width = (math.ceil(side / STRIDE) * STRIDE for side in (height, width))
+    if options.io == "colmap":
+        return {
+            "image": torch.rand(1, 3, height, width),
+            "max_keypoints": torch.tensor(1000),
+            "min_score": torch.tensor(0.0),
+        }
+    if options.dynamic:
+        batch = 2  # torch.export would take a batch of 1 for a constant
+    if options.uint8_input:
+        return {"image": torch.randint(0, 256, (batch, height, width, 3), dtype=torch.uint8)}
+    return {"image": torch.rand(batch, 3, height, width)}
+
+
+def symbolic_axes(options: ExportOptions) -> dict[int, str]:
+    """The axes of `image` that stay symbolic, and their names."""
+    if options.io == "colmap":
+        return {2: "height", 3: "width"}
+    if not options.dynamic:
+        return {}
+    if options.uint8_input:
+        return {0: "batch", 1: "height", 2: "width"}
+    return {0: "batch", 2: "height", 3: "width"}
+
+
+def export_native(graph: nn.Module, options: ExportOptions, verbose: bool, rows: int):
+    """Through torch.export: the native DeformConv of opset 19. Returns the `ModelProto`."""
+    inputs = example_inputs(options)
+    smallest = max(32, 2 * RADIUS + math.isqrt(max(rows, 1)) + 1)  # has room for `rows`
+    bounds = {"batch": (1, 4096), "height": (smallest, MAX_SIDE), "width": (smallest, MAX_SIDE)}
+    axes = {
+        axis: torch.export.Dim(name, min=bounds[name][0], max=bounds[name][1])
+        for axis, name in symbolic_axes(options).items()
+    }
+    program = torch.onnx.export(
+        graph,
+        tuple(inputs.values()),
+        dynamo=True,
+        verbose=verbose,
+        opset_version=options.opset,
+        input_names=list(inputs),
+        output_names=list(graph.output_names),
+        dynamic_shapes=[axes or None] + [None] * (len(inputs) - 1),
+        custom_translation_table=NATIVE_TRANSLATION,
+    )
+    return program.model_proto
+
+
+def export_standard(graph: nn.Module, options: ExportOptions, verbose: bool, rows: int):
+    """Through TorchScript: standard operators only, opsets 17 to 19. Returns the `ModelProto`."""
+    inputs = example_inputs(options)
+    axes = {"image": symbolic_axes(options)} if symbolic_axes(options) else {}
+    symbol = {1: "num_keypoints"} if options.io == "colmap" else {0: "batch"}
+    if axes:
+        axes |= {name: symbol for name in graph.output_names}
+    buffer = io.BytesIO()
+    with standard_deform_conv(options.deform_conv, options.opset), warnings.catch_warnings():
+        # The exporter says that it is deprecated, but for standard operators there is no other;
+        # the tracer says what torchvision and `longest_side` do with sizes, which is meant.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        torch.onnx.export(
+            graph,
+            tuple(inputs.values()),
+            buffer,
+            dynamo=False,
+            opset_version=options.opset,
+            input_names=list(inputs),
+            output_names=list(graph.output_names),
+            dynamic_axes=axes,
+        )
+    return fold_constants(onnx.load_from_string(buffer.getvalue()))
+
+
+def fold_constants(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Without the arithmetic on known shapes that tracing writes into the graph."""
+    model = onnx_ir.from_proto(proto)
+    onnxscript.optimizer.optimize_ir(
+        model,
+        num_iterations=4,
+        stop_if_no_change=False,
+        # Left alone by default, as it can grow a file; here it makes shapes and small grids.
+        should_fold=lambda node: True if node.op_type == "ConstantOfShape" else None,
+    )
+    return onnx_ir.to_proto(model)
+
+
+def export_onnx(
+    model: ALIKED, path: Path, options: ExportOptions, verbose: bool = False
+) -> onnx.ModelProto:
+    """Write `model` to `path`, whole or not at all, checked by ONNX's full checker.
+
+    Returns what was written. Raises `InputError` for options that cannot give a right file.
+    """
+    rows = model.top_k if model.top_k > 0 else model.n_limit
+    check_options(options, rows)
+    graph = make_graph(model, options)
+    export = export_native if options.deform_conv == "native" else export_standard
+    with torch.inference_mode(), silence(not verbose), exported_form(model, options):
+        proto = export(graph, options, verbose, 0 if options.io == "colmap" else rows)
+    if options.uint8_input:
+        measure_behind_the_cast(proto)
+    name_axes(proto, options, rows)
+    onnx.helper.set_model_props(proto, describe(model, options))
+    onnx.checker.check_model(proto, full_check=True)
+    with whole_file(path) as partial:
+        onnx.save(proto, partial)
+    return proto
+
+
+@contextlib.contextmanager
+def exported_form(model: ALIKED, options: ExportOptions) -> Iterator[None]:
+    """Have the model write itself for runtimes, by the sampling method it already has."""
+    before = model.form
+    model.form = Form(before.sampling, exported=True, dynamic=bool(symbolic_axes(options)))
+    try:
+        yield
+    finally:
+        model.form = before
+
+
+@contextlib.contextmanager
+def silence(quiet: bool):
+    """Keep the exporters' progress lines off the terminal."""
+    with contextlib.ExitStack() as stack:
+        if quiet:
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        yield
+
+
+def measure_behind_the_cast(proto: onnx.ModelProto) -> None:
+    """Take the sizes of `image` from its cast to float: TensorRT only casts uint8."""
+    cast = next(n for n in proto.graph.node if n.op_type == "Cast" and n.input[0] == "image")
+    others = [node for node in proto.graph.node if node != cast]
+    for node in others:
+        if node.op_type == "Shape" and node.input[0] == "image":
+            node.input[0] = cast.output[0]
+    del proto.graph.node[:]
+    proto.graph.node.extend([cast, *others])
+
+
+def name_axes(proto: onnx.ModelProto, options: ExportOptions, rows: int) -> None:
+    """Declare the outputs' first two axes, which the exporters name at random or leave unknown."""
+    for output in proto.graph.output:
+        batch, keypoints = output.type.tensor_type.shape.dim[:2]
+        if options.dynamic and options.io == "default":
+            batch.dim_param = "batch"
+        else:
+            batch.dim_value = 1
+        if options.io == "colmap":
+            keypoints.dim_param = "num_keypoints"
+        else:
+            keypoints.dim_value = rows
+
+
+def describe(model: ALIKED, options: ExportOptions) -> dict[str, str]:
+    """The file's own metadata: enough to know what it is without its manifest."""
+    facts = {
+        "model": model.name,
+        "precision": model.precision,
+        "sampling": model.form.sampling,
+        "top_k": model.top_k,
+        "scores_th": model.scores_th,
+        "n_limit": model.n_limit,
+        **asdict(options),
+    }
+    return {f"aliked.{name}": json.dumps(value) for name, value in facts.items()}

@@ -1,0 +1,193 @@
+"""Is an exported file, or an engine, still the model? Both run beside PyTorch in float32."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from aliked import parity
+from aliked.backends import Spec
+from aliked.backends.onnxruntime import ONNXRuntimeExtractor, open_session
+from aliked.backends.pytorch import PyTorchExtractor
+from aliked.backends.tensorrt import TensorRTExtractor
+from aliked.configs import STRIDE
+from aliked.errors import InputError
+from aliked.export.builder import Shape
+from aliked.export.onnx_export import ExportOptions
+from aliked.features import OUTPUTS, Features, drop_fill_ins
+from aliked.images import list_images, load_image
+from aliked.model import ALIKED
+from aliked.parity import FP16, FP32, Verdict, compare_features, judge
+from aliked.ties import expect
+
+
+def pad_right_bottom(image: np.ndarray) -> np.ndarray:
+    """Replicate the last row and column of [H, W, 3] up to a multiple of 32."""
+    height, width = image.shape[:2]
+    border = (0, -height % STRIDE, 0, -width % STRIDE)
+    return cv2.copyMakeBorder(image, *border, cv2.BORDER_REPLICATE)
+
+
+class ColmapExtractor:
+    """A file written with `--io colmap`, on the CPU."""
+
+    name = "onnxruntime-cpu"
+
+    def __init__(self, path: Path, max_keypoints: int, min_score: float):
+        self.session = open_session(path, "CPUExecutionProvider", {})
+        self.limits = {
+            "max_keypoints": np.array(max_keypoints, np.int64),
+            "min_score": np.array(min_score, np.float32),
+        }
+
+    def __call__(self, image: np.ndarray) -> Features:
+        """uint8 [H, W, 3] RGB, padded by `pad_right_bottom`, to `Features` of the padded image."""
+        batch = image.transpose(2, 0, 1)[None].astype(np.float32) / np.float32(255)
+        rows = self.session.run(OUTPUTS, {"image": batch, **self.limits})
+        keypoints, descriptors, scores = (row[0] for row in rows)
+        corner = np.array(image.shape[1::-1], np.float32) - 1  # [2], (x, y)
+        return drop_fill_ins((keypoints + 1) / 2 * corner, descriptors, scores)
+
+
+Images = Iterable[tuple[str, np.ndarray]]  # name, uint8 [H, W, 3] RGB
+
+
+def cropped(images: Images) -> Iterator[tuple[str, np.ndarray]]:
+    """Each image, and a part of it whose odd sides a dynamic file has to bear as well."""
+    for name, image in images:
+        yield name, image
+        height, width = (side * 3 // 4 | 1 for side in image.shape[:2])
+        yield f"{name} cut to {width}x{height}", image[:height, :width].copy()
+
+
+def padded(images: Images) -> Iterator[tuple[str, np.ndarray]]:
+    """Each image padded as COLMAP pads."""
+    for name, image in images:
+        yield name, pad_right_bottom(image)
+
+
+def open_exported(
+    path: Path, reference: ALIKED, options: ExportOptions
+) -> Callable[[np.ndarray], Features]:
+    """What runs the file as a user of its contract would."""
+    if options.io == "colmap":
+        return ColmapExtractor(path, max_keypoints=reference.top_k, min_score=0)
+    return ONNXRuntimeExtractor(
+        Spec(
+            reference.name,
+            top_k=reference.top_k,
+            scores_th=reference.scores_th,
+            device="cpu",
+            model_path=path,
+        )
+    )
+
+
+def verify_onnx(
+    path: Path, reference: ALIKED, precision: str, options: ExportOptions, images: Images
+) -> Verdict:
+    """Compare the file's features with those of `reference`, the float32 model, image by image.
+
+    `precision` ("fp32" or "fp16") is that of the file and chooses the tolerance.
+    """
+    extract = open_exported(path, reference, options)
+    if options.io == "colmap":
+        images = padded(images)
+    elif options.dynamic:
+        images = cropped(images)
+    parities = {}
+    for name, image in images:
+        expected = expect(reference, image)
+        parities[name] = compare_features(expected.features, extract(image), ties=expected.ties)
+    return judge(parities, FP16 if precision == "fp16" else FP32)
+
+
+NamedImages = list[tuple[str, np.ndarray]]  # name, uint8 [H, W, 3] RGB
+
+# TF32 multiplies with the 11 significant bits of FP16, so an FP32 engine that may use it cannot
+# be held to the tolerance of float32.
+TF32 = dataclasses.replace(parity.FP16, name="TF32")
+
+
+def tolerance(precision: str, tf32: bool) -> parity.Tolerance:
+    """What an engine of this precision is judged by."""
+    if precision == "FP16":
+        return parity.FP16
+    return TF32 if tf32 else parity.FP32
+
+
+def create_reference(path: Path, export: dict, weights: Path | None) -> PyTorchExtractor:
+    """Return the PyTorch model in float32 that the file `path` was exported from.
+
+    `export` is what the export wrote into it; `InputError` where that is not enough.
+    """
+    try:
+        names = ("model", "top_k", "scores_th", "n_limit")
+        spec = Spec(**{name: export[name] for name in names}, weights=weights)
+    except KeyError as error:
+        raise InputError(
+            f"{path} does not say which {error} it was exported with, so there is nothing "
+            "to verify against; export the model again, or pass --no_verify"
+        ) from error
+    return PyTorchExtractor(spec)
+
+
+def load_fitting_images(
+    folder: Path, number: int, uint8: bool, smallest: Shape, largest: Shape
+) -> NamedImages:
+    """The first `number` images of `folder`; for an engine of several sizes, cut ones as well.
+
+    `InputError` at the first whole image that is outside the engine's smallest or largest input.
+    """
+    rows = slice(1, 3) if uint8 else slice(2, 4)
+    low, high = smallest[rows], largest[rows]
+
+    def fits(image: np.ndarray) -> bool:
+        return all(a <= b <= c for a, b, c in zip(low, image.shape[:2], high, strict=True))
+
+    images = [(path.name, load_image(path)) for path in list_images(folder)[:number]]
+    for name, image in images:
+        if not fits(image):
+            limits = f"{low[1]}x{low[0]}" + ("" if low == high else f" to {high[1]}x{high[0]}")
+            raise InputError(
+                f"{folder / name} has {image.shape[1]}x{image.shape[0]} pixels and the engine "
+                f"takes {limits}; give other --images, or pass --no_verify"
+            )
+    return images if low == high else [pair for pair in cropped(images) if fits(pair[1])]
+
+
+def verify_engine(
+    engine: Path,
+    reference: PyTorchExtractor,
+    images: NamedImages,
+    limits: parity.Tolerance,
+    memory: str,
+) -> parity.Verdict:
+    """Compare an engine with `reference` on every image, two at a time where it takes batches."""
+    extractor = TensorRTExtractor(engine, memory=memory)
+    smallest, largest = extractor.session.limits()
+    parities = {}
+    with tqdm(total=len(images), desc="TensorRT and PyTorch fp32", unit="image") as bar:
+        for names, batch in _batches(images, max(smallest[0], min(2, largest[0]))):
+            found = extractor.extract_batch(batch)
+            for name, image, features in zip(names, batch, found, strict=False):
+                expected = reference.expect(image)
+                parities[name] = parity.compare_features(
+                    expected.features, features, ties=expected.ties
+                )
+                bar.update()
+    return parity.judge(parities, limits)
+
+
+def _batches(images: NamedImages, size: int) -> Iterator[tuple[list[str], np.ndarray]]:
+    """Names and images [size, H, W, 3] of one size each, filled up with the last image."""
+    by_size = sorted(images, key=lambda pair: pair[1].shape)
+    for _, group in itertools.groupby(by_size, key=lambda pair: pair[1].shape):
+        while chunk := list(itertools.islice(group, size)):
+            pixels = [image for _, image in chunk]
+            pixels += [pixels[-1]] * (size - len(pixels))
+            yield [name for name, _ in chunk], np.stack(pixels)

@@ -1,0 +1,144 @@
+"""Running a worker: a task goes in, its result comes out, whatever becomes of the process.
+
+Workers are forks of a process that has imported PyTorch, and for a GPU what runs through it there,
+but has used nothing of it: each starts in milliseconds instead of seconds, with memory and tuning
+of its own all the same."""
+
+import faulthandler
+import multiprocessing
+import os
+import signal
+import tempfile
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from aliked import gpu
+from benchmark import worker
+
+LONGEST_S = 3600.0  # of one task, engine builds included
+PROCESSES = multiprocessing.get_context("forkserver")
+IMPORTED = ("benchmark.measure",)
+# Importing these would cost every row seconds. None of them starts a thread, a process or CUDA.
+# Inductor is left out: it asks the driver for its devices, after which no fork could use CUDA. What
+# is not installed is passed over. Rows on a CPU go without: their memory is that of the process.
+IMPORTED_FOR_A_GPU = (
+    "aliked.model",  # with torchvision
+    "aliked.fused.kernels",  # with Triton
+    "torch._dynamo",
+)
+
+
+class TaskFailed(Exception):
+    """Why a task has no result, in a sentence."""
+
+    def __init__(self, reason: str, expected: bool = False):
+        """`expected`: bad input or something missing, rather than a fault."""
+        super().__init__(reason)
+        self.expected = expected
+
+
+def run_task(
+    task: dict,
+    progress: Callable[[str, int, int], None] | None = None,
+    compiler_cache: Path | None = None,
+    main: Callable[[dict, Connection], None] = worker.main,
+) -> Any:
+    """Run a task of `worker.TASKS` in a process of its own; `TaskFailed` where it has no result.
+
+    Compilers find nothing from earlier tasks unless a `compiler_cache` is given: a folder.
+    """
+    PROCESSES.set_forkserver_preload(imported_once(task.get("device", "auto")))
+    with tempfile.TemporaryDirectory() as folder:
+        errors = Path(folder) / "errors"
+        environment = _environment(compiler_cache or Path(folder))
+        answers, channel = PROCESSES.Pipe(duplex=False)
+        process = PROCESSES.Process(
+            target=_run, args=(main, task, channel, environment, str(errors)), daemon=False
+        )
+        process.start()
+        channel.close()
+        timer = threading.Timer(LONGEST_S, process.kill)
+        timer.start()
+        try:
+            last = _listen(answers, progress)
+            process.join()
+        finally:
+            timer.cancel()
+            process.kill()
+            process.join()
+        if "result" in last:
+            return last["result"]
+        if "error" in last:
+            raise TaskFailed(last["error"], last["expected"])
+        raise TaskFailed(_post_mortem(process.exitcode, errors.read_text(errors="replace")))
+
+
+def imported_once(device: str) -> list[str]:
+    """The modules that workers for a device such as "auto", "cpu" or "cuda:0" find imported."""
+    return [*IMPORTED, *(IMPORTED_FOR_A_GPU if device != "cpu" and gpu.driver() else ())]
+
+
+def run_tasks(
+    tasks: list[dict], jobs: int, done: Callable[[], None], compiler_cache: Path | None = None
+) -> list[Any]:
+    """What `run_task` returns for each task, or the `TaskFailed`; `jobs` run at a time.
+
+    Calls `done()` after every task.
+    """
+
+    def run(task: dict) -> Any:
+        try:
+            return run_task(task, compiler_cache=compiler_cache)
+        except TaskFailed as failure:
+            return failure
+        finally:
+            done()
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return list(pool.map(run, tasks))
+
+
+def _environment(compiler_cache: Path) -> dict[str, str]:
+    """What this process's variables are now, which the forks' own may be older than."""
+    return os.environ | {
+        "TORCHINDUCTOR_CACHE_DIR": str(compiler_cache / "inductor"),
+        "TRITON_CACHE_DIR": str(compiler_cache / "triton"),
+    }
+
+
+def _run(main: Callable, task: dict, channel: Connection, environment: dict, errors: str) -> None:
+    """In the new process: what libraries print, from C++ too, goes to the file `errors`."""
+    os.environ.clear()
+    os.environ.update(environment)
+    file = os.open(errors, os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    # Where a runtime crashes, its caller in Python is in the file.
+    faulthandler.enable(all_threads=False)
+    main(task, channel)
+
+
+def _listen(answers: Connection, progress: Callable | None) -> dict:
+    """The last message; `{}` where the process ended without one."""
+    try:
+        while "progress" in (message := answers.recv()):
+            if progress:
+                progress(*message["progress"])
+    except EOFError:
+        return {}
+    return message
+
+
+def _post_mortem(status: int, errors: str) -> str:
+    said, _, stack = errors.partition("Fatal Python error")
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    last_words = f"; its last words: {lines[-1]}" if lines else ""
+    calls = [line.strip() for line in stack.splitlines() if line.startswith("  File ")]
+    last_words += f"; it was in {calls[0]}" if calls else ""
+    if status < 0:
+        return f"the process was ended by {signal.Signals(-status).name}{last_words}"
+    return f"the process ended with status {status} and no result{last_words}"

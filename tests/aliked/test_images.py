@@ -1,0 +1,201 @@
+"""Image files as users have them: every kind that is read, every kind that is refused."""
+
+import struct
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from skimage import data
+
+from aliked.errors import InputError
+from aliked.images import list_images, load_image, require_same_size
+
+LOSSLESS = (".png", ".bmp", ".tif", ".tiff", ".ppm")
+
+
+@pytest.fixture(scope="module")
+def photo() -> np.ndarray:
+    return data.coffee()[100:164, 300:396]  # [64, 96, 3]
+
+
+def encode(image: np.ndarray, suffix: str) -> bytes:
+    """RGB, RGBA or grey pixels in the format of `suffix`."""
+    order = {2: [0], 3: [2, 1, 0], 4: [2, 1, 0, 3]}[
+        image.ndim if image.ndim == 2 else image.shape[2]
+    ]
+    pixels = image if image.ndim == 2 else image[..., order]
+    return cv2.imencode(suffix, np.ascontiguousarray(pixels))[1].tobytes()
+
+
+def written(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("suffix", LOSSLESS)
+def test_lossless_files_give_their_rgb_pixels(tmp_path, photo, suffix):
+    image = load_image(written(tmp_path / f"photo{suffix}", encode(photo, suffix)))
+    assert image.dtype == np.uint8 and image.flags.c_contiguous
+    np.testing.assert_array_equal(image, photo)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".jpeg", ".webp"])
+def test_lossy_files_keep_the_channel_order(tmp_path, photo, suffix):
+    image = load_image(written(tmp_path / f"photo{suffix}", encode(photo, suffix)))
+    # Compression costs a few grey levels; this photograph is mostly red.
+    assert np.abs(image.astype(float) - photo).mean() < 8
+    assert np.abs(image[..., ::-1].astype(float) - photo).mean() > 20
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".pgm", ".tif"])
+def test_grey_is_repeated_in_all_channels(tmp_path, photo, suffix):
+    grey = photo[..., 0]
+    image = load_image(written(tmp_path / f"grey{suffix}", encode(grey, suffix)))
+    assert image.shape == (64, 96, 3)
+    assert (image == image[..., :1]).all()
+    if suffix != ".jpg":
+        np.testing.assert_array_equal(image[..., 0], grey)
+
+
+def test_alpha_is_dropped_and_the_colour_under_it_stays(tmp_path, photo):
+    alpha = np.tile(np.arange(96, dtype=np.uint8), (64, 1))
+    image = load_image(written(tmp_path / "alpha.png", encode(np.dstack([photo, alpha]), ".png")))
+    np.testing.assert_array_equal(image, photo)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_16_bits_are_scaled_to_the_nearest_of_8(tmp_path, photo, suffix):
+    rng = np.random.default_rng(0)
+    deep = rng.integers(0, 2**16, photo.shape, dtype=np.uint16)
+    deep[0, :2] = [[0, 128, 129], [65535, 65406, 65407]]  # both sides of a half, and the ends
+    image = load_image(written(tmp_path / f"deep{suffix}", encode(deep, suffix)))
+    np.testing.assert_array_equal(image, np.rint(deep / 257))
+    assert image[0, :2].tolist() == [[0, 0, 1], [255, 254, 255]]
+
+
+def test_exif_orientation_is_applied(tmp_path, photo):
+    turn = struct.pack("<2sHIHHHIHHI", b"II", 42, 8, 1, 0x112, 3, 1, 6, 0, 0)  # 6: turn clockwise
+    exif = b"Exif\0\0" + turn
+    jpeg = encode(photo, ".jpg")
+    turned = jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + jpeg[2:]
+    upright = load_image(written(tmp_path / "upright.jpg", jpeg))
+    image = load_image(written(tmp_path / "turned.jpg", turned))
+    np.testing.assert_array_equal(image, np.rot90(upright, -1))
+
+
+@pytest.mark.parametrize("suffix", [*LOSSLESS, ".jpg", ".webp", ".pgm"])
+@pytest.mark.parametrize("missing", ["half", "the last 2 bytes"])
+def test_a_truncated_file_is_named_and_refused(tmp_path, photo, suffix, missing):
+    content = encode(photo[..., 0] if suffix == ".pgm" else photo, suffix)
+    cut = len(content) // 2 if missing == "half" else -2
+    path = written(tmp_path / f"cut{suffix}", content[:cut])
+    with pytest.raises(InputError, match=rf"cut\{suffix} is truncated"):
+        load_image(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image"])
+def test_a_file_that_is_no_image_is_named_and_refused(tmp_path, content):
+    with pytest.raises(InputError, match=r"notes\.png .*not an image"):
+        load_image(written(tmp_path / "notes.png", content))
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"gone\.png \(No such file"):
+        load_image(tmp_path / "gone.png")
+
+
+def test_opencv_does_not_write_about_a_bad_file(tmp_path, photo, capfd):
+    path = written(tmp_path / "cut.bmp", encode(photo, ".bmp")[:500])
+    with pytest.raises(InputError):
+        load_image(path)
+    assert capfd.readouterr().err == ""
+
+
+def test_floating_point_pixels_are_refused(tmp_path, photo):
+    path = written(tmp_path / "depth.tif", encode(photo.astype(np.float32), ".tif"))
+    with pytest.raises(InputError, match=r"depth\.tif has float32 pixels"):
+        load_image(path)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (4, 100), (100, 4)])
+def test_an_image_without_place_for_a_keypoint_is_refused(tmp_path, shape):
+    path = written(tmp_path / "small.png", encode(np.zeros((*shape, 3), np.uint8), ".png"))
+    with pytest.raises(InputError, match=rf"small\.png has {shape[1]}x{shape[0]} pixels"):
+        load_image(path)
+
+
+def test_the_smallest_possible_image_is_read(tmp_path):
+    path = written(tmp_path / "small.png", encode(np.zeros((5, 5, 3), np.uint8), ".png"))
+    assert load_image(path).shape == (5, 5, 3)
+
+
+def test_names_outside_ascii_work(tmp_path, photo):
+    folder = tmp_path / "Straße 東京"
+    folder.mkdir()
+    written(folder / "été.png", encode(photo, ".png"))
+    (path,) = list_images(folder)
+    assert path.name == "été.png"
+    np.testing.assert_array_equal(load_image(path), photo)
+
+
+def test_images_are_listed_in_natural_order(tmp_path):
+    names = [
+        "frame2.png",
+        "frame10.PNG",
+        "frame9.jpg",
+        "Frame1.png",
+        "1.5.png",
+        "1.50.png",
+        "01.5.png",
+    ]
+    for name in [*names, ".hidden.png", "notes.txt", "frame3.png.txt", "png"]:
+        (tmp_path / name).touch()
+    (tmp_path / "folder.png").mkdir()
+    assert [path.name for path in list_images(tmp_path)] == [
+        "01.5.png",
+        "1.5.png",
+        "1.50.png",
+        "Frame1.png",
+        "frame2.png",
+        "frame9.jpg",
+        "frame10.PNG",
+    ]
+
+
+def test_a_folder_without_images_is_refused(tmp_path):
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(InputError, match="no image in"):
+        list_images(tmp_path)
+
+
+def test_a_missing_folder_and_a_file_are_refused_at_once(tmp_path):
+    with pytest.raises(InputError, match=r"gone .*No such file or directory"):
+        list_images(tmp_path / "gone")
+    (tmp_path / "file.png").touch()
+    with pytest.raises(InputError, match=r"file\.png .*Not a directory"):
+        list_images(tmp_path / "file.png")
+
+
+def read(folder):
+    """Each image with its path, when its turn comes."""
+    return ((path, load_image(path)) for path in list_images(folder))
+
+
+def test_images_are_passed_on_one_at_a_time(tmp_path, photo):
+    written(tmp_path / "1.png", encode(photo, ".png"))
+    written(tmp_path / "2.png", b"damaged")
+    images = require_same_size(read(tmp_path))
+    path, _ = next(images)
+    assert path.name == "1.png"
+    with pytest.raises(InputError, match=r"2\.png"):
+        next(images)
+
+
+def test_images_of_another_size_are_named_with_both_sizes(tmp_path, photo):
+    written(tmp_path / "1.png", encode(photo, ".png"))
+    written(tmp_path / "2.png", encode(photo, ".png"))
+    assert len(list(require_same_size(read(tmp_path)))) == 2
+    written(tmp_path / "3.png", encode(photo[:50], ".png"))
+    with pytest.raises(InputError, match=r"3\.png has 96x50 pixels but .*1\.png has 96x64"):
+        list(require_same_size(read(tmp_path)))

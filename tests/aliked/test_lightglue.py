@@ -1,0 +1,621 @@
+"""LightGlue is the published matcher, in every form in which it runs here."""
+
+import dataclasses
+import functools
+import itertools
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+import torch.nn.functional as F
+
+from aliked.backends import Spec, fused_pair
+from aliked.backends.lightglue_onnxruntime import (
+    ColmapMatcher,
+    ONNXRuntimeMatcher,
+    ONNXRuntimePair,
+)
+from aliked.errors import InputError
+from aliked.export.lightglue_export import MatcherOptions, PairOptions, export_matcher, export_pair
+from aliked.export.lightglue_verify import Pair, verify_matcher, verify_pair
+from aliked.features import Features
+from aliked.fused import pipeline, reference
+from aliked.fused.weights import pack as pack_weights
+from aliked.images import list_images, load_image
+from aliked.lightglue import LightGlue, PairAttention, fused_attention
+from aliked.match_parity import (
+    MATCH_FP16,
+    MATCH_FP32,
+    PAIR_FP32,
+    compare_matches,
+    in_terms_of,
+    judge_matches,
+)
+from aliked.matches import Matches, matches_of_rows
+from aliked.model import ALIKED
+from aliked.weights import LIGHTGLUE, find_weights
+from tests.helpers.textures import texture
+
+SIZE = (640, 480)
+GOLDENS = (
+    "aliked-n16__tum__k512",
+    "aliked-n16rot__tum__k1000",
+    "aliked-n16rot__kitti__k1000",
+    "aliked-n16__cathedral__k2000",
+)
+RANK = {"kpts": 3, "desc": 3, "image_size": 2}  # as COLMAP checks them
+ROUNDING = 2e-5  # of logarithms and scores: sums of other orders
+
+
+def small_matcher(**options):
+    """Random weights, in which a keypoint is still most similar to itself."""
+    torch.manual_seed(0)
+    shape = {"descriptor_dim": 32, "dim": 64, "heads": 2, "layers": 2}
+    matcher = LightGlue(**(shape | options)).eval().requires_grad_(False)
+    matcher.input_proj.weight *= 10
+    for assignment in matcher.log_assignment:
+        assignment.final_proj.weight *= 2
+        assignment.matchability.bias += 4
+    return matcher
+
+
+def features_of(count, seed, dim=32):
+    rng = np.random.default_rng(seed)
+    descriptors = rng.normal(size=(count, dim)).astype(np.float32)
+    descriptors /= np.linalg.norm(descriptors, axis=1, keepdims=True)
+    keypoints = (rng.random((count, 2)) * SIZE).astype(np.float32)
+    return Features(keypoints, np.full(count, 0.5, np.float32), descriptors)
+
+
+def moved(features, count, seed=9):
+    """`count` of the features in another order, with noise: the second image."""
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(features))[:count]
+    descriptors = features.descriptors[order]
+    noise = rng.normal(size=descriptors.shape).astype(np.float32)
+    return Features(
+        features.keypoints[order] + 3, features.scores[order], descriptors + 0.02 * noise
+    )
+
+
+def tensors(features, rows=None, fill=0.0):
+    """Keypoints, descriptors and mask, each with a batch of one, padded to `rows`."""
+    count = len(features)
+    padding = (0, 0, 0, (rows or count) - count)
+    keypoints, descriptors = (
+        F.pad(torch.from_numpy(array), padding, value=fill)[None]
+        for array in (features.keypoints, features.descriptors)
+    )
+    return keypoints, descriptors, (torch.arange(keypoints.shape[1]) < count)[None]
+
+
+def forward(matcher, features0, features1, rows=None, fill=0.0):
+    (k0, d0, mask0), (k1, d1, mask1) = (
+        tensors(features, rows, fill) for features in (features0, features1)
+    )
+    sizes = (torch.tensor([SIZE], dtype=torch.float32),) * 2
+    with torch.inference_mode():
+        return matcher(k0, d0, k1, d1, *sizes, *((mask0, mask1) if rows else ()))
+
+
+def pairs_of(matches0):
+    return [(i, j) for i, j in enumerate(matches0.tolist()) if j >= 0]
+
+
+@pytest.fixture(scope="module")
+def golden(shared):
+    def load(name):
+        path = shared / "goldens" / "lightglue" / f"lightglue__{name}.npz"
+        if not path.is_file():
+            pytest.skip("no reference outputs of LightGlue")
+        data = np.load(path)
+        sides = [
+            Features(
+                data[f"keypoints{i}"],
+                np.ones(len(data[f"keypoints{i}"]), np.float32),
+                data[f"descriptors{i}"],
+            )
+            for i in (0, 1)
+        ]
+        return data, Pair(name, *sides, data["size0"], data["size1"])
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def matcher(weights_dir):
+    """The official matcher; its options are attributes."""
+    if not (weights_dir / f"{LIGHTGLUE}.pth").is_file():
+        pytest.skip("no LightGlue weights")
+    return LightGlue.from_pretrained(weights_dir)
+
+
+def check_golden(found, partners, scores):
+    """The same partner for all but two keypoints, which may be equal scores; scores within 1e-4."""
+    mine, my_scores = np.full(len(partners), -1), np.zeros(len(partners))
+    mine[found.indices[:, 0]], my_scores[found.indices[:, 0]] = found.indices[:, 1], found.scores
+    assert (mine != partners).sum() <= 2
+    both = (mine == partners) & (partners >= 0)
+    assert np.abs(my_scores - scores)[both].max() <= 1e-4
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_the_official_matches_are_reproduced(name, golden, matcher):
+    data, pair = golden(name)
+    found = matcher.match(*pair[1:])
+    check_golden(found, data["matches0"], data["mscores0"])
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_the_official_adaptive_matches_and_layers_are_reproduced(
+    name, golden, matcher, monkeypatch
+):
+    data, pair = golden(name)
+    monkeypatch.setattr(matcher, "depth_confidence", 0.95)
+    monkeypatch.setattr(matcher, "width_confidence", 0.99)
+    found = matcher.match(*pair[1:])
+    check_golden(found, data["adaptive_matches0"], data["adaptive_mscores0"])
+    assert found.layers == data["adaptive_stop"]
+
+
+def test_half_precision_keeps_the_matches(golden, matcher, weights_dir):
+    _, pair = golden(GOLDENS[0])
+    reference = matcher.match(*pair[1:])
+    half = LightGlue.from_pretrained(weights_dir, precision="fp16").match(*pair[1:])
+    verdict = judge_matches({pair.name: compare_matches(reference, half)}, MATCH_FP16)
+    assert verdict.passed, verdict.text
+
+
+def test_published_tensors_give_the_published_self_attention():
+    """Interleaved projections, neighbouring channels rotated, an output layer before the rest."""
+    torch.manual_seed(0)
+    matcher = small_matcher(layers=1).double()
+    heads, dim, count = 2, 64, 5
+    state = published_state(matcher, dim)
+    x, keypoints = torch.randn(1, count, dim).double(), torch.rand(1, count, 2).double()
+
+    def of(name, rows):
+        return F.linear(rows, state[f"{name}.weight"], state[f"{name}.bias"])
+
+    angles = F.linear(keypoints, state["posenc.Wr.weight"]).repeat_interleave(2, dim=-1)[:, None]
+
+    def rotate(rows):
+        a, b = rows.unflatten(-1, (-1, 2)).unbind(-1)
+        return rows * angles.cos() + torch.stack((-b, a), -1).flatten(-2) * angles.sin()
+
+    block = "transformers.0.self_attn"
+    q, k, v = of(f"{block}.Wqkv", x).unflatten(-1, (heads, -1, 3)).transpose(1, 2).unbind(-1)
+    logits = rotate(q) @ rotate(k).mT / (dim // heads) ** 0.5
+    context = (logits.softmax(-1) @ v).transpose(1, 2).flatten(2)
+    hidden = of(f"{block}.ffn.0", torch.cat((x, of(f"{block}.out_proj", context)), -1))
+    norm = [state[f"{block}.ffn.1.{part}"] for part in ("weight", "bias")]
+    expected = x + of(f"{block}.ffn.3", F.gelu(F.layer_norm(hidden, (2 * dim,), *norm)))
+
+    matcher.load_state_dict(state, strict=True)
+    found = self_attention(matcher, x, keypoints)
+    # The merged weights are rounded to float32 when they are loaded.
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def published_state(matcher, dim):
+    """Random tensors under the published names."""
+    layers = {"Wqkv": (3 * dim, dim), "out_proj": (dim, dim), "ffn.0": (2 * dim, 2 * dim)}
+    layers |= {"ffn.1": (2 * dim,), "ffn.3": (dim, 2 * dim)}
+    cross = {"to_qk": (dim, dim), "to_v": (dim, dim), "to_out": (dim, dim)}
+    cross |= {name: shape for name, shape in layers.items() if name.startswith("ffn")}
+    state = {name: t for name, t in matcher.state_dict().items() if not name.startswith("layers")}
+    for block, shapes in (("self_attn", layers), ("cross_attn", cross)):
+        for name, shape in shapes.items():
+            weight, bias = torch.randn(shape) / 8, torch.randn(shape[:1]) / 8
+            state |= {f"transformers.0.{block}.{name}.weight": weight.double()}
+            state |= {f"transformers.0.{block}.{name}.bias": bias.double()}
+    return state
+
+
+def self_attention(matcher, x, keypoints):
+    encoding = matcher.posenc(keypoints, torch.float64)
+    # The second image is the first again: both see themselves alone.
+    encoding = type(encoding)(*(torch.cat((rows, rows), dim=1) for rows in encoding))
+    pair = PairAttention(x.shape[1], True, None, fused_attention)
+    both = matcher.layers[0].self_block(torch.cat((x, x), dim=1), encoding, pair)
+    return both[:, : x.shape[1]]
+
+
+def test_what_it_saves_it_loads():
+    matcher, other = small_matcher(), small_matcher()
+    torch.nn.init.zeros_(other.input_proj.weight)
+    other.load_state_dict(matcher.state_dict())
+    assert torch.equal(other.input_proj.weight, matcher.input_proj.weight)
+
+
+@pytest.mark.parametrize("counts", [(1, 1), (7, 7), (1, 60), (60, 7), (50, 60)])
+def test_padding_changes_nothing_and_matches_nothing(counts):
+    matcher = small_matcher()
+    features0 = features_of(60, 1)
+    features1, features0 = moved(features0, counts[1]), moved(features0, counts[0], seed=3)
+    alone = matcher.match(features0, features1, SIZE, SIZE)
+    for fill in (0.0, 1e4, float("nan")):
+        padded = forward(matcher, features0, features1, rows=64, fill=fill)
+        assert pairs_of(padded.matches0[0]) == [tuple(row) for row in alone.indices.tolist()]
+        scores = padded.scores0[0].numpy()[alone.indices[:, 0]]
+        np.testing.assert_allclose(scores, alone.scores, atol=ROUNDING)
+        assert (padded.matches0[0, counts[0] :] == -1).all()
+        assert (padded.scores0[0, counts[0] :] == 0).all()
+
+
+def test_the_small_matcher_finds_what_was_moved():
+    """Guards the other tests: with no matches they would compare nothing."""
+    features = features_of(60, 1)
+    assert len(small_matcher().match(features, moved(features, 50), SIZE, SIZE)) >= 40
+
+
+@pytest.mark.parametrize("counts", [(0, 5), (5, 0), (0, 0)])
+def test_no_keypoints_give_no_matches(counts):
+    matcher = small_matcher()
+    features = [features_of(count, seed) for seed, count in enumerate(counts)]
+    found = matcher.match(*features, SIZE, SIZE)
+    assert found.indices.shape == (0, 2)
+    assert found.indices.dtype == np.int64
+    assert found.scores.dtype == np.float32
+    for rows in (None, 8):  # empty tensors, and padding alone
+        output = forward(matcher, *features, rows=rows)
+        assert (output.matches0 == -1).all()
+        assert (output.scores0 == 0).all()
+
+
+@pytest.mark.parametrize("counts", [(40, 40), (40, 30)])
+def test_a_batch_gives_each_pair_what_it_gets_alone(counts):
+    matcher = small_matcher()
+    firsts = [features_of(40, seed) for seed in (1, 2)]
+    pairs = [(first, moved(first, counts[1], seed)) for seed, first in enumerate(firsts)]
+    alone = [forward(matcher, *pair) for pair in pairs]
+    batch = [
+        torch.cat(rows)
+        for rows in zip(*((*tensors(a)[:2], *tensors(b)[:2]) for a, b in pairs), strict=True)
+    ]
+    sizes = torch.tensor([SIZE, SIZE], dtype=torch.float32)
+    with torch.inference_mode():
+        together = matcher(*batch, sizes, sizes)
+    for i, output in enumerate(alone):
+        assert torch.equal(together.matches0[i], output.matches0[0])
+        torch.testing.assert_close(together.scores0[i], output.scores0[0], atol=ROUNDING, rtol=0)
+
+
+def test_each_side_of_the_pair_gives_the_same_matches():
+    matcher = small_matcher()
+    features0 = features_of(50, 1)
+    features1 = moved(features0, 40)
+    there = matcher.match(features0, features1, SIZE, SIZE)
+    back = matcher.match(features1, features0, SIZE, SIZE)
+    assert sorted(map(tuple, back.indices[:, ::-1].tolist())) == [
+        tuple(row) for row in there.indices.tolist()
+    ]
+
+
+def test_sizes_matter_by_their_longer_side():
+    matcher = small_matcher()
+    features0 = features_of(50, 1)
+    features1 = moved(features0, 50)
+    half = dataclasses.replace(features1, keypoints=features1.keypoints / 2)
+    whole = matcher.match(features0, features1, SIZE, SIZE)
+    scaled = matcher.match(features0, half, SIZE, (320, 240))
+    np.testing.assert_array_equal(scaled.indices, whole.indices)
+    np.testing.assert_allclose(scaled.scores, whole.scores, atol=ROUNDING)
+
+
+def test_certain_keypoints_stop_the_network_early():
+    features0 = features_of(50, 1)
+    pair = (features0, moved(features0, 40), SIZE, SIZE)
+    exact, early = small_matcher(), small_matcher(depth_confidence=0.5)
+    for confidence in early.token_confidence:
+        confidence.token[0].bias += 10  # as if all were certain
+    assert exact.match(*pair).layers == 2
+    assert early.match(*pair).layers == 1
+
+
+def test_hopeless_keypoints_are_dropped_and_the_others_keep_their_indices():
+    features0 = features_of(50, 1)
+    features1 = moved(features0, 40)
+    matcher = small_matcher(width_confidence=0.99)
+    exact = small_matcher().match(features0, features1, SIZE, SIZE)
+    for assignment in matcher.log_assignment[:-1]:  # random directions: about half have no partner
+        assignment.matchability.bias.zero_()
+        assignment.matchability.weight *= 100
+    found = matcher.match(features0, features1, SIZE, SIZE)
+    partner = dict(exact.indices.tolist())
+    right = sum(partner.get(i) == j for i, j in found.indices.tolist())
+    assert 0 < len(found) < len(exact)
+    assert right >= 0.8 * len(found)
+
+
+def test_without_any_keypoint_left_there_are_no_matches():
+    features = features_of(20, 1)
+    matcher = small_matcher(width_confidence=0.99)
+    matcher.log_assignment[0].matchability.bias.fill_(-1000)
+    found = matcher.match(features, moved(features, 20), SIZE, SIZE)
+    assert (len(found), found.layers) == (0, 1)
+
+
+@pytest.mark.parametrize("option", ["filter_threshold", "depth_confidence", "width_confidence"])
+def test_a_share_outside_zero_to_one_is_refused(option):
+    with pytest.raises(InputError, match=f"{option} is -1"):
+        LightGlue(layers=1, **{option: -1})
+
+
+def test_descriptors_of_another_length_are_refused_by_saying_which_models_fit():
+    matcher = LightGlue(layers=1)
+    with pytest.raises(
+        InputError, match=r"64 long.*128.*aliked-n16 or aliked-n16rot or aliked-n32"
+    ):
+        matcher.match(features_of(5, 0, dim=64), features_of(5, 1, dim=64), SIZE, SIZE)
+
+
+@pytest.mark.parametrize("size", [None, 640, (640,), (640, 0), (-640, 480), (640, np.nan), "640"])
+def test_a_size_that_is_not_two_positive_numbers_is_refused(size):
+    with pytest.raises(InputError, match="give \\(width, height\\) in pixels"):
+        small_matcher().match(features_of(5, 0), features_of(5, 1), SIZE, size)
+
+
+@pytest.mark.parametrize("array", ["keypoints", "descriptors"])
+def test_features_that_are_not_numbers_are_refused(array):
+    features = features_of(5, 0)
+    getattr(features, array)[2, 0] = np.nan
+    with pytest.raises(InputError, match="NaN"):
+        small_matcher().match(features_of(5, 1), features, SIZE, SIZE)
+
+
+def test_weights_of_an_extractor_are_refused(weights_dir):
+    with pytest.raises(InputError, match="official aliked-t16 file, not aliked_lightglue"):
+        LightGlue.from_pretrained(weights_dir / "aliked-t16.pth")
+
+
+def test_weights_are_looked_up_like_the_others(weights_dir, cache, monkeypatch):
+    monkeypatch.setenv("ALIKED_WEIGHTS_DIR", str(weights_dir))
+    if not (weights_dir / f"{LIGHTGLUE}.pth").is_file():
+        pytest.skip("no LightGlue weights")
+    assert find_weights(LIGHTGLUE) == weights_dir / f"{LIGHTGLUE}.pth"
+
+
+def check_pairs():
+    """Pairs that an exported file is judged by."""
+    features = features_of(40, 1)
+    return [Pair("moved", features, moved(features, 40), SIZE, (600, 400))]
+
+
+@pytest.mark.parametrize(
+    ("options", "precision"),
+    [
+        (MatcherOptions(top_k=40), "fp32"),
+        (MatcherOptions(top_k=40), "fp16"),
+        (MatcherOptions(top_k=48, opset=17), "fp32"),
+        (MatcherOptions(top_k=None), "fp32"),
+        (MatcherOptions(top_k=None, io="colmap"), "fp16"),
+    ],
+)
+def test_an_exported_matcher_gives_the_matches_of_pytorch(options, precision, tmp_path):
+    path, matcher = tmp_path / "matcher.onnx", small_matcher()
+    export_matcher(small_matcher().set_precision(precision), path, options)
+    verdict = verify_matcher(path, matcher, precision, options, check_pairs())
+    assert verdict.passed, verdict.text
+    operators = {node.op_type for node in onnx.load(path).graph.node}
+    assert not operators & {"NonZero", "TopK", "Loop", "If"}
+
+
+def test_exporting_leaves_the_matcher_as_it_was(tmp_path):
+    matcher, pair = small_matcher(), check_pairs()[0][1:]
+    before, usual = matcher.match(*pair), (matcher.attention, matcher.select)
+    export_matcher(matcher, tmp_path / "matcher.onnx", MatcherOptions(None, io="colmap"))
+    assert (matcher.attention, matcher.select) == usual
+    np.testing.assert_array_equal(matcher.match(*pair).indices, before.indices)
+
+
+def test_a_dynamic_file_takes_a_batch(tmp_path):
+    matcher, path = small_matcher(), tmp_path / "matcher.onnx"
+    export_matcher(matcher, path, MatcherOptions(None))
+    firsts = [features_of(30, seed) for seed in (1, 2, 3)]
+    pairs = [(first, moved(first, 20, seed)) for seed, first in enumerate(firsts)]
+    inputs = {}
+    for side, features in enumerate(zip(*pairs, strict=True)):
+        rows = zip(*map(tensors, features), strict=True)
+        for name, arrays in zip(("keypoints", "descriptors", "mask"), rows, strict=True):
+            inputs[f"{name}{side}"] = torch.cat(arrays).numpy()
+        inputs[f"size{side}"] = np.array([SIZE] * 3, np.float32)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    matches0, _ = session.run(["matches0", "scores0"], inputs)
+    for found, pair in zip(matches0, pairs, strict=True):
+        np.testing.assert_array_equal(found, forward(matcher, *pair).matches0[0])
+
+
+def test_more_keypoints_than_the_file_takes_are_refused(tmp_path):
+    path = tmp_path / "matcher.onnx"
+    export_matcher(small_matcher(layers=1), path, MatcherOptions(top_k=8))
+    with pytest.raises(InputError, match=r"9 keypoints.*at most 8.*--top_k 9"):
+        ONNXRuntimeMatcher(path, "cpu").match(features_of(5, 0), features_of(9, 1), SIZE, SIZE)
+
+
+def test_a_file_of_another_contract_is_refused(tmp_path):
+    path = tmp_path / "matcher.onnx"
+    export_matcher(small_matcher(layers=1), path, MatcherOptions(top_k=8))
+    with pytest.raises(InputError, match="kpts0"):
+        ColmapMatcher(path, "cpu")
+
+
+def test_colmap_finds_the_inputs_and_outputs_that_it_checks(tmp_path):
+    """Six inputs and two outputs in this order and of these ranks, as in onnx_matchers.cc."""
+    path = tmp_path / "matcher.onnx"
+    export_matcher(small_matcher(layers=1), path, MatcherOptions(None, io="colmap"))
+    graph = onnx.load(path).graph
+    names = [f"{name}{side}" for name in RANK for side in (0, 1)]
+    assert [tensor.name for tensor in graph.input] == names
+    assert [len(t.type.tensor_type.shape.dim) for t in graph.input] == [
+        rank for rank in RANK.values() for _ in (0, 1)
+    ]
+    assert [tensor.name for tensor in graph.output] == ["matches0", "mscores0"]
+    assert [len(t.type.tensor_type.shape.dim) for t in graph.output] == [1, 1]
+    assert graph.output[0].type.tensor_type.elem_type == onnx.TensorProto.INT64
+
+
+def test_colmap_decides_about_the_lowest_score(tmp_path):
+    path, pair = tmp_path / "matcher.onnx", (features_of(40, 1), features_of(40, 2), SIZE, SIZE)
+    export_matcher(small_matcher(), path, MatcherOptions(None, io="colmap"))
+    scores = ColmapMatcher(path, "cpu", min_score=0).match(*pair).scores
+    assert scores.min() < 0.1  # the matcher's own threshold is not in the file
+    some = ColmapMatcher(path, "cpu", min_score=np.median(scores)).match(*pair)
+    assert 0 < len(some) < len(scores)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "uint8_input"), [(((64, 64), (64, 64)), True), (((64, 64), (60, 50)), False)]
+)
+def test_one_file_goes_from_two_images_to_matches(sizes, uint8_input, tmp_path):
+    torch.manual_seed(0)
+    model = ALIKED("aliked-t16", top_k=400).eval()  # more than the textures have: some fill-ins
+    matcher = small_matcher(descriptor_dim=64, filter_threshold=0.0)
+    path = tmp_path / "pair.onnx"
+    options = PairOptions(*sizes, deform_conv="gather", uint8_input=uint8_input)
+    export_pair(model, matcher, path, options)
+    (width0, height0), (width1, height1) = sizes
+    scene = texture(100, 100, 1)
+    images = (scene[:height0, :width0].copy(), scene[8 : 8 + height1, 4 : 4 + width1].copy())
+    verdict = verify_pair(path, model, matcher, "fp32", [("textures", *images)])
+    assert verdict.passed, verdict.text
+    with pytest.raises(InputError, match=f"exported for {width1}x{height1}"):
+        ONNXRuntimePair(path, "cpu")(images[0], texture(48, 48, 1))
+
+
+def test_a_pair_of_nets_that_do_not_fit_is_refused(tmp_path):
+    with pytest.raises(InputError, match="aliked-t16's descriptors are 64 long"):
+        export_pair(
+            ALIKED("aliked-t16", top_k=10),
+            small_matcher(layers=1),
+            tmp_path / "pair.onnx",
+            PairOptions(SIZE, SIZE),
+        )
+
+
+def test_a_wrong_file_is_rejected(tmp_path):
+    path, wrong = tmp_path / "matcher.onnx", small_matcher()
+    wrong.layers[1].self_block.project.weight[:64] *= 3
+    export_matcher(wrong, path, MatcherOptions(40))
+    verdict = verify_matcher(path, small_matcher(), "fp32", MatcherOptions(40), check_pairs())
+    assert not verdict.passed
+
+
+@pytest.mark.parametrize(("top_k", "precision"), [(40, "fp16"), (None, "fp32")])
+def test_tensorrt_for_rtx_builds_the_matcher(top_k, precision, tmp_path):
+    trt = pytest.importorskip("tensorrt_rtx")
+    path = tmp_path / "matcher.onnx"
+    export_matcher(small_matcher().set_precision(precision), path, MatcherOptions(top_k))
+    builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
+    network = builder.create_network(0)  # strongly typed, as all of this library's networks
+    parser = trt.OnnxParser(network, builder.logger)
+    assert parser.parse_from_file(str(path)), [str(parser.get_error(0))]
+    config = builder.create_builder_config()
+    if top_k is None:
+        config.add_optimization_profile(profile_of(builder, network))
+    assert builder.build_serialized_network(network, config) is not None
+
+
+def profile_of(builder, network):
+    """One to two pairs of 1 to 90 keypoints."""
+    profile = builder.create_optimization_profile()
+    for tensor in (network.get_input(index) for index in range(network.num_inputs)):
+        name, fixed = tensor.name, tuple(side for side in tensor.shape if side != -1)
+        counts = ((), (), ()) if name.startswith("size") else ((1,), (40,), (90,))
+        shapes = zip((1, 1, 2), counts, strict=True)
+        profile.set_shape(name, *((batch, *count, *fixed) for batch, count in shapes))
+    return profile
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_what_the_fused_pair_runs_on_a_gpu_gives_the_matches_of_pytorch(together):
+    """Its parts on the CPU, with the kernels' plain twins; some rows are fill-ins."""
+    torch.manual_seed(0)
+    model = ALIKED("aliked-t16", top_k=400).eval()
+    matcher = small_matcher(descriptor_dim=64, filter_threshold=0.0)
+    scene = texture(90, 100, 1)
+    images = [scene[:64, :80].copy(), scene[8:72, 4:84].copy()]
+    extract = functools.partial(
+        pipeline.extract,
+        weights=pack_weights(model.fold_batch_norm(), torch.float32, torch.device("cpu")),
+        selection=pipeline.Selection(model.top_k, model.scores_th, model.n_limit),
+        ops=reference,
+    )
+    batches = torch.from_numpy(np.stack(images))
+    sizes = [torch.tensor([[80.0, 64.0]])] * 2
+    with torch.no_grad():
+        found = fused_pair.find(extract, [batches] if together else batches.split(1))
+        matched = fused_pair.match(matcher, found, sizes, masked=True)
+        packed = fused_pair.pack(found, matched).numpy()
+    rows = fused_pair.unpack(packed, (400, 400))
+    assert rows.has_fill_ins
+    features = [model.extract(image) for image in images]
+    expected = matcher.match(*features, (80, 64), (80, 64))
+    found = in_terms_of(
+        (features[0].keypoints, features[1].keypoints),
+        (rows.keypoints0, rows.keypoints1),
+        matches_of_rows(rows.partners, rows.match_scores),
+    )
+    verdict = judge_matches({"pair": compare_matches(expected, found)}, PAIR_FP32)
+    assert verdict.passed, verdict.text
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_fused_pair_gives_the_matches_of_pytorch(weights_dir):
+    spec = Spec("aliked-n16rot", top_k=1000, device="cuda", weights=weights_dir)
+    pair = fused_pair.FusedPair(spec, weights_dir, compile_mode=None)
+    model = ALIKED.from_pretrained("aliked-n16rot", 1000, weights=weights_dir, device="cuda")
+    matcher = LightGlue.from_pretrained(weights_dir, device="cuda")
+    (_, first), (_, second) = itertools.islice(
+        map(load_image, list_images("assets/sequence_640x480")), 2
+    )
+    for images in ((first, second), (first, second[:400, :600].copy()), (first, first // 16)):
+        features = [model.extract(image) for image in images]
+        expected = matcher.match(*features, *(image.shape[1::-1] for image in images))
+        found = pair(*images)
+        ours = in_terms_of(
+            (features[0].keypoints, features[1].keypoints),
+            (found.keypoints0, found.keypoints1),
+            found.matches,
+        )
+        verdict = judge_matches({"pair": compare_matches(expected, ours)}, PAIR_FP32)
+        assert verdict.passed, verdict.text
+
+
+def some_matches(*pairs, score=0.5):
+    return Matches(np.array(pairs, np.int64).reshape(-1, 2), np.full(len(pairs), score, np.float32))
+
+
+def test_parity_counts_what_is_kept_lost_and_gained():
+    parity = compare_matches(some_matches((0, 0), (1, 1), (2, 2)), some_matches((0, 0), (1, 2)))
+    assert (parity.common, parity.lost, parity.gained) == (1, 2, 1)
+
+
+def test_matches_of_keypoints_found_elsewhere_are_lost():
+    here = np.array([[10.0, 10], [20, 20], [30, 30]])
+    there = here[[1, 0, 2]] + [[0.1, 0], [0, 0.1], [5, 0]]
+    found = in_terms_of((here, here), (there, here), some_matches((0, 1), (1, 0), (2, 2)))
+    assert found.indices.tolist() == [[1, 1], [0, 0], [-1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [
+        (some_matches(), "4 matches lost"),
+        (some_matches(*((i, i) for i in range(7))), "3 matches gained"),
+        (some_matches(*((i, i) for i in range(4)), score=0.6), "max score difference"),
+        (some_matches(*((i, i) for i in range(4)), score=np.nan), "NaN"),
+    ],
+)
+def test_another_matcher_is_told_apart(other, reason):
+    reference = some_matches(*((i, i) for i in range(4)))
+    verdict = judge_matches({"pair": compare_matches(reference, other)}, MATCH_FP32)
+    assert any(reason in found for found in verdict.reasons)
+
+
+def test_a_check_without_any_match_proves_nothing():
+    nothing = compare_matches(some_matches(), some_matches())
+    assert not judge_matches({"pair": nothing}, MATCH_FP32).passed

@@ -1,0 +1,162 @@
+"""Finding the official weights: the order of the places, the checksum, the sentences."""
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from aliked import weights
+from aliked.configs import CONFIGS, OFFICIAL
+from aliked.download import RemoteFile
+from aliked.errors import InputError
+from aliked.model import ALIKED
+from aliked.weights import find_weights, load_state_dict
+from tests.helpers.file_server import FileServer
+
+NOBODY = "http://127.0.0.1:9"  # the discard port: no server listens there
+
+
+@pytest.fixture
+def contents(monkeypatch: pytest.MonkeyPatch, cache: Path) -> dict[str, bytes]:
+    """Stand-ins for the official files, in a table of their own; nobody serves them."""
+    contents = {name: f"the weights of {name}".encode() for name in OFFICIAL}
+    files = tuple(
+        RemoteFile(f"{name}.pth", len(data), hashlib.sha256(data).hexdigest())
+        for name, data in contents.items()
+    )
+    table = replace(weights.WEIGHTS, base_url=NOBODY, files=files)
+    monkeypatch.setattr(weights, "WEIGHTS", table)
+    return contents
+
+
+def put(folder: Path, name: str, data: bytes) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.pth"
+    path.write_bytes(data)
+    return path
+
+
+def test_path_comes_before_environment_before_cache(
+    contents: dict[str, bytes], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, data = "aliked-n16", contents["aliked-n16"]
+    in_cache = put(cache, name, data)
+    assert find_weights(name) == in_cache
+    in_environment = put(tmp_path / "environment", name, data)
+    monkeypatch.setenv("ALIKED_WEIGHTS_DIR", str(in_environment.parent))
+    assert find_weights(name) == in_environment
+    given = put(tmp_path / "given", name, data).rename(tmp_path / "given" / "renamed.pth")
+    assert find_weights(name, given) == given
+
+
+def test_path_may_be_a_folder(contents: dict[str, bytes], tmp_path: Path) -> None:
+    path = put(tmp_path / "given", "aliked-n32", contents["aliked-n32"])
+    assert find_weights("aliked-n32", path.parent) == path
+
+
+def test_environment_folder_without_the_file_is_passed_over(
+    contents: dict[str, bytes], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_cache = put(cache, "aliked-n16", contents["aliked-n16"])
+    monkeypatch.setenv("ALIKED_WEIGHTS_DIR", str(tmp_path))
+    assert find_weights("aliked-n16") == in_cache
+
+
+def test_missing_weights_are_downloaded_into_the_cache_once(
+    contents: dict[str, bytes], cache: Path, server: FileServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "WEIGHTS", replace(weights.WEIGHTS, base_url=server.url))
+    server.files["/models/aliked-t16.pth"] = contents["aliked-t16"]
+    for _ in range(2):
+        assert find_weights("aliked-t16") == cache / "aliked-t16.pth"
+    assert (cache / "aliked-t16.pth").read_bytes() == contents["aliked-t16"]
+    assert len(server.requests) == 1
+
+
+def test_without_network_the_sentence_names_file_url_and_folder(
+    contents: dict[str, bytes], cache: Path
+) -> None:
+    with pytest.raises(InputError) as error:
+        find_weights("aliked-n16")
+    for part in ("aliked-n16.pth", f"{NOBODY}/models/aliked-n16.pth", str(cache)):
+        assert part in str(error.value)
+
+
+def test_weights_of_another_variant_are_recognised(
+    contents: dict[str, bytes], tmp_path: Path
+) -> None:
+    path = put(tmp_path, "aliked-n16", contents["aliked-n16rot"])
+    with pytest.raises(InputError, match="is the official aliked-n16rot file") as error:
+        find_weights("aliked-n16", path)
+    assert "pass --model aliked-n16rot" in str(error.value)
+
+
+@pytest.mark.parametrize("place", ["given", "environment", "cache"])
+def test_corrupt_weights_are_refused_wherever_they_lie(
+    contents: dict[str, bytes],
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+) -> None:
+    folder = cache if place == "cache" else tmp_path / place
+    path = put(folder, "aliked-n16", contents["aliked-n16"][:-1])
+    if place == "environment":
+        monkeypatch.setenv("ALIKED_WEIGHTS_DIR", str(folder))
+    with pytest.raises(InputError, match="corrupt or not official") as error:
+        find_weights("aliked-n16", path if place == "given" else None)
+    assert str(path) in str(error.value)
+    assert f"download_data.py weights --model aliked-n16 --output {folder}" in str(error.value)
+
+
+def test_a_path_that_does_not_exist_is_not_replaced_by_a_download(
+    contents: dict[str, bytes], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=r"nowhere\.pth \(No such file or directory\)"):
+        find_weights("aliked-n16", tmp_path / "nowhere.pth")
+
+
+def test_unknown_model_is_refused() -> None:
+    with pytest.raises(InputError, match="unknown model 'aliked-n17'"):
+        find_weights("aliked-n17")
+
+
+def test_shipped_weights_load_without_network_or_cache(cache: Path) -> None:
+    ALIKED.from_pretrained("aliked-t16-homography")
+    assert not cache.exists()
+
+
+def test_another_training_of_a_shipped_model_can_be_given(cache: Path, tmp_path: Path) -> None:
+    path = tmp_path / "mine.pth"
+    torch.save(ALIKED("aliked-t16-homography").state_dict(), path)
+    assert find_weights("aliked-t16-homography", path) == path
+    ALIKED.from_pretrained("aliked-t16-homography", weights=path)
+
+
+def test_official_weights_do_not_pass_for_shipped_ones(
+    contents: dict[str, bytes], tmp_path: Path
+) -> None:
+    path = put(tmp_path, "aliked-t16-homography", contents["aliked-t16"])
+    with pytest.raises(InputError, match="is the official aliked-t16 file"):
+        find_weights("aliked-t16-homography", path)
+
+
+@pytest.mark.parametrize("data", [b"", b"no weights", "another model"])
+def test_a_file_without_the_models_weights_is_refused(tmp_path: Path, data: bytes | str) -> None:
+    path = tmp_path / "mine.pth"
+    if data == "another model":
+        torch.save(ALIKED("aliked-n16").state_dict(), path)
+    else:
+        path.write_bytes(data)
+    with pytest.raises(InputError, match=r"mine\.pth"):
+        ALIKED.from_pretrained("aliked-t16-homography", weights=path)
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_official_weights_load(weights_dir: Path, name: str) -> None:
+    state = load_state_dict(name, weights_dir)
+    positions, dim = CONFIGS[name].num_positions, CONFIGS[name].dim
+    assert state["desc_head.agg_weights"].shape == (positions, dim, dim)
+    assert all(value.device.type == "cpu" for value in state.values())

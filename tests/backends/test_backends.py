@@ -1,0 +1,327 @@
+"""Every backend gives the model's answer, or says why it cannot run."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from aliked.backends import BACKENDS, Spec, aotinductor, create_extractor, get_backend
+from aliked.errors import InputError
+from aliked.export.build import build_model_file
+from aliked.features import drop_fill_ins
+from aliked.parity import FP16, FP32, compare_features, judge
+from tests.helpers.small_models import write_small_model
+
+ROOT = Path(__file__).resolve().parents[2]
+SPEC = Spec(model="aliked-t16", top_k=100, device="cpu")
+# Of the best 100 keypoints of a small image, some are chosen over others by a hair.
+HALF = replace(FP16, min_fraction=0.95)
+NAMES = ("keypoints", "descriptors", "scores")
+
+
+@pytest.fixture(scope="module")
+def photographs() -> np.ndarray:
+    """Two pieces of a photograph, uint8 [2, 96, 128, 3]."""
+    path = ROOT / "assets" / "sequence_640x480" / "000000.jpg"
+    image = cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
+    return np.stack([image[200:296, 100:228], image[150:246, 300:428]])
+
+
+@pytest.fixture(scope="module")
+def reference(photographs, weights_dir):
+    """The eager model's features of both."""
+    extractor = create_extractor("pytorch", replace(SPEC, weights=weights_dir))
+    return [extractor(image) for image in photographs]
+
+
+def to_host(values) -> np.ndarray:
+    """What `infer` returns, in host memory."""
+    return np.asarray(values.cpu() if hasattr(values, "cpu") else values.numpy())
+
+
+def check_extractor(extractor, photographs, reference, tolerance=FP32) -> None:
+    """Alone and in a batch, end to end and on the device, the features are the reference's."""
+    outputs = extractor.infer(extractor.to_device(photographs))
+    extractor.synchronize()
+    rows = [to_host(outputs[name]) for name in NAMES]
+    assert [values.shape[:2] for values in rows] == [(2, 100)] * 3
+    found = {
+        "on the device": [drop_fill_ins(*image) for image in zip(*rows, strict=True)],
+        "alone": [extractor(image) for image in photographs],
+        "batch": extractor.extract_batch(photographs),
+    }
+    verdict = judge(
+        {
+            f"{how} {i}": compare_features(expected, features)
+            for how, both in found.items()
+            for i, (expected, features) in enumerate(zip(reference, both, strict=True))
+        },
+        tolerance,
+    )
+    assert verdict.passed, verdict.text
+
+
+def test_every_backend_says_whether_it_can_run():
+    for name in BACKENDS:
+        reason = BACKENDS[name].unavailable()
+        assert reason is None or reason.strip(), name
+
+
+def test_a_backend_that_cannot_run_is_refused_with_its_reason(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match=r"pytorch-cudagraph cannot run here: .*CUDA"):
+        create_extractor("pytorch-cudagraph", SPEC)
+
+
+def test_onnxruntime_refuses_cuda_where_its_provider_is_missing(tmp_path):
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this ONNX Runtime has the CUDA provider")
+    model = write_small_model(tmp_path / "model.onnx")
+    with pytest.raises(InputError, match="no CUDAExecutionProvider"):
+        create_extractor("onnxruntime-cuda", Spec("aliked-t16", model_path=model, top_k=20))
+    with pytest.raises(InputError, match="device cuda was asked for"):
+        create_extractor(
+            "onnxruntime", Spec("aliked-t16", model_path=model, top_k=20, device="cuda")
+        )
+
+
+def test_onnxruntime_loads_cuda_before_its_provider_and_not_for_the_cpu(tmp_path, monkeypatch):
+    """The libraries of pip packages are on no loader's path: somebody has to load them."""
+    import onnxruntime
+
+    from aliked.backends.onnxruntime import CPU, CUDA, open_session
+
+    class Session:
+        def __init__(self, path, settings, providers):
+            steps.append(providers[0][0])
+
+        def get_providers(self):
+            return steps[-1:]
+
+    def preload() -> None:
+        print("Failed to load libcudnn.so.9")
+        steps.append("libraries")
+
+    steps, model = [], write_small_model(tmp_path / "model.onnx")
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    monkeypatch.setattr(onnxruntime, "preload_dlls", preload, raising=False)
+    open_session(model, CPU, {})
+    open_session(model, CUDA, {})
+    assert steps == [CPU, "libraries", CUDA]
+
+
+@pytest.mark.parametrize(
+    ("library", "package", "runs"),
+    [(None, False, False), ("libnvinfer.so.10", False, True), (None, True, True)],
+)
+def test_a_provider_without_tensorrt_itself_cannot_run(library, package, runs, monkeypatch):
+    import onnxruntime
+
+    from aliked.backends import onnxruntime as backend
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [backend.TENSORRT])
+    monkeypatch.setattr(backend.ctypes.util, "find_library", lambda name: library)
+    monkeypatch.setattr(backend, "tensorrt_from_pip", lambda: package)
+    reason = BACKENDS["onnxruntime-tensorrt"].unavailable()
+    assert reason is None if runs else "libraries are not installed" in reason
+
+
+def test_onnxruntime_tells_which_provider_runs_what(tmp_path):
+    model = write_small_model(tmp_path / "model.onnx")
+    extractor = create_extractor("onnxruntime-cpu", Spec("aliked-t16", model_path=model, top_k=20))
+    if not hasattr(extractor.session, "get_provider_graph_assignment_info"):
+        pytest.skip("this ONNX Runtime does not tell")
+    assert extractor.placement()["CPUExecutionProvider"]["TopK"] == 1
+
+
+def test_the_eager_model_takes_batches(photographs, reference, weights_dir):
+    extractor = create_extractor("pytorch", replace(SPEC, weights=weights_dir))
+    check_extractor(extractor, photographs, reference)
+
+
+def test_an_exported_file_is_the_model(photographs, reference, weights_dir, tmp_path):
+    spec = replace(SPEC, weights=weights_dir)
+    spec = replace(spec, model_path=tmp_path / "model.onnx")
+    build_model_file(spec, photographs.shape[:3], spec.model_path)
+    extractor = create_extractor("onnxruntime-cpu", spec)
+    check_extractor(extractor, photographs, reference)
+
+
+def test_mixed_precision_is_not_called_float32(weights_dir):
+    with pytest.raises(InputError, match="pass --precision fp16"):
+        create_extractor("pytorch-amp", replace(SPEC, weights=weights_dir))
+
+
+def test_mixed_precision_finds_the_same_keypoints(photographs, reference, weights_dir):
+    spec = replace(SPEC, weights=weights_dir, precision="fp16")
+    extractor = create_extractor("pytorch-amp", spec)
+    # The choice of what is half precision is PyTorch's here, and costs descriptors up to 1e-3.
+    check_extractor(extractor, photographs, reference, replace(HALF, mean_cosine=0.998))
+
+
+def test_a_compile_mode_that_does_not_exist_is_refused(weights_dir):
+    with pytest.raises(InputError, match="unknown compile mode 'fastest'"):
+        create_extractor("pytorch-compile", replace(SPEC, compile_mode="fastest"))
+
+
+def test_a_missing_package_is_named(tmp_path):
+    spec = replace(SPEC, model_path=tmp_path / "model.pt2")
+    with pytest.raises(InputError, match=r"no file .*model.pt2"):
+        create_extractor("aotinductor", spec)
+
+
+def test_a_package_is_the_model_and_takes_only_its_size(
+    photographs, reference, weights_dir, tmp_path
+):
+    reason = get_backend("aotinductor").unavailable()
+    if reason:
+        pytest.skip(reason)
+    spec = replace(SPEC, weights=weights_dir, model_path=tmp_path / "model.pt2")
+    build_model_file(spec, (1, *photographs.shape[1:3]), spec.model_path)
+    extractor = create_extractor("aotinductor", spec)
+    for image, expected in zip(photographs, reference, strict=True):
+        verdict = judge({"image": compare_features(expected, extractor(image))}, FP32)
+        assert verdict.passed, verdict.text
+    contiguous = extractor.to_device(photographs[:1]).contiguous()
+    again = extractor.infer(contiguous)["keypoints"]  # a package does not check its strides
+    assert torch.equal(again, extractor.infer(extractor.to_device(photographs[:1]))["keypoints"])
+    with pytest.raises(InputError, match="compiled for"):
+        extractor(photographs[0][:90])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("name", ["pytorch", "pytorch-compile", "pytorch-cudagraph", "aotinductor"])
+def test_on_a_gpu_it_is_the_model_too(
+    name, precision, photographs, reference, weights_dir, tmp_path
+):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    spec = replace(SPEC, weights=weights_dir, precision=precision, device="cuda")
+    if get_backend(name).suffix:
+        spec = replace(spec, model_path=tmp_path / "model.pt2")
+        build_model_file(spec, photographs.shape[:3], spec.model_path)
+        found = create_extractor(name, spec).extract_batch(photographs)
+        pairs = enumerate(zip(reference, found, strict=True))
+        parities = {str(i): compare_features(*pair) for i, pair in pairs}
+        assert judge(parities, FP32 if precision == "fp32" else HALF).passed
+        return
+    extractor = create_extractor(name, spec)
+    check_extractor(extractor, photographs, reference, FP32 if precision == "fp32" else HALF)
+
+
+LOADED_AFRESH = """
+import sys
+from pathlib import Path
+import numpy as np
+from aliked.backends import Spec, create_extractor
+path, device, height, width = sys.argv[1:]
+spec = Spec("aliked-t16", top_k=200, device=device, model_path=Path(path))
+features = create_extractor("aotinductor", spec)(np.zeros((int(height), int(width), 3), np.uint8))
+assert features.descriptors.shape[1] == 64
+"""
+
+
+STATIC_COMPILER = """#!/bin/sh
+case " $* " in *" -shared "*) exec {compiler} -static-libstdc++ "$@" ;; esac
+exec {compiler} "$@"
+"""
+
+PACKED = """
+import sys
+import torch
+
+class Scaled(torch.nn.Module):
+    def forward(self, x):
+        return {"scaled": torch.relu(x) * 2}
+
+program = torch.export.export(Scaled(), (torch.rand(1, 3, 8, 8),))
+metadata = {"aot_inductor.metadata": {"shape": "1,3,8,8", "device": "cpu"}}
+torch._inductor.aoti_compile_and_package(
+    program, package_path=sys.argv[1], inductor_configs=metadata
+)
+"""
+
+UNPACKED = """
+import sys
+from pathlib import Path
+import torch
+from aliked.backends.aotinductor import PackagedForward
+forward = PackagedForward(Path(sys.argv[1]), torch.device("cpu"))
+assert forward(torch.full((1, 3, 8, 8), 3.0))["scaled"].eq(6).all()
+"""
+
+
+def test_what_is_no_package_is_refused_with_the_reason(tmp_path):
+    path = tmp_path / "model.pt2"
+    spec = Spec("aliked-t16", device="cpu", model_path=path)
+    path.write_text("no archive")
+    with pytest.raises(InputError, match=r"model\.pt2 cannot be loaded .*not a ZIP archive"):
+        create_extractor("aotinductor", spec)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme.txt", "an archive, but no package")
+    with pytest.raises(InputError, match=r"model\.pt2 cannot be loaded"):
+        create_extractor("aotinductor", spec)
+
+
+def test_a_package_of_another_project_is_refused(tmp_path, monkeypatch):
+    foreign = SimpleNamespace(get_metadata=lambda: {"AOTI_DEVICE_KEY": "cpu"})
+    monkeypatch.setattr(aotinductor, "load", lambda path, device: foreign)
+    with pytest.raises(InputError, match="does not say what images it is for"):
+        aotinductor.PackagedForward(tmp_path / "model.pt2", torch.device("cpu"))
+
+
+def test_a_package_with_a_cpp_library_of_its_own_is_loaded(tmp_path):
+    """Some compilers have no other than a static libstdc++; mixed with PyTorch's it crashes."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++")
+    wrapper, path = tmp_path / "g++", tmp_path / "model.pt2"
+    wrapper.write_text(STATIC_COMPILER.format(compiler=compiler))
+    wrapper.chmod(0o755)
+    for code, cache in ((PACKED, tmp_path / "packed"), (UNPACKED, tmp_path / "unpacked")):
+        environment = os.environ | {"CXX": str(wrapper), "TORCHINDUCTOR_CACHE_DIR": str(cache)}
+        command = [sys.executable, "-c", code, str(path)]
+        subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    assert not list((tmp_path / "unpacked").rglob("*.so"))  # loading it compiled nothing
+    with zipfile.ZipFile(path) as package:
+        (library,) = (name for name in package.namelist() if name.endswith(".so"))
+        assert b"libstdc++.so" not in package.read(library)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+def test_a_process_that_has_compiled_nothing_runs_a_package(
+    device, photographs, weights_dir, tmp_path
+):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    path, (height, width) = tmp_path / "model.pt2", photographs.shape[1:3]
+    spec = Spec("aliked-t16", top_k=200, device=device, weights=weights_dir)
+    build_model_file(spec, (1, height, width), path)
+    arguments = [str(argument) for argument in (path, device, height, width)]
+    subprocess.run([sys.executable, "-c", LOADED_AFRESH, *arguments], cwd=ROOT, check=True)
+
+
+@pytest.mark.gpu
+def test_cuda_events_and_a_stopwatch_agree(photographs, weights_dir):
+    """Within the time that Python and two waits take: 0.1 ms and a fifth of the call."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    from benchmark.timing import CudaClock, unseen
+
+    extractor = create_extractor("pytorch", replace(SPEC, weights=weights_dir, device="cuda"))
+    batch, clock = extractor.to_device(photographs), CudaClock("cuda")
+    laps = [clock(lambda: extractor.infer(batch), extractor.synchronize)[0] for _ in range(50)]
+    assert unseen(laps[10:]) is None

@@ -1,0 +1,499 @@
+"""Timing, its statistics, its records and its processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from aliked.errors import InputError
+from aliked.parity import NO_TIES
+from benchmark import measure, process, runner, worker
+from benchmark.artifacts import PARTS
+from benchmark.environment import ProcessMemory
+from benchmark.measure import Batches, Job, WrongAnswer
+from benchmark.records import append_record, read_records, resume
+from benchmark.rows import Grid, ImageSet
+from benchmark.runner import merged
+from benchmark.timing import (
+    Lap,
+    Limits,
+    WarmUp,
+    has_settled,
+    instability,
+    statistics,
+    timed_runs,
+    unseen,
+    warm_up,
+    window_length,
+)
+from tests.helpers.fake_backends import FakeBackend, features_of
+from tests.helpers.timing_records import CONFIGURATION, ROW, measured, outcome
+
+ROOT = Path(__file__).resolve().parents[2]
+NOISE = np.random.default_rng(0).normal(scale=0.01, size=2000)
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """Progress that nobody sees."""
+
+
+def run_of(times):
+    """A run whose time is `times[index]`, whatever the real time."""
+    times = list(times)
+    return lambda index: Lap(times[index], times[index])
+
+
+# -- has it settled, is it stable --
+
+
+def test_steady_times_have_settled_and_are_stable():
+    times = list(1 + NOISE[:200])
+    assert has_settled(times, period=1)
+    assert instability(times, period=1) == []
+
+
+@pytest.mark.parametrize("slope", [0.01, -0.01])
+def test_times_that_still_move_have_not_settled(slope):
+    times = [1 + slope * i + NOISE[i] for i in range(40)]
+    assert not has_settled(times, period=1)
+
+
+def test_fewer_runs_than_the_window_are_not_enough():
+    assert not has_settled([1.0] * (window_length(1) - 1), period=1)
+
+
+def test_images_that_differ_in_cost_do_not_look_like_a_drift():
+    cost = [1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2, 2.4, 2.6, 2.8, 3.0, 3.2]
+    times = [cost[i % 12] * (1 + NOISE[i]) for i in range(120)]
+    assert has_settled(times, period=12)
+    assert instability(times, period=12) == []
+
+
+def test_a_drift_over_the_timed_runs_is_unstable():
+    times = [1 + 0.001 * i for i in range(200)]
+    (reason,) = instability(times, period=1)
+    assert reason.startswith("drift of +")
+
+
+def test_a_wide_spread_is_unstable():
+    times = [1.0 + (i % 2) for i in range(200)]
+    (reason,) = instability(times, period=1)
+    assert reason.startswith("spread of")
+
+
+# -- warm-up and timed runs --
+
+
+def test_the_warm_up_ends_when_times_have_settled():
+    falling = [2 - 0.03 * i for i in range(30)]
+    times = falling + list(1 + NOISE[:1000])
+    warmed = warm_up(run_of(times), Limits(warmup=1000), period=1, progress=silent)
+    assert warmed.settled
+    assert len(falling) < warmed.runs < 200
+
+
+def test_the_warm_up_ends_at_its_limit_without_pretending():
+    times = [2 - 0.01 * i for i in range(100)]
+    warmed = warm_up(run_of(times), Limits(warmup=50), period=1, progress=silent)
+    assert (warmed.runs, warmed.settled) == (50, False)
+
+
+def test_as_many_runs_are_timed_as_asked_for():
+    laps = timed_runs(run_of([1.0] * 300), Limits(repeats=250), silent)
+    assert len(laps) == 250
+
+
+def test_a_time_limit_leaves_ten_runs():
+    laps = timed_runs(run_of([1.0] * 300), Limits(repeats=250, max_seconds=1e-9), silent)
+    assert len(laps) == 10
+
+
+def test_statistics_are_of_all_runs():
+    times = [float(t) for t in range(1, 101)]
+    warmed = warm_up(run_of([1.0] * 40), Limits(), period=1, progress=silent)
+    found = statistics([Lap(t, t) for t in times], warmed, period=1)
+    assert (found["min"], found["p50"], found["max"]) == (1, 50.5, 100)
+    assert found["mean"] == pytest.approx(50.5)
+    assert found["std"] == pytest.approx(np.std(times, ddof=1))
+    assert found["p90"] == pytest.approx(np.percentile(times, 90))
+    assert found["p99"] == pytest.approx(np.percentile(times, 99))
+    assert found["samples"] == times
+
+
+def result_of(times, **changes):
+    """What a process returns that took these times."""
+    own = statistics([Lap(t, t) for t in times], WarmUp(30, True), period=1)
+    return measured(ROW, 1.0) | {"compute_ms": own, "end_to_end_ms": own} | changes
+
+
+def test_processes_that_agree_are_one_row_of_all_their_runs():
+    fast, slow = (result_of(level + 0.1 * NOISE[:100]) for level in (1.0, 1.03))
+    clock = merged([fast, slow])["compute_ms"]
+    assert clock["runs"] == len(clock["samples"]) == 200
+    assert fast["compute_ms"]["p50"] < clock["p50"] < slow["compute_ms"]["p50"]
+    assert clock["warmup"] == {"runs": 60, "settled": True}
+    assert (clock["process_medians"], clock["unstable"]) == (
+        [fast["compute_ms"]["p50"], slow["compute_ms"]["p50"]],
+        [],
+    )
+
+
+def test_processes_that_differ_are_unstable_though_each_is_steady():
+    results = [result_of(level + 0.1 * NOISE[:100]) for level in (1.0, 1.0, 1.2)]
+    assert not any(result["compute_ms"]["unstable"] for result in results)
+    assert merged(results)["end_to_end_ms"]["unstable"] == ["medians of the processes 20% apart"]
+
+
+def test_a_row_is_as_right_as_its_worst_process_and_as_large_as_its_largest():
+    good, wrong = (measured(ROW, 1.0, in_common=share) for share in (0.999, 0.9))
+    shifted = measured(ROW, 1.0, in_common=1.0)
+    shifted["parity"] |= {"passed": False}
+    assert merged([good, shifted])["parity"] == shifted["parity"]
+    large = measured(ROW, 1.0, mib=900.0) | {"problems": ["part of the model ran on the CPU"]}
+    assert merged([good, wrong])["parity"] == wrong["parity"]
+    assert not merged([good, wrong])["ranked"]
+    assert merged([good, large])["memory"]["process_mib"] == 900.0
+    assert not merged([good, large])["ranked"]
+
+
+def test_throughput_and_start_are_of_all_processes():
+    first, second = measured(ROW, 2.0), measured(ROW, 4.0) | {"load_s": 1.5, "first_run_s": 2.5}
+    for result, ms in ((first, 2.0), (second, 4.0)):
+        result["compute_ms"] = statistics([Lap(ms, ms)] * 10, WarmUp(30, ms > 3), period=1)
+        result["images_per_second"] = {"compute": 1000 / ms, "end_to_end": 1.0}
+    both = merged([first, second])
+    assert both["images_per_second"]["compute"] == pytest.approx(1000 / 3)
+    assert (both["load_s"], both["first_run_s"]) == (1.0, 2.0)
+    assert both["compute_ms"]["warmup"] == {"runs": 60, "settled": False}
+
+
+def test_each_image_and_each_range_of_the_clocks_is_of_all_processes():
+    def result(ms, lowest):
+        image = {"image": "a.png", "compute_ms": ms, "end_to_end_ms": None, "keypoints": 7}
+        seen = {"sm_mhz": [lowest, 1980], "temperature_c": None, "held_down_by": ["power"]}
+        return measured(ROW, ms) | {"per_image": [image], "clocks_seen": seen}
+
+    both = merged([result(1.0, 1700), result(3.0, 1500)])
+    assert both["per_image"] == [
+        {"image": "a.png", "compute_ms": 2.0, "end_to_end_ms": None, "keypoints": 7}
+    ]
+    assert both["clocks_seen"] == {
+        "sm_mhz": [1500, 1980],
+        "temperature_c": None,
+        "held_down_by": ["power"],
+    }
+
+
+def test_work_that_the_clock_did_not_see_is_noticed():
+    assert "outside their stream" in unseen([Lap(0.1, 3.0)] * 10)
+    assert unseen([Lap(3.0, 3.05)] * 10) is None
+
+
+# -- what is run --
+
+
+@pytest.mark.parametrize(("images", "size", "count"), [(3, 1, 3), (3, 2, 3), (4, 8, 1), (12, 8, 3)])
+def test_batches_take_all_images_in_turn(images, size, count):
+    batches = Batches([np.full((5, 6, 3), i, np.uint8) for i in range(images)], size)
+    assert batches.count == count
+    runs = [batches[index] for index in range(2 * count)]
+    assert all(batch.shape == (size, 5, 6, 3) for batch in runs)
+    order = [int(image[0, 0, 0]) for batch in runs for image in batch]
+    assert order == [i % images for i in range(len(order))]
+
+
+def grid(**changes) -> Grid:
+    """A small grid."""
+    defaults = {
+        "backends": ["pytorch", "onnxruntime-cpu", "tensorrt"],
+        "models": ["aliked-t16", "aliked-n16"],
+        "top_ks": [500, 1000],
+        "precisions": ["fp32", "fp16"],
+        "batches": [1],
+    }
+    return Grid(**(defaults | changes))
+
+
+IMAGES = ImageSet("photos", (Path("a.png"),), 64, 48, "ab" * 32)
+
+
+def test_every_combination_is_a_row_in_an_order_that_the_seed_decides():
+    rows = grid().rows([IMAGES], "cuda:0", seed=1)
+    assert len(rows) == len(set(rows)) == 24
+    assert rows == grid().rows([IMAGES], "cuda:0", seed=1)
+    assert rows != grid().rows([IMAGES], "cuda:0", seed=2)
+    assert set(rows) == set(grid().rows([IMAGES], "cuda:0", seed=2))
+
+
+def test_a_name_that_says_where_it_runs_decides_the_device():
+    on_gpu = {row.backend: row.device for row in grid().rows([IMAGES], "cuda:0", seed=0)}
+    assert on_gpu == {"pytorch": "cuda", "onnxruntime-cpu": "cpu", "tensorrt": "cuda"}
+    on_cpu = {row.backend: row.device for row in grid().rows([IMAGES], "cpu", seed=0)}
+    assert on_cpu == {"pytorch": "cpu", "onnxruntime-cpu": "cpu", "tensorrt": "cuda"}
+
+
+# -- one row, in this process --
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    """Makes a job for a fake backend, with the reference that it should agree with."""
+
+    def make(batch: int = 1, precision: str = "fp32", **options) -> Job:
+        backend = FakeBackend(**options)
+        monkeypatch.setattr(measure, "create_extractor", lambda name, spec: backend.create(spec))
+        random = np.random.default_rng(0)
+        shape = (ROW.height, ROW.width, 3)
+        images = {f"{i}.png": random.integers(0, 256, shape, np.uint8) for i in range(3)}
+        arrays = {
+            f"{name}/{part}": getattr(features_of(image, ROW.top_k), part)
+            for name, image in images.items()
+            for part in PARTS
+        } | {f"{name}/ties": NO_TIES for name in images}
+        np.savez(tmp_path / "reference.npz", **arrays)
+        row = replace(ROW, batch=batch, precision=precision)
+        limits = Limits(repeats=12, warmup=5, max_seconds=5)
+        spec = row.spec("cpu", None, None)
+        return Job(row, spec, images, tmp_path / "reference.npz", limits)
+
+    return make
+
+
+def test_a_row_has_both_clocks_memory_and_parity(job):
+    result = measure.measure(job(), silent)
+    assert result["compute_ms"]["runs"] == result["end_to_end_ms"]["runs"] == 12
+    assert 0 < result["compute_ms"]["min"] <= result["compute_ms"]["p50"]
+    assert result["memory"]["process_mib"] > 10  # Python and NumPy alone take that
+    assert result["parity"]["passed"] and result["parity"]["keypoints_in_common"] == 1
+    assert result["ranked"]
+    assert [entry["keypoints"] for entry in result["per_image"]] == [ROW.top_k] * 3
+    assert all(entry["compute_ms"] > 0 for entry in result["per_image"])
+
+
+def test_the_throughput_of_a_batch_counts_its_images(job):
+    result = measure.measure(job(batch=2), silent)
+    mean = result["compute_ms"]["mean"]
+    assert result["images_per_second"]["compute"] == pytest.approx(2000 / mean)
+    assert result["parity"]["compared"] == 2 * 2 * 3  # both clocks, three batches of two
+
+
+def test_a_wrong_answer_is_measured_but_not_ranked(job):
+    result = measure.measure(job(shift_px=0.01), silent)
+    assert not result["parity"]["passed"] and not result["ranked"]
+    assert "max |dxy|" in result["parity"]["reasons"][0]
+
+
+def test_each_precision_has_its_tolerance(job):
+    assert measure.measure(job(shift_px=0.01, precision="fp16"), silent)["ranked"]
+
+
+def test_another_number_of_keypoints_is_another_measurement(job):
+    with pytest.raises(WrongAnswer, match="1000 keypoints was asked for"):
+        measure.measure(job(keypoints=2000), silent)
+
+
+def test_a_gpu_row_that_runs_on_the_cpu_is_found_out(job):
+    wanted = job(device="cpu")
+    on_gpu = replace(wanted, row=replace(wanted.row, device="cuda"))
+    with pytest.raises(WrongAnswer, match="runs on cpu"):
+        measure.measure(on_gpu, silent)
+
+
+# -- processes --
+
+
+def test_what_a_task_returns_comes_back():
+    facts = process.run_task({"task": "describe", "device": "cpu", "backends": ["pytorch"]})
+    assert facts["device"] == "cpu"
+    assert facts["unavailable"] == {"pytorch": None}
+    assert facts["versions"]["torch"]
+
+
+def test_bad_input_in_a_task_is_expected():
+    with pytest.raises(process.TaskFailed, match="unknown device") as caught:
+        process.run_task({"task": "describe", "device": "toaster", "backends": []})
+    assert caught.value.expected
+
+
+LOADED = """
+import ctypes, importlib, os, sys, threading
+from benchmark import process
+for name in [*process.IMPORTED, *process.IMPORTED_FOR_A_GPU]:
+    importlib.import_module(name)
+import torch
+assert threading.active_count() == 1 and not torch.cuda.is_initialized()
+children = f"/proc/self/task/{os.getpid()}/children"
+from aliked import gpu
+if gpu.driver():
+    status = ctypes.CDLL("libcuda.so.1").cuDeviceGetCount(ctypes.byref(ctypes.c_int()))
+    assert status == 3, "not CUDA_ERROR_NOT_INITIALIZED: the driver is in use"
+assert not os.path.exists(children) or open(children).read() == "", "a process was started"
+"""
+
+
+def test_what_workers_find_imported_has_started_nothing():
+    """A fork has none of its parent's threads, and cannot use CUDA where its parent has."""
+    subprocess.run([sys.executable, "-c", LOADED], cwd=ROOT, check=True)
+
+
+def test_only_workers_for_a_gpu_find_imported_what_runs_there(monkeypatch):
+    monkeypatch.setattr(process.gpu, "driver", lambda: None)
+    assert process.imported_once("auto") == list(process.IMPORTED)
+    monkeypatch.setattr(process.gpu, "driver", object)
+    assert process.imported_once("cpu") == list(process.IMPORTED)
+    assert "aliked.model" in process.imported_once("cuda:0")
+
+
+def dying(task, connection):
+    threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+    os.write(2, b"illegal memory access\n")
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def working(task, connection):
+    connection.send({"progress": ["timing", 3, 9]})
+    connection.send({"result": task["task"]})
+
+
+def test_a_process_that_dies_says_how():
+    pattern = r"SIGSEGV.*last words: illegal memory access; it was in File .* in dying"
+    with pytest.raises(process.TaskFailed, match=pattern) as caught:
+        process.run_task({"task": "measure"}, main=dying)
+    assert not caught.value.expected
+
+
+def test_progress_is_passed_on():
+    seen = []
+    result = process.run_task({"task": "row"}, lambda *stage: seen.append(stage), main=working)
+    assert (result, seen) == ("row", [("timing", 3, 9)])
+
+
+def test_what_was_compiled_once_is_not_compiled_again(tmp_path, monkeypatch):
+    """Nor does what failed count as compiled."""
+    asked = []
+
+    def run_here(tasks, jobs, done, cache):
+        asked.append([task["row"]["backend"] for task in tasks])
+        for task in tasks:
+            if task["row"]["backend"] == "pytorch-compile":  # the other fails
+                worker.fill_cache(task, None)
+
+    paths = tuple(sorted((ROOT / "assets" / "sequence_640x480").glob("*.jpg"))[:1])
+    images = {ROW.image_set: ImageSet(ROW.image_set, paths, 640, 480, "")}
+    session = runner.Session("cpu", {}, {}, {}, images, Limits(), compiler_cache=tmp_path)
+    row = replace(ROW, model="aliked-t16-homography", top_k=20)
+    rows = [replace(row, backend=name) for name in ("pytorch", "pytorch-compile", "fused")]
+    monkeypatch.setattr(worker, "create_extractor", lambda _, spec: FakeBackend().create(spec))
+    monkeypatch.setattr(runner, "run_tasks", run_here)
+    for _ in range(2):
+        runner.fill_compiler_cache(session, rows, jobs=1)
+    assert asked == [["pytorch-compile", "fused"], ["fused"]]
+    runner.fill_compiler_cache(replace(session, versions={"torch": "3.0"}), rows, jobs=1)
+    assert asked[-1] == ["pytorch-compile", "fused"]
+
+
+# -- memory of a process --
+
+
+class FakeGpu:
+    """A GPU whose processes change from one look to the next."""
+
+    def __init__(self, *processes: dict, in_use: tuple[int, ...] = (1000, 1700)):
+        self.processes, self.in_use = list(processes), list(in_use)
+
+    def memory_by_process(self) -> dict:
+        """The next state."""
+        return self.processes.pop(0)
+
+    def memory_in_use(self) -> int:
+        """The next state."""
+        return self.in_use.pop(0)
+
+
+def test_memory_is_that_of_this_process(monkeypatch):
+    monkeypatch.setattr("os.getpid", lambda: 42)
+    assert ProcessMemory(FakeGpu({7: 900}, {7: 900, 8: 300, 42: 500})).read() == (500, "process")
+
+
+def test_in_a_container_the_new_process_is_this_one(monkeypatch):
+    monkeypatch.setattr("os.getpid", lambda: 42)
+    assert ProcessMemory(FakeGpu({7: 900}, {7: 900, 31337: 500})).read() == (500, "process")
+
+
+@pytest.mark.parametrize("after", [{}, {42: None}, {8: 300, 9: 400}])
+def test_where_no_process_can_be_told_apart_the_difference_is_said_to_be_one(monkeypatch, after):
+    monkeypatch.setattr("os.getpid", lambda: 1)
+    assert ProcessMemory(FakeGpu({}, after)).read() == (700, "difference")
+
+
+# -- records --
+
+
+@pytest.fixture
+def recorded(tmp_path) -> Path:
+    """Three rows: two measured, one failed."""
+    path = tmp_path / "records.jsonl"
+    append_record(path, measured(ROW, 3.0))
+    append_record(
+        path, outcome(replace(ROW, model="aliked-n16"), status="failed", reason="it broke")
+    )
+    append_record(path, measured(replace(ROW, model="aliked-n32"), 4.0))
+    return path
+
+
+MODELS = ("aliked-t16", "aliked-n16", "aliked-n32", "aliked-n16rot")
+ROWS = [replace(ROW, model=model) for model in MODELS]
+
+
+def test_a_resumed_run_tries_again_what_failed(recorded):
+    done = resume(recorded, ROWS, CONFIGURATION)
+    assert done == {ROWS[0], ROWS[2]}
+    assert [r["row"]["model"] for r in read_records(recorded)] == ["aliked-t16", "aliked-n32"]
+
+
+def test_a_line_that_an_interruption_cut_short_is_measured_again(recorded):
+    text = recorded.read_text()
+    recorded.write_text(text[: -len(text.splitlines()[-1]) // 2])
+    assert resume(recorded, ROWS, CONFIGURATION) == {ROWS[0]}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("limits", {"repeats": 50, "warmup": 200, "max_seconds": 10.0}),
+        ("machine", {"cpu": "Another CPU"}),
+        ("versions", {"python": "3.11.7", "torch": "2.11.0", "cuda": None}),
+        ("images", {"sequence_640x480": "00" * 32}),
+    ],
+)
+def test_records_of_another_configuration_are_refused_and_left_alone(recorded, name, value):
+    before = recorded.read_bytes()
+    with pytest.raises(InputError, match=f"another {name}"):
+        resume(recorded, ROWS, CONFIGURATION | {name: value})
+    assert recorded.read_bytes() == before
+
+
+def test_what_an_earlier_version_began_goes_on_where_the_new_options_have_their_defaults(recorded):
+    recorded.write_text(recorded.read_text().replace(', "processes": 1', ""))
+    assert resume(recorded, ROWS, CONFIGURATION) == {ROWS[0], ROWS[2]}
+
+
+def test_records_of_rows_that_are_not_asked_for_are_refused(recorded):
+    with pytest.raises(InputError, match=r"does not ask for .*aliked-n32"):
+        resume(recorded, ROWS[:2], CONFIGURATION)
+
+
+@pytest.mark.parametrize("line", ["not JSON", "{}", "[1, 2]", json.dumps({"schema": 0})])
+def test_a_line_that_is_no_record_is_named(recorded, line):
+    with open(recorded, "a") as file:
+        file.write(line + "\n")
+    with pytest.raises(InputError, match=r"line 4 of .*records.jsonl"):
+        read_records(recorded)

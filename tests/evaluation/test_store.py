@@ -1,0 +1,198 @@
+"""Features that are extracted once and kept, and the systems that they are of."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from aliked.errors import InputError
+from aliked.features import Features
+from aliked.images import load_image
+from benchmark.artifacts import Artifact
+from benchmark.process import TaskFailed
+from evaluation import systems
+from evaluation.runner import Task, make_record
+from evaluation.store import FeatureStore, Image, Resize, match
+from evaluation.systems import Baseline, Place, systems_from
+from tests.helpers.small_models import write_small_model
+from tests.helpers.textures import texture
+
+KEY = {"system": {"model": "m", "backend": "b", "precision": "fp32"}, "weights": "12"}
+FRAMES = Path(__file__).resolve().parents[2] / "assets" / "sequence_640x480"
+
+
+class Extractor:
+    """Made-up features, counted; it can give up after some images."""
+
+    def __init__(self, keypoints: int = 5, last: int | None = None):
+        self.keypoints, self.last, self.calls = keypoints, last, 0
+
+    def __call__(self, image: np.ndarray) -> Features:
+        if self.calls == self.last:
+            raise KeyboardInterrupt
+        self.calls += 1
+        random = np.random.default_rng(int(image.sum()))
+        shapes = (self.keypoints, 2), self.keypoints, (self.keypoints, 8)
+        return Features(*(random.random(shape, np.float32) for shape in shapes))
+
+
+def image(seed: int, resize: Resize | None = None) -> Image:
+    """A texture."""
+    return Image(f"{seed}.png", lambda: texture(32, 48, seed), resize)
+
+
+def test_features_come_back_as_they_were(tmp_path):
+    store = FeatureStore(tmp_path, KEY, Extractor)
+    assert store.extract([image(1), image(2)]) == 2
+    expected, found = Extractor()(image(2).load()), store.read(image(2))
+    for name, values in vars(expected).items():
+        assert np.array_equal(getattr(found, name), values)
+        assert getattr(found, name).dtype == values.dtype
+
+
+def test_nothing_is_extracted_twice_and_then_no_extractor_is_opened(tmp_path):
+    FeatureStore(tmp_path, KEY, Extractor).extract([image(1), image(2)])
+
+    def refuse():
+        raise AssertionError("opened")
+
+    assert FeatureStore(tmp_path, KEY, refuse).extract([image(2), image(1)]) == 0
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        KEY | {"weights": "34"},
+        KEY | {"system": KEY["system"] | {"precision": "fp16"}},
+        KEY | {"system": KEY["system"] | {"backend": "c"}},
+    ],
+)
+def test_another_system_or_other_weights_have_features_of_their_own(tmp_path, key):
+    FeatureStore(tmp_path, KEY, Extractor).extract([image(1)])
+    assert FeatureStore(tmp_path, key, Extractor).extract([image(1)]) == 1
+
+
+def test_a_resized_image_is_another_image(tmp_path):
+    store = FeatureStore(tmp_path, KEY, Extractor)
+    assert store.extract([image(1), image(1, Resize("short", 16))]) == 2
+
+
+def test_an_interrupted_run_goes_on_where_it_was(tmp_path):
+    images = [image(seed) for seed in range(5)]
+    with pytest.raises(KeyboardInterrupt):
+        FeatureStore(tmp_path, KEY, lambda: Extractor(last=3)).extract(images)
+    assert not list(tmp_path.rglob("*.partial*"))
+    rest = Extractor()
+    assert FeatureStore(tmp_path, KEY, lambda: rest).extract(images) == 2
+    assert rest.calls == 2
+
+
+def test_an_image_without_keypoints_can_be_kept(tmp_path):
+    store = FeatureStore(tmp_path, KEY, lambda: Extractor(keypoints=0))
+    store.extract([image(1)])
+    assert len(store.read(image(1))) == 0
+    assert match(store.read(image(1)), store.read(image(1))).shape == (0, 2)
+
+
+@pytest.fixture(scope="module")
+def frames():
+    """Two frames of a shipped sequence, at half their size."""
+    paths = (FRAMES / "000000.jpg", FRAMES / "000003.jpg")
+    return [cv2.resize(load_image(path), (320, 240)) for path in paths]
+
+
+@pytest.mark.parametrize("name", ["sift", "orb"])
+def test_a_baseline_gives_the_best_k_at_unit_length(name, frames):
+    found = Baseline(name, 100)(frames[0])
+    assert len(found) == 100 and list(found.scores) == sorted(found.scores, reverse=True)
+    assert np.linalg.norm(found.descriptors, axis=1) == pytest.approx(np.ones(100), abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sift", "orb"])
+def test_a_baseline_finds_nothing_in_an_image_without_texture(name):
+    assert len(Baseline(name, 100)(np.full((64, 64, 3), 90, np.uint8))) == 0
+
+
+def test_orb_is_matched_by_its_hamming_distance(frames):
+    """The distances of our matches are those that OpenCV's own matcher finds."""
+    first, second = (Baseline("orb", 300)(frame) for frame in frames)
+    bits = [np.packbits(f.descriptors > 0, axis=1) for f in (first, second)]
+    expected = cv2.BFMatcher(cv2.NORM_HAMMING, crossCheck=True).match(*bits)
+    expected = {(m.queryIdx, m.trainIdx) for m in expected}
+    ours = {tuple(pair) for pair in match(first, second).tolist()}
+    # Where two keypoints are equally near, each matcher takes the one that it comes to first.
+    assert len(ours & expected) > 0.9 * max(len(ours), len(expected)) > 50
+    for i, j in ours:
+        nearest = cv2.norm(bits[0][i], bits[1][j], cv2.NORM_HAMMING)
+        assert nearest == min(cv2.norm(bits[0][i], other, cv2.NORM_HAMMING) for other in bits[1])
+
+
+def test_systems_are_every_runtime_with_every_model_and_each_baseline_once():
+    texts = ["pytorch", "pytorch:fp16", "sift"]
+    found = systems_from(texts, ["aliked-t16", "aliked-n32"], "cpu", 500, 0.2, 5000)
+    assert [str(system) for system in found] == [
+        "pytorch (CPU) fp32 aliked-t16",
+        "pytorch (CPU) fp32 aliked-n32",
+        "pytorch (CPU) fp16 aliked-t16",
+        "pytorch (CPU) fp16 aliked-n32",
+        "OpenCV sift",
+    ]
+
+
+def test_a_baseline_has_as_many_keypoints_as_the_others_may_have():
+    model, orb = systems_from(["pytorch", "orb"], ["aliked-t16"], "cpu", 0, 0.2, 4000)
+    assert (model.top_k, model.scores_th, model.n_limit) == (0, 0.2, 4000)
+    assert orb.top_k == 4000
+
+
+@pytest.mark.parametrize("text", ["abacus", "pytorch:fp64", "pytorch-amp:fp32", "surf"])
+def test_an_unknown_system_is_named(text):
+    with pytest.raises(InputError, match=text.partition(":")[0]):
+        systems_from([text], ["aliked-t16"], "cpu", 500, 0.2, 5000)
+
+
+PLACE = Place("cpu", {"cpu": "Some CPU"}, {"onnxruntime": "1"}, {"tensorrt": "it is not installed"})
+
+
+def test_a_runtime_that_runs_files_gets_one_for_each_image_size(tmp_path, monkeypatch, weights_dir):
+    """The files are stand-ins, since exporting takes long; the runtime is the real one."""
+    made_for = []
+
+    def make(tasks, jobs, made):
+        (task,) = tasks.values()
+        size = {name: task["row"][name] for name in ("width", "height")}
+        made_for.append(size)
+        path = write_small_model(tmp_path / f"{len(made_for)}.onnx", **size, top_k=20)
+        return dict.fromkeys(tasks, Artifact(path, 0.0))
+
+    monkeypatch.setattr(systems, "make_artifacts", make)
+    (system,) = systems_from(["onnxruntime-cpu"], ["aliked-t16"], "cpu", 20, 0.2, 5000)
+    extractor = systems.open_system(system, replace(PLACE, weights=weights_dir))
+    for height, width in ((32, 48), (40, 56), (32, 48)):
+        assert len(extractor(texture(height, width))) == 20
+    assert made_for == [{"width": 48, "height": 32}, {"width": 56, "height": 40}]
+
+
+def test_a_runtime_whose_file_cannot_be_made_says_why(monkeypatch, weights_dir):
+    failed = TaskFailed("no kernel for it")
+    monkeypatch.setattr(systems, "make_artifacts", lambda tasks, **_: dict.fromkeys(tasks, failed))
+    (system,) = systems_from(["onnxruntime-cpu"], ["aliked-t16"], "cpu", 20, 0.2, 5000)
+    extractor = systems.open_system(system, replace(PLACE, weights=weights_dir))
+    with pytest.raises(InputError, match="cannot be made: no kernel for it"):
+        extractor(texture(32, 48))
+
+
+def test_a_users_model_file_is_used_for_every_size(tmp_path):
+    path = write_small_model(tmp_path / "dynamic.onnx", top_k=20, dynamic=True)
+    (system,) = systems_from(["onnxruntime-cpu"], ["aliked-t16"], "cpu", 20, 0.2, 5000)
+    extractor = systems.open_system(system, replace(PLACE, model_path=path))
+    assert [len(extractor(texture(*size))) for size in ((32, 48), (40, 56))] == [20, 20]
+
+
+def test_a_system_that_cannot_run_here_is_a_record_that_says_why(tmp_path):
+    (system,) = systems_from(["tensorrt"], ["aliked-t16"], "cuda", 20, 0.2, 5000)
+    task = Task("homography", "data", [image(1)], rows=None, draw=None)
+    record = make_record(system, FeatureStore(tmp_path, KEY, Extractor), task, PLACE)
+    assert (record["status"], record["reason"]) == ("not run", "it is not installed")

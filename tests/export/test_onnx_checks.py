@@ -1,0 +1,521 @@
+"""Every rule of the ONNX checks on graphs made by hand: where it speaks, and where it must not."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from aliked.errors import InputError
+from aliked.export.onnx_checks import Target, check_file, check_model, graph_precision
+from tests.helpers.small_models import write_small_model
+
+ROOT = Path(__file__).resolve().parents[2]
+FLOAT, HALF, DOUBLE = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE
+INT64, UINT8 = TensorProto.INT64, TensorProto.UINT8
+
+
+def value(name, dtype=FLOAT, shape=(1, 3, 32, 64)):
+    return helper.make_tensor_value_info(name, dtype, shape)
+
+
+def weight(name, array):
+    return numpy_helper.from_array(np.asarray(array), name)
+
+
+def node(op, inputs, outputs="y", **attributes):
+    return helper.make_node(op, inputs.split(), outputs.split(), name=f"the_{op}", **attributes)
+
+
+def model(nodes, inputs, weights=(), opset=19, outputs=("y",), functions=(), imports=()):
+    results = [value(name, TensorProto.UNDEFINED, None) for name in outputs]
+    graph = helper.make_graph(nodes, "test", inputs, results, weights)
+    opsets = [helper.make_opsetid("", opset), *(helper.make_opsetid(d, 1) for d in imports)]
+    return helper.make_model(graph, opset_imports=opsets, functions=functions)
+
+
+def findings(checked, target=None):
+    """Severity and node of what was found, without what the hand-made file itself lacks."""
+    found = check_model(checked, target or Target())
+    return [(f.severity, f.node) for f in found if "not valid ONNX" not in f.reason]
+
+
+def reasons(checked, target=None):
+    return " ".join(f"{f.reason} {f.cure}" for f in check_model(checked, target or Target()))
+
+
+# GridSample
+
+
+def grid_sample(opset=19, image=FLOAT, grid=FLOAT, rank=4, **attributes):
+    size = [1, 3, *([8] * (rank - 3)), 1024]
+    inputs = [value("x", image, size), value("g", grid, [1, *([4] * (rank - 2)), rank - 2])]
+    return model([node("GridSample", "x g", **attributes)], inputs, opset=opset)
+
+
+@pytest.mark.parametrize("mode", ["linear", "cubic"])
+def test_new_mode_names_of_grid_sample_are_errors(mode):
+    checked = grid_sample(opset=20, mode=mode)
+    assert findings(checked) == [("error", "the_GridSample")]
+    assert "nearest neighbour" in reasons(checked)
+    assert "--opset_version 19" in reasons(checked)
+
+
+def test_grid_sample_of_opset_20_without_a_mode_is_linear_and_an_error():
+    assert findings(grid_sample(opset=20)) == [("error", "the_GridSample")]
+
+
+@pytest.mark.parametrize(
+    ("opset", "mode"), [(20, "nearest"), (16, "bilinear"), (19, "bicubic"), (19, "nearest")]
+)
+def test_grid_sample_modes_that_tensorrt_reads_rightly_pass(opset, mode):
+    assert findings(grid_sample(opset=opset, mode=mode)) == []
+
+
+def test_grid_sample_of_two_types_is_an_error():
+    assert findings(grid_sample(image=HALF, grid=FLOAT)) == [("error", "the_GridSample")]
+
+
+def test_half_precision_grid_is_an_error_that_names_its_step_in_pixels():
+    checked = grid_sample(image=HALF, grid=HALF)
+    assert findings(checked) == [("error", "the_GridSample")]
+    assert "0.25 pixel at width 1024" in reasons(checked)
+
+
+def test_grid_sample_of_volumes_is_an_error():
+    assert findings(grid_sample(opset=20, rank=5, mode="nearest")) == [("error", "the_GridSample")]
+
+
+# TopK
+
+
+def top_k(k, size=5000, dtype=FLOAT, axis=-1, shape=None, constant=True):
+    inputs = [value("x", dtype, shape or [1, size])]
+    weights = [weight("k", np.array([k]))] if constant else []
+    inputs += [] if constant else [value("k", INT64, [1])]
+    return model([node("TopK", "x k", "y i", axis=axis)], inputs, weights)
+
+
+def test_top_k_above_tensorrts_limit_is_an_error_and_offers_two_levels():
+    assert findings(top_k(3841)) == [("error", "the_TopK")]
+    assert "two levels" in reasons(top_k(3841))
+
+
+def test_top_k_at_the_limit_passes():
+    assert findings(top_k(3840)) == []
+
+
+def test_top_k_larger_than_its_axis_is_an_error():
+    assert findings(top_k(11, size=10)) == [("error", "the_TopK")]
+
+
+def test_k_computed_at_run_time_is_a_warning():
+    assert findings(top_k(0, constant=False)) == [("warning", "the_TopK")]
+
+
+def test_k_from_a_constant_node_is_read():
+    k = helper.make_node("Constant", [], ["k"], value=weight("v", np.array([4000])))
+    checked = model([k, node("TopK", "x k", "y i")], [value("x", FLOAT, [1, 5000])])
+    assert findings(checked) == [("error", "the_TopK")]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"dtype": TensorProto.INT8},
+        {"axis": 0, "shape": [9, 1, 1, 1, 1]},
+        {"shape": [2**12, 2**19]},
+    ],
+)
+def test_top_k_outside_its_other_limits_is_an_error(bad):
+    assert findings(top_k(5, **bad)) == [("error", "the_TopK")]
+
+
+# Reduce, data-dependent shapes, ScatterND, Pad, ...
+
+
+def test_computed_axes_of_a_reduction_are_an_error():
+    axes = value("a", INT64, [1])
+    checked = model([node("ReduceMean", "x a")], [value("x"), axes], opset=18)
+    assert findings(checked) == [("error", "the_ReduceMean")]
+
+
+@pytest.mark.parametrize("op", ["ReduceMean", "ReduceL2", "ReduceSum"])
+def test_constant_axes_of_a_reduction_pass(op):
+    weights = [weight("a", np.array([1]))]
+    assert findings(model([node(op, "x a")], [value("x")], weights, opset=18)) == []
+
+
+def test_axes_as_an_attribute_and_left_out_pass():
+    assert findings(model([node("ReduceMean", "x", axes=[1])], [value("x")], opset=17)) == []
+    assert findings(model([node("ReduceMax", "x")], [value("x")], opset=18)) == []
+
+
+@pytest.mark.parametrize("op", ["NonZero", "Unique"])
+def test_outputs_of_unknown_size_are_errors(op):
+    assert findings(model([node(op, "x")], [value("x", FLOAT, [8])])) == [("error", f"the_{op}")]
+
+
+def test_compress_and_non_maximum_suppression_are_errors():
+    compress = model([node("Compress", "x c")], [value("x"), value("c", TensorProto.BOOL, [3])])
+    boxes = [value("x", FLOAT, [1, 9, 4]), value("s", FLOAT, [1, 1, 9])]
+    suppress = model([node("NonMaxSuppression", "x s")], boxes)
+    assert findings(compress) == [("error", "the_Compress")]
+    assert findings(suppress) == [("error", "the_NonMaxSuppression")]
+
+
+def scatter(op, **attributes):
+    inputs = [value("x", FLOAT, [8]), value("u", FLOAT, [2])]
+    index = weight("i", np.array([[1], [2]]) if op == "ScatterND" else np.array([1, 2]))
+    return model([node(op, "x i u", **attributes)], inputs, [index])
+
+
+def test_scatter_nd_with_a_reduction_is_an_error():
+    assert findings(scatter("ScatterND", reduction="add")) == [("error", "the_ScatterND")]
+    assert findings(scatter("ScatterND", reduction="none")) == []
+    assert findings(scatter("ScatterND")) == []
+
+
+def test_scatter_elements_with_a_reduction_excludes_version_compatible_engines():
+    checked = scatter("ScatterElements", reduction="add")
+    assert findings(checked) == []
+    assert findings(checked, Target(version_compatible=True)) == [("error", "the_ScatterElements")]
+    assert findings(scatter("ScatterElements"), Target(version_compatible=True)) == []
+
+
+def test_unknown_pad_modes_are_errors():
+    pads = [weight("p", np.array([1, 1]))]
+    for mode in ("constant", "reflect", "edge", "wrap"):
+        assert (
+            findings(model([node("Pad", "x p", mode=mode)], [value("x", FLOAT, [8])], pads)) == []
+        )
+    checked = model([node("Pad", "x p", mode="symmetric")], [value("x", FLOAT, [8])], pads)
+    assert findings(checked) == [("error", "the_Pad")]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"antialias": 1, "mode": "linear"},
+        {"keep_aspect_ratio_policy": "not_larger"},
+        {"coordinate_transformation_mode": "half_pixel_symmetric"},
+    ],
+)
+def test_resize_beyond_tensorrts_is_an_error(bad):
+    assert findings(resize_by([1, 1, 2, 2], **bad)) == [("error", "the_Resize")]
+
+
+def resize_by(scales, **attributes):
+    weights = [weight("s", np.array(scales, np.float32)), weight("e", np.zeros(0, np.float32))]
+    return model([node("Resize", "x e s", **attributes)], [value("x")], weights)
+
+
+def test_cubic_resize_of_three_dimensions_is_an_error():
+    assert findings(resize_by([1, 2, 2, 2], mode="cubic")) == [("error", "the_Resize")]
+    assert findings(resize_by([1, 1, 2, 2], mode="cubic")) == []
+    assert findings(resize_by([1, 2, 2, 2], mode="linear")) == []
+
+
+def test_max_pool_with_indices_or_dilations_is_an_error():
+    pool = {"kernel_shape": [3, 3]}
+    indices = model([node("MaxPool", "x", "y i", **pool)], [value("x")])
+    dilated = model([node("MaxPool", "x", dilations=[2, 2], **pool)], [value("x")])
+    plain = model([node("MaxPool", "x", ceil_mode=1, **pool)], [value("x")])
+    assert findings(indices) == findings(dilated) == [("error", "the_MaxPool")]
+    assert findings(plain) == []
+
+
+def test_einsum_of_integers_or_with_capitals_is_an_error():
+    def einsum(equation, dtype):
+        inputs = [value("x", dtype, [2, 3]), value("z", dtype, [3, 4])]
+        return model([node("Einsum", "x z", equation=equation)], inputs)
+
+    assert findings(einsum("ij,jk->ik", INT64)) == [("error", "the_Einsum")]
+    assert findings(einsum("Ij,jk->Ik", FLOAT)) == [("error", "the_Einsum")]
+    assert findings(einsum("ij,jk->ik", FLOAT)) == []
+
+
+def test_uint8_is_an_error_except_where_it_is_cast_at_once():
+    inside = model([node("Transpose", "x")], [value("x", UINT8)])
+    border = model([node("Cast", "x", to=FLOAT)], [value("x", UINT8)])
+    assert findings(inside) == [("error", "the_Transpose")]
+    assert findings(border) == []
+
+
+def test_operators_of_other_domains_are_warnings():
+    checked = model([node("Magic", "x", domain="mine")], [value("x")], imports=["mine"])
+    assert findings(checked) == [("warning", "the_Magic")]
+
+
+# DeformConv
+
+
+def deform_conv(batch=1, dtype=FLOAT, offset=FLOAT, inputs="x w o", **attributes):
+    attributes = {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1], **attributes}
+    values = [value("x", dtype, [batch, 3, 8, 8]), value("o", offset, [batch, 18, 8, 8])]
+    values.append(value("m", dtype, [batch, 9, 8, 8]))
+    kind = helper.tensor_dtype_to_np_dtype(dtype)
+    weights = [weight("w", np.zeros((4, 3, 3, 3), kind)), weight("b", np.zeros(4, kind))]
+    proto = helper.make_node("DeformConv", inputs.split(" "), ["y"], name="the_DeformConv")
+    proto.attribute.extend(helper.make_attribute(k, v) for k, v in attributes.items())
+    return model([proto], values, weights)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, HALF])
+@pytest.mark.parametrize("inputs", ["x w o", "x w o b", "x w o b m"])
+def test_deform_conv_within_the_plugins_limits_passes(dtype, inputs):
+    assert findings(deform_conv(dtype=dtype, offset=dtype, inputs=inputs)) == []
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"pads": [1, 1, 0, 1]},
+        {"offset": HALF},
+        {"dtype": DOUBLE, "offset": DOUBLE},
+        {"inputs": "x w o  m"},
+        {"batch": 33},
+    ],
+)
+def test_deform_conv_outside_the_plugins_limits_is_an_error(bad):
+    assert findings(deform_conv(**bad)) == [("error", "the_DeformConv")]
+
+
+@pytest.mark.parametrize("batch", [32, 64])
+def test_deform_conv_takes_32_images_and_multiples_of_32(batch):
+    assert findings(deform_conv(batch=batch)) == []
+
+
+def test_deform_conv_of_a_dynamic_batch_depends_on_the_largest_shape():
+    checked = deform_conv(batch="B")
+    assert findings(checked) == [("warning", "the_DeformConv")]
+    assert findings(checked, Target(max_batch=32)) == []
+    assert findings(checked, Target(max_batch=40)) == [("error", "the_DeformConv")]
+
+
+def test_deform_conv_excludes_version_compatible_engines():
+    target = Target(version_compatible=True)
+    assert findings(deform_conv(), target) == [("error", "the_DeformConv")]
+
+
+# numbers that a type cannot hold
+
+
+def index_division(through=FLOAT, size=1000, middle="", last="Floor", width=64.0):
+    """TopK's indices, divided by the width as floats."""
+    kind = helper.tensor_dtype_to_np_dtype(through)
+    weights = [weight("k", np.array([5])), weight("w", np.array(width, kind))]
+    operator = "Div" if width > 1 else "Mul"
+    nodes = [
+        node("TopK", "x k", "v i"),
+        node("Cast", "i", "f", to=through),
+        node(operator, "f w", "q"),
+        node(middle, "q", "r") if middle else node("Identity", "q", "r"),
+        node(last, "r", "s", **({"to": INT64} if last == "Cast" else {})),
+        node("Identity", "s"),
+    ]
+    nodes[4].name = "the_last"
+    return model(nodes, [value("x", FLOAT, [1, size])], weights)
+
+
+def test_integer_division_in_half_precision_is_an_error():
+    checked = index_division(HALF)
+    assert ("error", "the_last") in findings(checked)
+    assert "65504" in reasons(checked)
+
+
+@pytest.mark.parametrize("through", [FLOAT, DOUBLE])
+def test_integer_division_in_floats_is_an_error_beyond_2_to_24(through):
+    assert ("error", "the_last") in findings(index_division(through, size=2**24 + 10))
+    assert ("warning", "the_last") in findings(index_division(through, size=2**24))
+    assert "these go up to 16777215" in reasons(index_division(through, size=2**24))
+
+
+@pytest.mark.parametrize("last", ["Floor", "Cast"])
+def test_integer_division_is_seen_through_either_rounding_and_the_reciprocal(last):
+    assert findings(index_division(last=last)) == [("warning", "the_last")]
+    assert findings(index_division(last=last, width=1 / 64)) == [("warning", "the_last")]
+
+
+def test_integer_division_of_integers_passes():
+    weights = [weight("k", np.array([5])), weight("w", np.array(64))]
+    nodes = [node("TopK", "x k", "v i"), node("Div", "i w")]
+    assert findings(model(nodes, [value("x", FLOAT, [1, 2**25])], weights)) == []
+
+
+def test_scaled_coordinates_that_are_not_rounded_pass():
+    assert findings(index_division(last="Neg")) == []
+    assert findings(index_division(last="Floor", middle="Sin")) == []
+
+
+def test_rounding_of_real_numbers_passes():
+    weights = [weight("w", np.array(64, np.float32))]
+    nodes = [node("Div", "x w", "q"), node("Floor", "q")]
+    assert findings(model(nodes, [value("x")], weights)) == []
+
+
+@pytest.mark.parametrize("number", [65505.0, -1e9, np.inf])
+def test_float_constants_that_become_infinite_in_half_precision_are_errors(number):
+    weights = [weight("c", np.array([1.0, number], np.float32))]
+    checked = model([node("Cast", "c", to=HALF)], [], weights)
+    assert findings(checked) == [("error", "the_Cast")]
+
+
+def test_constants_that_half_precision_holds_pass():
+    weights = [weight("c", np.array([1.0, -65504.0], np.float32))]
+    assert findings(model([node("Cast", "c", to=HALF)], [], weights)) == []
+    assert (
+        findings(model([node("Add", "x h")], [value("x", HALF)], [weight("h", np.float16(3))]))
+        == []
+    )
+
+
+def test_infinite_half_precision_constants_are_errors_wherever_they_are():
+    infinity = np.array([np.inf], np.float16)
+    stored = model([node("Add", "x h")], [value("x", HALF)], [weight("h", infinity)])
+    constant = helper.make_node(
+        "Constant", [], ["h"], name="the_Constant", value=weight("", infinity)
+    )
+    inline = model([constant, node("Add", "x h")], [value("x", HALF)])
+    assert findings(stored) == [("error", "h")]
+    assert findings(inline) == [("error", "the_Constant")]
+
+
+def test_infinite_float_constants_pass():
+    weights = [weight("c", np.array([-np.inf], np.float32))]
+    assert findings(model([node("Max", "x c")], [value("x")], weights)) == []
+
+
+@pytest.mark.parametrize(("size", "severity"), [(70000, "error"), (3000, "warning"), (2049, None)])
+def test_indices_cast_to_half_precision_are_judged_by_their_range(size, severity):
+    nodes = [node("TopK", "x k", "v i"), node("Cast", "i", to=HALF)]
+    checked = model(nodes, [value("x", FLOAT, [1, size])], [weight("k", np.array([5]))])
+    assert findings(checked) == ([(severity, "the_Cast")] if severity else [])
+
+
+def test_norms_in_half_precision_are_warnings():
+    weights = [weight("a", np.array([1]))]
+    assert findings(model([node("ReduceL2", "x a")], [value("x", HALF)], weights)) == [
+        ("warning", "the_ReduceL2")
+    ]
+
+
+def test_double_precision_is_a_warning():
+    assert findings(model([node("Cast", "x", to=DOUBLE)], [value("x")])) == [
+        ("warning", "the_Cast")
+    ]
+
+
+# whole files
+
+
+@pytest.mark.parametrize("opset", [8, 25])
+def test_opsets_that_tensorrt_does_not_read_are_errors(opset):
+    assert ("error", "(model)") in findings(model([node("Relu", "x")], [value("x")], opset=opset))
+
+
+def test_nodes_in_subgraphs_are_found_with_the_types_of_outer_tensors():
+    branch = helper.make_graph(
+        [node("GridSample", "x g", "b")], "branch", [], [value("b", FLOAT, None)]
+    )
+    other = helper.make_graph([node("Identity", "x", "c")], "other", [], [value("c", FLOAT, None)])
+    choice = node("If", "p", then_branch=branch, else_branch=other)
+    inputs = [value("p", TensorProto.BOOL, []), value("x", HALF), value("g", FLOAT, [1, 4, 4, 2])]
+    assert findings(model([choice], inputs)) == [("error", "the_If/the_GridSample")]
+
+
+def test_nodes_in_functions_are_found_with_the_types_of_the_call():
+    body = helper.make_function(
+        "mine",
+        "Sample",
+        ["a", "b"],
+        ["c"],
+        [node("GridSample", "a b", "c")],
+        [helper.make_opsetid("", 19)],
+    )
+    call = node("Sample", "x g", domain="mine")
+    inputs = [value("x", HALF), value("g", FLOAT, [1, 4, 4, 2])]
+    found = findings(model([call], inputs, functions=[body], imports=["mine"]))
+    assert [severity for severity, _ in found] == ["error"]
+    assert "GridSample" in found[0][1]
+
+
+def test_functions_of_another_opset_are_judged_by_their_own():
+    body = helper.make_function(
+        "mine",
+        "Sample",
+        ["a", "b"],
+        ["c"],
+        [node("GridSample", "a b", "c", mode="linear")],
+        [helper.make_opsetid("", 20)],
+    )
+    inputs = [value("x"), value("g", FLOAT, [1, 4, 4, 2])]
+    call = node("Sample", "x g", domain="mine")
+    found = findings(model([call], inputs, opset=19, functions=[body], imports=["mine"]))
+    assert ("error", "Sample/the_GridSample") in found
+
+
+def test_a_file_of_an_export_passes_and_stays_as_it_is(tmp_path):
+    path = write_small_model(tmp_path / "model.onnx", deform=True)
+    loaded = onnx.load(path)
+    before = loaded.SerializeToString()
+    assert check_model(loaded) == []
+    assert loaded.SerializeToString() == before
+    assert check_file(path) == []
+
+
+def test_precision_is_that_of_the_graph(tmp_path):
+    assert graph_precision(onnx.load(write_small_model(tmp_path / "a.onnx"))) == "FP32"
+    assert graph_precision(onnx.load(write_small_model(tmp_path / "b.onnx", half=True))) == "FP16"
+
+
+@pytest.mark.parametrize("data", [b"", b"not an ONNX file", b"\x08\x07"])
+def test_files_that_are_no_onnx_are_refused(tmp_path, data):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"model\.onnx"):
+        check_file(path)
+
+
+def test_truncated_and_missing_files_are_refused(tmp_path):
+    path = write_small_model(tmp_path / "model.onnx")
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(InputError, match=r"not a whole one"):
+        check_file(path)
+    with pytest.raises(InputError, match="cannot read"):
+        check_file(tmp_path / "absent.onnx")
+
+
+def test_missing_external_weights_are_named(tmp_path):
+    loaded = onnx.load(write_small_model(tmp_path / "a.onnx"))
+    for tensor in loaded.graph.initializer:
+        onnx.external_data_helper.set_external_data(tensor, "weights.bin")
+        tensor.ClearField("raw_data")
+    (tmp_path / "b.onnx").write_bytes(loaded.SerializeToString())
+    with pytest.raises(InputError, match=r"b\.onnx"):
+        check_file(tmp_path / "b.onnx")
+
+
+def check_only(path, *options):
+    command = [sys.executable, "convert_onnx_to_trt.py", "--check_only", str(path), *options]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+
+
+def test_check_only_needs_no_tensorrt_and_tells_by_its_status(tmp_path):
+    good = check_only(write_small_model(tmp_path / "good.onnx", deform=True))
+    assert (good.returncode, "0 errors, 0 warnings" in good.stdout) == (0, True)
+    bad = check_only(write_small_model(tmp_path / "bad.onnx", opset=20))
+    assert bad.returncode == 1
+    assert "my_GridSample" in bad.stdout
+    assert "1 errors, 0 warnings" in bad.stdout
+    (tmp_path / "text.onnx").write_text("hello")
+    text = check_only(tmp_path / "text.onnx")
+    assert (text.returncode, text.stderr.count("\n")) == (2, 1)
+
+
+def test_check_only_knows_what_the_engine_is_for(tmp_path):
+    path = write_small_model(tmp_path / "model.onnx", deform=True)
+    assert check_only(path, "--version_compatible").returncode == 1
