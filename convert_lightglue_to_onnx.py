@@ -13,19 +13,19 @@ from typing import NamedTuple
 import numpy as np
 
 from aliked import cli
+from aliked.cli import add_model_options
 from aliked.configs import Form
-from aliked.datasets import offer_download
+from aliked.doctor import installed_versions
+from aliked.download import offer_download
 from aliked.errors import InputError
+from aliked.export.lightglue_export import MatcherOptions, PairOptions, export_matcher, export_pair
+from aliked.export.lightglue_verify import Pair, verify_matcher, verify_pair
 from aliked.files import scratch_file, sha256, writable_folder, write_json
 from aliked.images import list_images, load_image
 from aliked.lightglue import LightGlue
-from aliked.lightglue_onnx import MatcherOptions, PairOptions, export_matcher, export_pair
-from aliked.lightglue_verify import Pair, verify_matcher, verify_pair
 from aliked.model import ALIKED, PRECISIONS
-from aliked.options import add_model_options
 from aliked.parity import Verdict
 from aliked.sampling import SAMPLERS
-from aliked.versions import installed_versions
 from aliked.weights import LIGHTGLUE, find_weights
 
 # What decides the content of the file and the verdict.
@@ -194,7 +194,7 @@ def pair_job(args: argparse.Namespace, matchers: list[LightGlue], pairs: list[Im
         uint8_input=args.uint8_input,
     )
     model = load_model(args, args.precision)
-    model.form = Form(args.sampling, row_by_row=False)
+    model.form = Form(args.sampling)
     reference = load_model(args, "fp32")
     return Job(
         options,

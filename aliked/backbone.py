@@ -12,9 +12,9 @@ from torchvision.ops import deform_conv2d
 from aliked.patches import is_traced
 
 
-def longest_side(maps: torch.Tensor) -> int | torch.Tensor:
-    """max(H, W) of [..., H, W], kept symbolic where the model is traced or exported."""
-    height, width = maps.shape[-2:]
+def longest_side(size: tuple[int, int]) -> int | torch.Tensor:
+    """The larger of height and width, kept symbolic where the model is traced or exported."""
+    height, width = size
     if isinstance(height, torch.Tensor):  # where the model is traced; Python's max would freeze it
         return torch.maximum(height, width)
     if isinstance(height, int) and isinstance(width, int):
@@ -66,7 +66,7 @@ class DeformableConv2d(nn.Module):
         The operator computes its sampling positions in the type of its inputs, so it runs in
         float32 in a half-precision model too: `regular_conv` keeps float32 weights.
         """
-        limit = longest_side(x) / 4
+        limit = longest_side(x.shape[-2:]) / 4
         offsets = self.offset_conv(x).float()  # (dy, dx) interleaved per tap
         offsets = offsets.clamp(-limit, limit)
         arguments = (x.float(), offsets, self.regular_conv.weight, self.regular_conv.bias)

@@ -76,6 +76,7 @@ class Form:
     """How the graph is written where runtimes differ. The features are the same in every form."""
 
     sampling: str = "gridsample"  # or "gather": the method of `bilinear_sample`
-    # Threshold mode: rows in the official order, row by row of the image, which takes a sort that
-    # TensorRT has only up to 3840 elements. False: descending, as in top-k mode.
-    row_by_row: bool = True
+    # For files: by operators that TensorRT runs fast (docs/tensorrt-graph.md), and in threshold
+    # mode in descending order, as the official order takes a sort that TensorRT lacks.
+    exported: bool = False
+    dynamic: bool = False  # exported with symbolic sizes, which rule out some of these operators

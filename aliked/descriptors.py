@@ -9,8 +9,7 @@ from torch import nn
 
 from aliked.backbone import conv1x1, longest_side
 from aliked.configs import Form
-from aliked.patches import get_patches
-from aliked.sampling import bilinear_sample
+from aliked.pyramid import Maps, patches_of, sample, size_of
 
 
 def linear(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
@@ -36,21 +35,23 @@ class SDDH(nn.Module):
         self.sf_conv = conv1x1(dim, dim)
         self.agg_weights = nn.Parameter(torch.rand(num_positions, dim, dim))
 
-    def sample_offsets(self, features: torch.Tensor, keypoints: torch.Tensor) -> torch.Tensor:
+    def sample_offsets(
+        self, features: Maps, keypoints: torch.Tensor, method: str = "gridsample"
+    ) -> torch.Tensor:
         """Offsets of the M sample positions from each keypoint: [B, K, M, 2] pixels, (x, y)."""
-        limit = longest_side(features) / 4
+        limit = longest_side(size_of(features)) / 4
         # The patch is centred at the sub-pixel keypoint, truncated.
-        patches = get_patches(features, keypoints.long(), self.kernel_size)
+        patches = patches_of(features, keypoints.long(), self.kernel_size, method)
         hidden = F.selu(linear(self.offset_conv[0], patches.flatten(2)))
         offsets = linear(self.offset_conv[2], hidden).float().clamp(-limit, limit)
         # The first M channels are dx, the last M are dy.
         return offsets.unflatten(2, (2, -1)).transpose(2, 3)
 
-    def forward(self, features: torch.Tensor, keypoints: torch.Tensor, form: Form) -> torch.Tensor:
-        """features [B, C, H, W], keypoints [B, K, 2] in pixels to unit-length [B, K, D]."""
-        offsets = self.sample_offsets(features, keypoints)
+    def forward(self, features: Maps, keypoints: torch.Tensor, form: Form) -> torch.Tensor:
+        """Features of B images and keypoints [B, K, 2] in pixels to unit-length [B, K, D]."""
+        offsets = self.sample_offsets(features, keypoints, form.sampling)
         positions = keypoints[:, :, None] + offsets  # [B, K, M, 2]
-        sampled = bilinear_sample(features, positions.flatten(1, 2), form.sampling)
+        sampled = sample(features, positions.flatten(1, 2), form.sampling)
         sampled = F.selu(linear(self.sf_conv, sampled.transpose(1, 2)))  # [B, K * M, C]
         # Summing over positions and channels at once is one matrix product.
         sampled = sampled.unflatten(1, positions.shape[1:3]).flatten(2)  # [B, K, M * C]

@@ -1,5 +1,6 @@
 """Differentiable keypoint detection, DKD (arXiv 2112.02906, section III-B)."""
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -9,8 +10,11 @@ from aliked.configs import RADIUS, Form
 from aliked.patches import get_patches
 from aliked.sampling import bilinear_sample
 
+WINDOW = 2 * RADIUS + 1
 TEMPERATURE = 0.1  # of the soft-argmax
 MAX_TOP_K = 3840  # that one TopK of TensorRT can return
+# Values that TensorRT sorts in one block; a TopK of twice as many takes four times as long.
+GROUP = 4096
 
 
 class Detections(NamedTuple):
@@ -22,21 +26,49 @@ class Detections(NamedTuple):
     dispersity: torch.Tensor  # [B, K] softmax-weighted mean of (distance / 2)^2
 
 
-def suppress_non_maxima(scores: torch.Tensor) -> torch.Tensor:
+def window_max(scores: torch.Tensor, exported: bool) -> torch.Tensor:
+    """Maximum of the 5x5 window around every pixel of scores [B, 1, H, W], which are >= 0."""
+    if not exported:
+        return F.max_pool2d(scores, kernel_size=WINDOW, stride=1, padding=RADIUS)
+    # TensorRT runs this twenty times as fast as a MaxPool of one channel.
+    padded = F.pad(scores, [RADIUS] * 4)
+    ends = [start - WINDOW + 1 or None for start in range(WINDOW)]
+    rows = functools.reduce(torch.maximum, (padded[:, :, i:j] for i, j in enumerate(ends)))
+    return functools.reduce(torch.maximum, (rows[..., i:j] for i, j in enumerate(ends)))
+
+
+def near_any(maxima: torch.Tensor, bands: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+    """Which pixels of [B, 1, H, W] have a positive value in the 5x5 window around them.
+
+    `bands` are the two `band` matrices of an exported graph.
+    """
+    if bands is None:
+        return window_max(maxima, exported=False) > 0
+    # Counting by two products is exact in half precision, and keeps TensorRT from fusing the
+    # windows before and after into one kernel that evaluates them 25 times.
+    vertical, horizontal = bands
+    return vertical @ ((maxima > 0).half() @ horizontal) > 0
+
+
+def band(length: int, device: torch.device) -> torch.Tensor:
+    """[length, length] of ones up to `RADIUS` from the diagonal, zeros elsewhere."""
+    pixel = torch.arange(length, device=device)
+    return ((pixel[:, None] - pixel).abs() <= RADIUS).half()
+
+
+def suppress_non_maxima(scores: torch.Tensor, exported: bool = False) -> torch.Tensor:
     """Zero every score that is not a maximum of its 5x5 window; scores: [B, 1, H, W].
 
     Two extra rounds recover maxima that were only suppressed by suppressed neighbours.
     """
-
-    def window_max(x: torch.Tensor) -> torch.Tensor:
-        return F.max_pool2d(x, kernel_size=2 * RADIUS + 1, stride=1, padding=RADIUS)
-
-    maxima = scores == window_max(scores)
+    bands = tuple(band(side, scores.device) for side in scores.shape[-2:]) if exported else None
+    rest = scores  # without what is near a maximum
+    maxima = found = torch.where(rest == window_max(rest, exported), rest, 0.0)
     for _ in range(2):
-        near = window_max(maxima.to(scores.dtype)) > 0
-        rest = torch.where(near, 0.0, scores)
-        maxima = maxima | ((rest == window_max(rest)) & ~near)
-    return torch.where(maxima, scores, 0.0)
+        rest = torch.where(near_any(maxima, bands), 0.0, rest)
+        maxima = torch.where(rest == window_max(rest, exported), rest, 0.0)
+        found = torch.maximum(found, maxima)
+    return found
 
 
 def inner(maps: torch.Tensor) -> torch.Tensor:
@@ -44,18 +76,46 @@ def inner(maps: torch.Tensor) -> torch.Tensor:
     return maps[:, 0, RADIUS:-RADIUS, RADIUS:-RADIUS].flatten(1)
 
 
-def select_top_k(nms_scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k best of [B, N] (all of them where N < k): values and indices, descending."""
+def select_top_k(
+    nms_scores: torch.Tensor, k: int, grouped: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k best of [B, N] (all of them where N < k): values and indices, descending.
+
+    `grouped` finds the same by several small top-k in place of a large one.
+    """
+    top_k = top_k_of_groups if grouped else torch.topk
     count = nms_scores.shape[1]
     # A symbolic count, in an export, must be at least k: k stays a constant of the graph.
     k = min(k, count) if isinstance(count, int) else k
-    rounds = [nms_scores.topk(min(k, MAX_TOP_K), dim=1)]
+    rounds = [top_k(nms_scores, min(k, MAX_TOP_K), 1)]
     for start in range(MAX_TOP_K, k, MAX_TOP_K):
         # What one round found is out of the next: scores are not negative.
-        nms_scores = nms_scores.scatter(1, rounds[-1].indices, -1.0)
-        rounds.append(nms_scores.topk(min(k - start, MAX_TOP_K), dim=1))
+        nms_scores = nms_scores.scatter(1, rounds[-1][1], -1.0)
+        rounds.append(top_k(nms_scores, min(k - start, MAX_TOP_K), 1))
     values, indices = zip(*rounds, strict=True)
     return torch.cat(values, dim=1), torch.cat(indices, dim=1)
+
+
+def top_k_of_groups(values: torch.Tensor, k: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`values.topk(k, dim)` of [B, N] along N, a known number, by a knock-out.
+
+    The k best of all are among the k best of their groups. Groups and their winners keep the order
+    of `values`, so where a top-k prefers the lower index among equals, this does too.
+    """
+    size = max(GROUP, 2 * k)
+    count = int(values.shape[dim])  # a number also where the model is traced
+    index = None
+    while count > size:
+        groups = -(-count // size)
+        length = -(-count // groups)
+        values = F.pad(values, (0, groups * length - count), value=-1.0)  # below every score
+        values, winners = values.unflatten(dim, (groups, length)).topk(k, dim=2)
+        first = torch.arange(groups, device=values.device)[:, None] * length
+        winners = (winners + first).flatten(1)
+        index = winners if index is None else index.gather(1, winners)
+        values, count = values.flatten(1), groups * k
+    values, winners = values.topk(k, dim=1)
+    return values, winners if index is None else index.gather(1, winners)
 
 
 def above(nms_scores: torch.Tensor, mean_score: torch.Tensor, threshold: float) -> torch.Tensor:
@@ -70,16 +130,21 @@ def above(nms_scores: torch.Tensor, mean_score: torch.Tensor, threshold: float) 
     return passed | ((nms_scores > mean_score) & ~passed.any(dim=1, keepdim=True))
 
 
+def grouped(form: Form) -> bool:
+    """Whether to select by groups: where that is faster and the number of pixels is known."""
+    return form.exported and not form.dynamic
+
+
 def select_above(
-    nms_scores: torch.Tensor, passed: torch.Tensor, n_limit: int, row_by_row: bool
+    nms_scores: torch.Tensor, passed: torch.Tensor, n_limit: int, form: Form
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The best `n_limit` that `passed` [B, N], as fixed-size values and indices of [B, N].
 
-    In descending order, or, with `row_by_row`, so only where more than `n_limit` passed and else
-    in the order of [B, N], as in the official code. Rows beyond the selection have value 0.
+    In descending order if exported; otherwise only where more than `n_limit` passed, and else in
+    the order of [B, N], as in the official code. Rows beyond the selection have value 0.
     """
-    values, indices = select_top_k(torch.where(passed, nms_scores, 0.0), n_limit)
-    if not row_by_row:
+    values, indices = select_top_k(torch.where(passed, nms_scores, 0.0), n_limit, grouped(form))
+    if form.exported:
         return values, indices
     beyond = nms_scores.shape[1]
     raster = torch.where(values > 0, indices, beyond).argsort(dim=1)
@@ -93,7 +158,7 @@ def soft_argmax(score_map: torch.Tensor, maxima: torch.Tensor) -> tuple[torch.Te
 
     score_map: [B, 1, H, W]; maxima: [B, K, 2] integer pixels. Returns [B, K, 2] and [B, K].
     """
-    patches = get_patches(score_map, maxima, 2 * RADIUS + 1).flatten(2)  # [B, K, 25]
+    patches = get_patches(score_map, maxima, WINDOW).flatten(2)  # [B, K, 25]
     weights = torch.softmax(patches / TEMPERATURE, dim=2)
     steps = torch.arange(-RADIUS, RADIUS + 1, device=score_map.device, dtype=score_map.dtype)
     grid = torch.cartesian_prod(steps, steps).flip(1)  # [25, 2], (x, y), row by row
@@ -123,10 +188,10 @@ def detect(
 
     `top_k` > 0 selects the best `top_k`; otherwise those above `scores_th`, at most `n_limit`.
     """
-    candidates = inner(suppress_non_maxima(score_map))
+    candidates = inner(suppress_non_maxima(score_map, form.exported))
     if top_k > 0:
-        selected = select_top_k(candidates, top_k)
+        selected = select_top_k(candidates, top_k, grouped(form))
     else:
         passed = above(candidates, score_map.mean(dim=(1, 2, 3))[:, None], scores_th)
-        selected = select_above(candidates, passed, n_limit, form.row_by_row)
+        selected = select_above(candidates, passed, n_limit, form)
     return refine(score_map, *selected, form)

@@ -23,6 +23,7 @@ from aliked.descriptors import SDDH
 from aliked.detection import Detections, detect
 from aliked.errors import InputError
 from aliked.features import Features, check_image, drop_fill_ins
+from aliked.pyramid import Frame, Maps, Pyramid, unit_length
 from aliked.transfer import download, upload
 from aliked.weights import load_state_dict
 
@@ -64,11 +65,12 @@ def to_tensor(images: torch.Tensor) -> torch.Tensor:
     return images.float().permute(0, 3, 1, 2) / 255  # TensorRT only casts uint8, so cast first
 
 
-def unit_length(maps: torch.Tensor) -> torch.Tensor:
-    """[B, C, H, W] with every pixel's C channels scaled to length 1."""
-    # The squares of half-precision features can leave the type's range: sum them in float32.
-    norms = torch.linalg.vector_norm(maps.float(), dim=1, keepdim=True)
-    return maps / norms.clamp(min=1e-6).to(maps.dtype)
+def interpolation_matrix(length: int, new_length: int, like: torch.Tensor) -> torch.Tensor:
+    """Weights [new_length, length] of linear interpolation that keeps both ends, as `like`."""
+    position = torch.arange(new_length, device=like.device).float()
+    position = position * (length - 1) / (new_length - 1)
+    distance = (position[:, None] - torch.arange(length, device=like.device)).abs()
+    return (1 - distance).clamp(min=0).to(like.dtype)
 
 
 class ALIKED(nn.Module):
@@ -158,34 +160,53 @@ class ALIKED(nn.Module):
                 module.regular_conv.float()
         return self
 
-    def aggregate(self, images: torch.Tensor) -> torch.Tensor:
-        """Padded images [B, 3, H, W] to features of all four scales, [B, D, H, W]."""
+    def levels(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Padded images [B, 3, H, W] to features of the four scales, [B, D / 4, h, w] each."""
         x1 = self.block1(images)
         x2 = self.block2(F.avg_pool2d(x1, 2))
         x3 = self.block3(F.avg_pool2d(x2, 4))
         x4 = self.block4(F.avg_pool2d(x3, 4))
-        size = images.shape[-2:]
-        levels = [self.gate(self.conv1(x1))]
-        for conv, x in ((self.conv2, x2), (self.conv3, x3), (self.conv4, x4)):
-            levels.append(self.upsample(self.gate(conv(x)), size))
-        return torch.cat(levels, dim=1)
+        convs = (self.conv1, self.conv2, self.conv3, self.conv4)
+        return tuple(self.gate(conv(x)) for conv, x in zip(convs, (x1, x2, x3, x4), strict=True))
+
+    def score(self, levels: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Features of the four scales to float32 scores [B, 1, H, W] of the frame, in [0, 1].
+
+        The head's first convolution, 1x1, runs before the levels are resized, which is the same and
+        leaves 8 channels to resize.
+        """
+        first, *rest = self.score_head
+        weights = first.weight.chunk(len(levels), dim=1)
+        total, *others = (F.conv2d(x, weight) for x, weight in zip(levels, weights, strict=True))
+        for hidden in others:
+            total = total + self.upsample(hidden, total.shape[-2:])
+        for layer in rest:
+            total = layer(total)
+        return torch.sigmoid(total.float())
 
     def upsample(self, x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """[B, C, h, w] to [B, C, *size], bilinear, corners on corners."""
-        return F.interpolate(x, size, mode="bilinear", align_corners=True)
+        if not self.form.dynamic:
+            return F.interpolate(x, size, mode="bilinear", align_corners=True)
+        # TensorRT does not build a Resize to symbolic sizes that must agree with others.
+        rows, columns = (
+            interpolation_matrix(*sides, x) for sides in zip(x.shape[-2:], size, strict=True)
+        )
+        return rows @ (x @ columns.T)
 
-    def dense(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """RGB float [B, 3, H, W] in [0, 1] to unit-length features [B, D, H, W] and scores.
-
-        The score map is [B, 1, H, W] in [0, 1].
-        """
+    def encode(self, images: torch.Tensor) -> tuple[Pyramid, torch.Tensor]:
+        """RGB float [B, 3, H, W] in [0, 1] to features and scores [B, 1, H, W] in [0, 1]."""
         height, width = images.shape[-2:]
         padded, top, left = pad_to_stride(images)
-        features = self.aggregate(padded.to(self.conv1.weight.dtype))
-        scores = torch.sigmoid(self.score_head(features).float())
-        features, scores = (
-            maps.narrow(2, top, height).narrow(3, left, width) for maps in (features, scores)
-        )
+        levels = self.levels(padded.to(self.conv1.weight.dtype))
+        scores = self.score(levels).narrow(2, top, height).narrow(3, left, width)
+        return Pyramid(levels, Frame(top, left, height, width)), scores
+
+    def dense(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`encode` with the features at every pixel, [B, D, H, W] of unit length."""
+        (levels, (top, left, height, width)), scores = self.encode(images)
+        full = [levels[0], *(self.upsample(x, levels[0].shape[-2:]) for x in levels[1:])]
+        features = torch.cat(full, dim=1).narrow(2, top, height).narrow(3, left, width)
         return unit_length(features), scores
 
     def detect(self, score_map: torch.Tensor) -> Detections:
@@ -197,13 +218,13 @@ class ALIKED(nn.Module):
 
         K is `top_k` or `n_limit`, or (H - 4) * (W - 4) where that is smaller. Nothing here waits
         for the device. Rows come in descending order of `nms_scores`; in threshold mode row by
-        row of the image where no more than `n_limit` pass and `form` does not say otherwise.
+        row of the image where no more than `n_limit` pass and `form` is not `exported`.
         """
-        features, score_map = self.dense(images)
+        features, score_map = self.encode(images)
         return self.describe(features, self.detect(score_map))
 
-    def describe(self, features: torch.Tensor, found: Detections) -> Output:
-        """Describe what was found by the unit-length features [B, D, H, W] around it."""
+    def describe(self, features: Maps, found: Detections) -> Output:
+        """Describe what was found by the features around it, those of `encode` or `dense`."""
         descriptors = self.desc_head(features, found.keypoints, self.form)
         return Output(
             found.keypoints, descriptors, found.scores, found.nms_scores, found.dispersity
@@ -223,14 +244,14 @@ class ALIKED(nn.Module):
         """
         return self.features_of(*self.maps(image))
 
-    def maps(self, image: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """`dense` of one image as `extract` takes it."""
+    def maps(self, image: np.ndarray) -> tuple[Pyramid, torch.Tensor]:
+        """`encode` of one image as `extract` takes it."""
         check_image(image)
         images = to_tensor(upload(image[None], self.conv1.weight.device))
         with plain_float32():
-            return self.dense(images)
+            return self.encode(images)
 
-    def features_of(self, features: torch.Tensor, score_map: torch.Tensor) -> Features:
+    def features_of(self, features: Maps, score_map: torch.Tensor) -> Features:
         """What `extract` gives of an image with these `maps`."""
         with plain_float32():
             found = self.detect(score_map)

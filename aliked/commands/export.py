@@ -99,9 +99,10 @@ def add_operator_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--deform_conv",
         choices=("native", "gridsample", "gather"),
-        help="native: DeformConv of opset 19, which TensorRT runs by a plugin that needs cuBLAS; "
-        "gridsample, gather: standard operators, which version-compatible engines and older "
-        "runtimes need (default: native at opset 19, gridsample below)",
+        default="gridsample",
+        help="gridsample, gather: standard operators, which every TensorRT builds; native: "
+        "DeformConv of opset 19, which TensorRT runs by a plugin that needs cuBLAS and TensorRT "
+        "for RTX lacks (default: %(default)s)",
     )
     group.add_argument(
         "--sampling",
@@ -123,7 +124,7 @@ def export_options(args: argparse.Namespace, height: int, width: int) -> ExportO
         height=height,
         width=width,
         opset=args.opset_version,
-        deform_conv=args.deform_conv or ("native" if args.opset_version >= 19 else "gridsample"),
+        deform_conv=args.deform_conv,
         dynamic=args.dynamic,
         uint8_input=args.uint8_input,
         io=args.io,
@@ -145,7 +146,7 @@ def load_models(args: argparse.Namespace) -> tuple[ALIKED, ALIKED]:
     """The model to export and the float32 reference to judge it by."""
     selection = (args.model, args.top_k, args.scores_th, args.n_limit, args.weights)
     model = ALIKED.from_pretrained(*selection, precision=args.precision)
-    model.form = Form(args.sampling, row_by_row=False)
+    model.form = Form(args.sampling)
     return model, ALIKED.from_pretrained(*selection)
 
 

@@ -8,7 +8,6 @@ import torch
 
 from aliked.backends import Spec
 from aliked.backends.pytorch import NamedOutputs, choose_device, load_model, plain_float32
-from aliked.configs import Form
 from aliked.export.builder import BuildOptions
 from aliked.export.engine import Request, convert, read_source
 from aliked.export.onnx_export import ExportOptions, export_onnx
@@ -22,7 +21,6 @@ def build_onnx(spec: Spec, shape: Shape, path: Path) -> None:
     """Export the model of `spec` for uint8 images of `shape` to `path`."""
     batch, height, width = shape
     model = load_model(spec, choose_device("cpu"))
-    model.form = Form(row_by_row=False)
     # A static file holds a batch of 1. Bytes are a quarter of the copy, converted on the device.
     options = ExportOptions(height=height, width=width, dynamic=batch > 1, uint8_input=True)
     export_onnx(model, path, options)

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import onnxscript.optimizer
 import torch
 from torch import nn
 
-from aliked.configs import RADIUS, STRIDE
+from aliked.configs import RADIUS, STRIDE, Form
 from aliked.detection import inner, refine, suppress_non_maxima
 from aliked.errors import InputError
 from aliked.export.deform_conv_onnx import NATIVE_TRANSLATION, standard_deform_conv
@@ -63,8 +64,8 @@ class ColmapGraph(nn.Module):
         self, image: torch.Tensor, max_keypoints: torch.Tensor, min_score: torch.Tensor
     ) -> list[torch.Tensor]:
         """The outputs in the order of `output_names`."""
-        features, score_map = self.model.dense(image)
-        candidates = inner(suppress_non_maxima(score_map))
+        features, score_map = self.model.encode(image)
+        candidates = inner(suppress_non_maxima(score_map, self.model.form.exported))
         passing = (candidates > min_score.clamp(min=0)).sum()
         k = torch.minimum(max_keypoints, passing)
         if not torch.jit.is_tracing():  # a trace keeps the tensor, torch.export wants a symbol
@@ -90,7 +91,7 @@ class ExportOptions:
     height: int  # of the images, pixels
     width: int
     opset: int = 19
-    deform_conv: str = "native"  # or "gather", "gridsample": standard operators
+    deform_conv: str = "gridsample"  # or "gather"; "native": DeformConv, which fewer runtimes have
     dynamic: bool = False  # batch, height and width symbolic
     uint8_input: bool = False  # uint8 [B, H, W, 3] instead of float32 [B, 3, H, W]
     io: str = "default"  # or "colmap"
@@ -232,7 +233,7 @@ def export_onnx(
     check_options(options, rows)
     graph = make_graph(model, options)
     export = export_native if options.deform_conv == "native" else export_standard
-    with torch.inference_mode(), silence(not verbose):
+    with torch.inference_mode(), silence(not verbose), exported_form(model, options):
         proto = export(graph, options, verbose, 0 if options.io == "colmap" else rows)
     if options.uint8_input:
         measure_behind_the_cast(proto)
@@ -242,6 +243,17 @@ def export_onnx(
     with whole_file(path) as partial:
         onnx.save(proto, partial)
     return proto
+
+
+@contextlib.contextmanager
+def exported_form(model: ALIKED, options: ExportOptions) -> Iterator[None]:
+    """Have the model write itself for runtimes, by the sampling method it already has."""
+    before = model.form
+    model.form = Form(before.sampling, exported=True, dynamic=bool(symbolic_axes(options)))
+    try:
+        yield
+    finally:
+        model.form = before
 
 
 @contextlib.contextmanager

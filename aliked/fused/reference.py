@@ -12,8 +12,8 @@ from aliked.configs import RADIUS
 from aliked.detection import inner, soft_argmax, suppress_non_maxima
 from aliked.fused.describe import KEYPOINTS
 from aliked.fused.maxima import BIN_SHIFT, BINS, LOWEST_BIN, TALLY
-from aliked.model import unit_length
 from aliked.patches import get_patches
+from aliked.pyramid import unit_length
 from aliked.sampling import bilinear_sample
 
 INDEX_MASK = 0xFFFFFFFF

@@ -125,7 +125,7 @@ def test_threshold_mode_over_its_limit_keeps_the_best_in_descending_order():
 
 def test_threshold_mode_in_an_exported_form_is_in_descending_order():
     score_map = spikes(20, 20, {(12, 5): 0.6, (5, 5): 0.3, (3, 12): 0.9})
-    found = detect(score_map, -1, 0.2, 4, Form(row_by_row=False))
+    found = detect(score_map, -1, 0.2, 4, Form(exported=True))
     torch.testing.assert_close(found.nms_scores, torch.tensor([[0.9, 0.6, 0.3, 0.0]]))
 
 

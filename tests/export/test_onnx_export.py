@@ -50,6 +50,8 @@ def options(image, **changes):
         ({"top_k": 300}, "gather", "fp16", {"opset": 17, "deform_conv": "gather"}),
         ({"top_k": 300}, "gather", "fp32", {"opset": 18, "deform_conv": "gather"}),
         ({"top_k": 300}, "gridsample", "fp32", {"dynamic": True}),
+        ({"top_k": 300}, "gridsample", "fp32", {"deform_conv": "native"}),
+        ({"top_k": 300}, "gridsample", "fp32", {"dynamic": True, "deform_conv": "native"}),
         ({"scores_th": 0.2, "n_limit": 500}, "gridsample", "fp32", {"uint8_input": True}),
         ({"top_k": 5000}, "gridsample", "fp32", {}),  # more than one TopK of TensorRT can return
         ({"top_k": 200}, "gridsample", "fp32", {"io": "colmap"}),
@@ -57,7 +59,7 @@ def options(image, **changes):
             {"top_k": 200},
             "gridsample",
             "fp32",
-            {"io": "colmap", "opset": 17, "deform_conv": "gridsample"},
+            {"io": "colmap", "deform_conv": "native"},
         ),
     ],
 )
@@ -65,7 +67,7 @@ def test_an_exported_file_gives_the_features_of_pytorch(
     selection, sampling, precision, changes, photograph, weights_dir, tmp_path
 ):
     exported = ALIKED.from_pretrained(NAME, **selection, weights=weights_dir, precision=precision)
-    exported.form = Form(sampling, row_by_row=False)
+    exported.form = Form(sampling)
     reference = ALIKED.from_pretrained(NAME, **selection, weights=weights_dir)
     path, settings = tmp_path / "model.onnx", options(photograph, **changes)
     export_onnx(exported, path, settings)
@@ -73,7 +75,7 @@ def test_an_exported_file_gives_the_features_of_pytorch(
     assert verdict.passed, verdict.text
 
 
-@pytest.mark.parametrize("changes", [{}, {"opset": 17, "deform_conv": "gridsample"}])
+@pytest.mark.parametrize("changes", [{"deform_conv": "native"}, {"opset": 17}])
 @pytest.mark.parametrize("uint8_input", [False, True])
 def test_one_dynamic_file_serves_three_sizes_and_a_batch(
     changes, uint8_input, photograph, model, tmp_path
@@ -152,7 +154,6 @@ def test_colmap_limits_act_when_the_file_runs(photograph, model, tmp_path):
 
 def test_threshold_mode_has_a_score_to_cut_on(photograph, weights_dir, tmp_path):
     model = ALIKED.from_pretrained(NAME, top_k=0, scores_th=0.2, n_limit=500, weights=weights_dir)
-    model.form = Form(row_by_row=False)
     path = tmp_path / "threshold.onnx"
     export_onnx(model, path, options(photograph))
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])

@@ -16,12 +16,12 @@ import onnxscript.optimizer
 import torch
 from torch import nn
 
-from aliked.deform_conv_onnx import standard_deform_conv
 from aliked.errors import InputError
+from aliked.export.deform_conv_onnx import standard_deform_conv
+from aliked.export.onnx_export import OPSETS, silence
 from aliked.files import whole_file
 from aliked.lightglue import LightGlue, Output, filter_matches
 from aliked.model import ALIKED, STRIDE, to_tensor
-from aliked.onnx_export import OPSETS, silence
 
 SYMBOLIC_EXAMPLE = (12, 9)  # keypoints of each image: unequal, so that the trace keeps both counts
 

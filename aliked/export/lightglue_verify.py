@@ -11,9 +11,9 @@ from aliked.backends.lightglue_onnxruntime import (
     ONNXRuntimeMatcher,
     ONNXRuntimePair,
 )
+from aliked.export.lightglue_export import MatcherOptions
 from aliked.features import Features
 from aliked.lightglue import LightGlue
-from aliked.lightglue_onnx import MatcherOptions
 from aliked.match_parity import (
     MATCH_FP16,
     MATCH_FP32,

@@ -18,13 +18,13 @@ from aliked.backends.lightglue_onnxruntime import (
     ONNXRuntimePair,
 )
 from aliked.errors import InputError
+from aliked.export.lightglue_export import MatcherOptions, PairOptions, export_matcher, export_pair
+from aliked.export.lightglue_verify import Pair, verify_matcher, verify_pair
 from aliked.features import Features
 from aliked.fused import pipeline, reference
 from aliked.fused.weights import pack as pack_weights
-from aliked.images import load_images
+from aliked.images import list_images, load_image
 from aliked.lightglue import LightGlue, PairAttention, fused_attention
-from aliked.lightglue_onnx import MatcherOptions, PairOptions, export_matcher, export_pair
-from aliked.lightglue_verify import Pair, verify_matcher, verify_pair
 from aliked.match_parity import (
     MATCH_FP16,
     MATCH_FP32,
@@ -36,7 +36,7 @@ from aliked.match_parity import (
 from aliked.matches import Matches, matches_of_rows
 from aliked.model import ALIKED
 from aliked.weights import LIGHTGLUE, find_weights
-from tests.textures import texture
+from tests.helpers.textures import texture
 
 SIZE = (640, 480)
 GOLDENS = (
@@ -569,7 +569,9 @@ def test_the_fused_pair_gives_the_matches_of_pytorch(weights_dir):
     pair = fused_pair.FusedPair(spec, weights_dir, compile_mode=None)
     model = ALIKED.from_pretrained("aliked-n16rot", 1000, weights=weights_dir, device="cuda")
     matcher = LightGlue.from_pretrained(weights_dir, device="cuda")
-    (_, first), (_, second) = itertools.islice(load_images("assets/sequence_640x480"), 2)
+    (_, first), (_, second) = itertools.islice(
+        map(load_image, list_images("assets/sequence_640x480")), 2
+    )
     for images in ((first, second), (first, second[:400, :600].copy()), (first, first // 16)):
         features = [model.extract(image) for image in images]
         expected = matcher.match(*features, *(image.shape[1::-1] for image in images))
