@@ -153,3 +153,9 @@ def extractor_spec(args: argparse.Namespace) -> Spec:
 def extractor_from(args: argparse.Namespace) -> Extractor:
     """The extractor that the command line asks for."""
     return create_extractor(args.backend, extractor_spec(args))
+
+
+def markdown(header: list[str], rows: list[list[str]], left: int) -> str:
+    """Return a Markdown table, the first `left` columns aligned to the left."""
+    rule = ["---" if i < left else "---:" for i in range(len(header))]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows])

@@ -1,7 +1,5 @@
 """Downloads of files of known content: resumed where they broke off, checked, then renamed."""
 
-import contextlib
-import fcntl
 import functools
 import http.client
 import json
@@ -9,7 +7,6 @@ import os
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -17,7 +14,7 @@ from typing import BinaryIO
 from tqdm import tqdm
 
 from aliked.errors import InputError
-from aliked.files import sha256, writable_folder
+from aliked.files import locked, sha256, writable_folder
 
 TIMEOUT = 30  # seconds without a byte from the server
 CHUNK = 1 << 16  # bytes
@@ -78,7 +75,7 @@ def fetch(files: FileSet, folder: Path) -> list[Path]:
 
 def _fetch_file(url: str, path: Path, file: RemoteFile, bar: tqdm) -> None:
     partial = path.with_name(f".{path.name}.partial")
-    with _opened_alone(partial) as output:
+    with locked(partial) as output:
         if is_complete(path, file):  # another process was faster
             partial.unlink()
             bar.update(file.size)
@@ -94,18 +91,6 @@ def _fetch_file(url: str, path: Path, file: RemoteFile, bar: tqdm) -> None:
             ) from error
         _check(partial, file, url)
         os.replace(partial, path)
-
-
-@contextlib.contextmanager
-def _opened_alone(partial: Path) -> Iterator[BinaryIO]:
-    """Open `partial` for appending, once no other process downloads into it."""
-    while True:
-        with open(partial, "ab") as output:
-            fcntl.flock(output, fcntl.LOCK_EX)
-            # Its last holder may have renamed or deleted it: then a new one has to be opened.
-            if partial.exists() and os.path.samestat(os.fstat(output.fileno()), partial.stat()):
-                yield output
-                return
 
 
 def _append(url: str, output: BinaryIO, size: int, bar: tqdm) -> None:

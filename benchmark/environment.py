@@ -1,19 +1,26 @@
 """What a number depends on besides the code: hardware, versions, settings, the code's commit."""
 
 import ctypes
+import hashlib
 import itertools
 import os
 import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pynvml
+import torch
 
 from aliked import gpu
+from aliked.backends import get_backend
+from aliked.backends.pytorch import choose_device
 from aliked.doctor import PACKAGES, installed_versions
+from aliked.patches import form_in_use
+from benchmark.timing import Progress
 
 MIB = 2**20
 SLOWDOWNS = {
@@ -109,13 +116,11 @@ def _pci_bus_id(index: int) -> str:
 
 
 ROOT = Path(__file__).resolve().parents[1]
-CODE = ("aliked", "custom_ops", "measure_timings.py")  # what decides a number
+CODE = ("aliked", "benchmark", "custom_ops", "evaluation", "*.py")  # what decides a number
 
 
 def versions() -> dict[str, str]:
     """Versions of Python and of every package that takes part; CUDA and cuDNN as PyTorch has."""
-    import torch
-
     found = installed_versions((*PACKAGES, "torch-tensorrt", "triton"))
     installed = {name: version for name, version in found.items() if version}
     cudnn = torch.backends.cudnn.version() if torch.version.cuda else None
@@ -124,8 +129,6 @@ def versions() -> dict[str, str]:
 
 def machine(device: str) -> dict:
     """The processor, and the GPU where `device` is one."""
-    import torch
-
     facts = {
         "cpu": cpu_name(),
         "cpu_cores": os.cpu_count(),
@@ -158,12 +161,35 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+@dataclass(frozen=True)
+class Describe:
+    """Say what this machine is: hardware, versions, the device that "auto" means, and which
+    backends cannot run here, and why."""
+
+    device: str
+    backends: tuple[str, ...]
+
+    def run(self, progress: Progress) -> dict:
+        """Return it by the names of `Run`'s fields."""
+        device = str(choose_device(self.device))
+        return {
+            "device": device,
+            "machine": machine(device),
+            "versions": versions(),
+            "unavailable": {name: unavailable(name, device) for name in self.backends},
+        }
+
+
+def unavailable(backend: str, device: str) -> str | None:
+    """Return why a backend cannot run where `device` is the device, or None."""
+    only_gpus = "cpu" not in get_backend(backend).devices
+    if device == "cpu" and only_gpus and torch.cuda.is_available():
+        return "it runs on a GPU only, and the device is the CPU; pass --device cuda"
+    return get_backend(backend).unavailable()
+
+
 def settings() -> dict:
     """The switches that decide what "float32" and "fast" mean, as they are during the runs."""
-    import torch
-
-    from aliked.patches import form_in_use
-
     cudnn = torch.backends.cudnn
     return {
         "tf32": False,  # every backend switches it off
@@ -175,21 +201,25 @@ def settings() -> dict:
     }
 
 
-def git_commit() -> str | None:
-    """The project's commit, with "+changes" where the code differs from it.
+def git_commit(root: Path = ROOT) -> str | None:
+    """Return the project's commit, with "+dirty." and a hash of the difference where it has one.
 
     Where the code was copied without its history: `$ALIKED_COMMIT`, or None.
     """
 
-    def git(*args: str) -> str:
-        command = ["git", "-C", str(ROOT), *args]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    def git(*args: str) -> bytes:
+        return subprocess.run(["git", *args], cwd=root, capture_output=True, check=True).stdout
 
     try:
-        commit = git("rev-parse", "HEAD")
-        return commit + ("+changes" if git("status", "--porcelain", "-uno", "--", *CODE) else "")
+        commit = git("rev-parse", "HEAD").decode().strip()
+        changes = git("diff", "HEAD", "--binary", "--", *CODE)
+        new = git("ls-files", "--others", "--exclude-standard", "-z", "--", *CODE).split(b"\0")
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("ALIKED_COMMIT")
+    digest = hashlib.sha256(changes)
+    for name in filter(None, new):
+        digest.update(name + b"\0" + (root / os.fsdecode(name)).read_bytes())
+    return commit + (f"+dirty.{digest.hexdigest()[:12]}" if changes or any(new) else "")
 
 
 def host_peak_mib() -> float | None:
@@ -210,14 +240,12 @@ class AllocatorPeak:
     """How far PyTorch's CUDA allocator rises above what is allocated now."""
 
     def __init__(self, device: Any):
-        import torch
-
         self.device, self.cuda = device, torch.cuda
         self.cuda.reset_peak_memory_stats(device)
         self.loaded = self.cuda.memory_allocated(device)
 
     def above_mib(self) -> float:
-        """MiB."""
+        """Return how far it has risen since, MiB."""
         return (self.cuda.max_memory_allocated(self.device) - self.loaded) / MIB
 
 
@@ -227,8 +255,8 @@ def span(values: Iterable[float]) -> list[float] | None:
     return [min(values), max(values)] if values else None
 
 
-class Watch:
-    """What NVML tells of the row's GPU; on the CPU the host's memory and no clocks.
+class Monitor:
+    """What NVML says of the row's GPU; on the CPU the host's memory and no clocks.
 
     Make it before anything has touched the GPU.
     """
@@ -245,13 +273,13 @@ class Watch:
             return  # such as on a Jetson: the record then says "unknown"
         self.memory = ProcessMemory(self.gpu)
 
-    def look(self) -> None:
-        """Note the clocks."""
+    def read_clocks(self) -> None:
+        """Note the clocks as they are now."""
         if self.gpu:
             self.samples.append(self.gpu.clocks())
 
     def clocks_seen(self) -> dict | None:
-        """Lowest and highest of what was noted, and what held the clocks down at any time."""
+        """Return the lowest and highest noted, and what held the clocks down at any time."""
         if not self.samples:
             return None
         seen = {}
@@ -261,7 +289,7 @@ class Watch:
         return seen | {"held_down_by": sorted(set(reasons))}
 
     def memory_mib(self) -> tuple[float | None, str]:
-        """Memory of this process, MiB, and what was measured."""
+        """Return the memory of this process, MiB, and what was measured."""
         if self.on_cpu:
             return host_peak_mib(), "host peak"
         return self.memory.read() if self.memory else (None, "unknown")

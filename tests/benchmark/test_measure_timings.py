@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -46,7 +47,8 @@ def finished(photographs, weights_dir, tmp_path_factory):
     result = script(photographs, *QUICK, *backends, *output, weights=weights_dir, cache=folder)
     assert result.returncode == 0, result.stderr
     lines = (folder / "timings.jsonl").read_text().splitlines()
-    return result.stdout, {record["row"]["backend"]: record for record in map(json.loads, lines)}
+    records = map(json.loads, lines)
+    return result.stdout, {record.get("row", record)["backend"]: record for record in records}
 
 
 def test_it_says_that_it_times_on_the_cpu(finished):
@@ -81,13 +83,14 @@ def test_a_record_can_be_traced(finished):
 
 def test_a_backend_that_cannot_run_is_a_row_that_says_why(finished):
     output, records = finished
-    assert records["tensorrt"]["status"] == "not run"
+    assert records["tensorrt"]["status"] == "unavailable"
     assert records["tensorrt"]["reason"] in output
 
 
 def test_the_table_and_the_files_are_named(finished):
     output, _ = finished
-    assert "| aliked-t16 | 50 | 96x64 photographs | 1 | fp32 | onnxruntime (CPU) |" in output
+    assert "\naliked-t16, K 50, 96x64 photographs, fp32\n" in output
+    assert re.search(r"^onnxruntime \(CPU\) +[12]", output, re.MULTILINE)
     written = [line.removeprefix("wrote ") for line in output.splitlines() if "wrote" in line]
     assert any(path.endswith("tables.md") for path in written)
     assert all((ROOT / path).exists() for path in written)
@@ -103,7 +106,7 @@ def test_an_interrupted_run_goes_on_where_it_was(finished, photographs, weights_
     assert result.returncode == 0, result.stderr
     lines = output.read_text().splitlines()
     assert lines[0] == kept  # not measured again
-    backends = {json.loads(line)["row"]["backend"] for line in lines[1:]}
+    backends = {json.loads(line).get("row", json.loads(line))["backend"] for line in lines[1:]}
     assert backends == {"pytorch", "tensorrt"}
 
 

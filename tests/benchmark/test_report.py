@@ -1,17 +1,17 @@
 """Tables and plots from records."""
 
 import random
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
+from msgspec.structs import replace
 
 import draw_report as report
 from aliked.errors import InputError
 from benchmark import plots
-from benchmark.records import SCHEMA, load_results, pair_runs, write_records
-from benchmark.report import summary_table
+from benchmark.records import load_records, pair_runs, write_records
+from benchmark.report import report_text, summary_table
 from tests.helpers.timing_records import CONFIGURATION, ROW, clock, measured, outcome
 
 GPU = CONFIGURATION | {
@@ -55,7 +55,7 @@ def tables(tmp_path):
     def make(records: list[dict]) -> str:
         path = tmp_path / "records.jsonl"
         write_records(path, records)
-        return report.report_text(load_results([path]))
+        return report_text(load_records([path]))
 
     return make
 
@@ -103,9 +103,9 @@ def test_the_summary_ranks_what_is_within_tolerance_and_puts_the_rest_last(tmp_p
     wrong = measured(COMPILED, 0.5, in_common=0.9)
     slow, quick = measured(ON_GPU, 3.0), measured(replace(ON_GPU, backend="aotinductor"), 2.0)
     write_records(tmp_path / "r.jsonl", [wrong, slow, quick])
-    text = summary_table(load_results([tmp_path / "r.jsonl"]))
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
-    assert [(line[5], line[6]) for line in lines[2:]] == [
+    text = summary_table(load_records([tmp_path / "r.jsonl"]))
+    assert max(map(len, text.splitlines())) <= 120
+    assert [tuple(line.split()[:2]) for line in text.splitlines()[3:]] == [
         ("aotinductor", "1"),
         ("pytorch", "2"),
         ("pytorch-compile", "†"),
@@ -132,14 +132,14 @@ def test_a_second_run_is_compared_row_by_row(tmp_path):
     later = [measured(row, ms) for row, ms in zip(cases, (2.0, 2.06, 1.6, 9.0), strict=True)]
     later = [r | {"measured_at": "2026-01-02T03:04:06+00:00"} for r in later]
     write_records(tmp_path / "b.jsonl", [*later, measured(COMPILED, 1.0)])
-    runs = [load_results([tmp_path / f"{name}.jsonl"]) for name in "ab"]
+    runs = [load_records([tmp_path / f"{name}.jsonl"]) for name in "ab"]
     # The change is from the first run to the second, whichever of them is the table's.
-    one, other = (report.report_text(pair_runs(*order)) for order in (runs, runs[::-1]))
+    one, other = (report_text(pair_runs(*order)) for order in (runs, runs[::-1]))
     table = one[one.index("**Measured twice**") :]
     assert table == other[other.index("**Measured twice**") :]
     assert "| pytorch | fp32 | 3 | +0.0 [-20.0, +3.0] % | 2 | +0.0 [-16.0, +2.4] % | 2 |" in table
     assert "compile" not in table  # was not measured twice
-    assert "Measured twice" not in report.report_text(runs[1])
+    assert "Measured twice" not in report_text(runs[1])
 
 
 def test_what_another_run_of_the_same_code_does_not_bear_out_is_marked(tmp_path):
@@ -149,8 +149,8 @@ def test_what_another_run_of_the_same_code_does_not_bear_out_is_marked(tmp_path)
     again = [measured(row, ms) for row, ms in zip(cases, (2.06, 2.4, 2.4), strict=True)]
     again[2]["commit"] = "fedcba9876543210"  # of other code, which may well be slower
     write_records(tmp_path / "b.jsonl", again)
-    results, others = (load_results([tmp_path / f"{name}.jsonl"]) for name in "ab")
-    text = report.report_text(pair_runs(results, others))
+    results, others = (load_records([tmp_path / f"{name}.jsonl"]) for name in "ab")
+    text = report_text(pair_runs(results, others))
     compute = [line.split("|")[4] for line in text.splitlines() if "2.000," in line]
     assert ["~" in cell for cell in compute] == [False, True, False]
     assert "K 1000, 640x480: compute: +20% in another run; end to end: +16% in another run" in text
@@ -172,7 +172,7 @@ def test_a_run_is_not_compared_with_itself(tmp_path):
 
 
 def test_an_evaluation_is_not_taken_for_another_run(tmp_path):
-    write_records(tmp_path / "a.jsonl", [{"schema": SCHEMA, "task": "pose"}])
+    write_records(tmp_path / "a.jsonl", [{"schema": 1, "task": "pose"}])
     write_records(tmp_path / "b.jsonl", [measured(ON_GPU, 2.0)])
     with pytest.raises(InputError, match=r"line 1 of .*a\.jsonl is of evaluate\.py"):
         run(tmp_path / "b.jsonl", other_run=tmp_path / "a.jsonl", output=tmp_path / "out")
@@ -185,7 +185,7 @@ def test_the_order_of_records_and_files_does_not_change_a_byte(tables, tmp_path)
     write_records(tmp_path / "a.jsonl", records[:20])
     write_records(tmp_path / "b.jsonl", records[20:])
     files = [tmp_path / "b.jsonl", tmp_path / "a.jsonl"]
-    assert report.report_text(load_results(files)) == text
+    assert report_text(load_records(files)) == text
 
 
 def test_devices_and_versions_have_sections_of_their_own(tables):
@@ -251,7 +251,7 @@ def test_plots_are_drawn_apart_for_gpu_and_cpu(tmp_path):
 def latency(records: list[dict], tmp_path: Path) -> Figure | None:
     """The figure of latencies over K and size, if there is one."""
     write_records(tmp_path / "r.jsonl", records)
-    own = [r for r in load_results([tmp_path / "r.jsonl"]) if r.measured]
+    own = [r for r in load_records([tmp_path / "r.jsonl"]) if r.measured]
     return dict(plots.draw(own, "Some GPU")).get("latency")
 
 

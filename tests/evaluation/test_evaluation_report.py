@@ -1,14 +1,14 @@
 """Tables and plots of evaluations, from records."""
 
 import random
-from dataclasses import replace
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 import draw_report as report
 from aliked.errors import InputError
-from benchmark.records import load_results, write_records
+from benchmark.records import load_records, write_records
 from evaluation.report import frontier, report_text
 from evaluation.scores import Score, load_outcomes, paired_difference
 from tests.helpers import timing_records
@@ -58,7 +58,7 @@ def table(tmp_path):
     def make(evaluations: list[dict], timings: list[dict] = ()) -> str:
         write_records(tmp_path / "evaluations.jsonl", evaluations)
         write_records(tmp_path / "timings.jsonl", timings)
-        results = load_results([tmp_path / "timings.jsonl"]) if timings else []
+        results = load_records([tmp_path / "timings.jsonl"]) if timings else []
         return report_text(load_outcomes([tmp_path / "evaluations.jsonl"]), results)
 
     return make
