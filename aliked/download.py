@@ -83,7 +83,7 @@ def _fetch_file(url: str, path: Path, file: RemoteFile, bar: tqdm) -> None:
         try:
             _append(url, output, file.size, bar)
         except (OSError, http.client.HTTPException, ValueError) as error:
-            if output.tell() == 0:
+            if output.tell() == 0 or isinstance(error, TooLong):
                 partial.unlink()
             raise InputError(
                 f"cannot download {path.name} from {url} ({_reason(error)}); run the same command "
@@ -93,8 +93,15 @@ def _fetch_file(url: str, path: Path, file: RemoteFile, bar: tqdm) -> None:
         os.replace(partial, path)
 
 
+class TooLong(ValueError):
+    """A server sends more than the file has."""
+
+    def __init__(self, size: int):
+        super().__init__(f"it sends more than the {size} bytes that this file has")
+
+
 def _append(url: str, output: BinaryIO, size: int, bar: tqdm) -> None:
-    """Append to a partial file what it lacks of `url`."""
+    """Append to a partial file what it lacks of `url`; `TooLong` where there is more."""
     start = output.seek(0, os.SEEK_END)
     if start >= size:  # broke off between the last byte and the checksum
         bar.update(size)
@@ -106,9 +113,13 @@ def _append(url: str, output: BinaryIO, size: int, bar: tqdm) -> None:
             output.truncate(start)
             output.seek(start)
         bar.update(start)
-        # As much as this server promises: a wrong size is for the checksum to find.
+        # As much as this server promises: fewer bytes of the file are for the checksum to find.
         end = start + int(response.headers.get("Content-Length", size - start))
+        if end > size:
+            raise TooLong(size)
         while chunk := response.read(CHUNK):
+            if output.tell() + len(chunk) > size:
+                raise TooLong(size)
             output.write(chunk)
             bar.update(len(chunk))
     output.flush()

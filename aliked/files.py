@@ -19,9 +19,9 @@ SOURCES = (".py", ".cu", ".cuh", ".cpp", ".hpp", ".h", ".json")
 SANE_BYTES = 2**30  # of a file that is read whole
 
 
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, as 64 hexadecimal digits; `InputError` if it is no file."""
-    with open_regular(path, most_bytes=None) as file:
+def sha256(path: Path, most_bytes: int | None = None) -> str:
+    """Return the SHA-256 of a file, as 64 hexadecimal digits; `InputError` as `open_regular`."""
+    with open_regular(path, most_bytes) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
