@@ -15,12 +15,23 @@ from tqdm import tqdm
 
 from aliked import cli
 from aliked.backends import BACKENDS, Spec, get_backend
-from aliked.cli import add_device_option, add_weights_option, check_selection
+from aliked.backends.pytorch import COMPILE_MODES
+from aliked.cli import (
+    add_device_option,
+    add_weights_option,
+    check_selection,
+    cosine,
+    positive,
+    seed,
+    share,
+    whole,
+)
 from aliked.configs import CONFIGS, get_config
 from aliked.download import offer_download
 from aliked.errors import InputError
 from aliked.files import writable_folder
-from benchmark.records import AnyRecord, load_records, resume
+from benchmark.artifacts import check_model_file
+from benchmark.records import AnyRecord, load_records, only_writer, resume
 from benchmark.report import footnotes, milliseconds, summary_table
 from benchmark.rows import Grid, Row, load_image_sets
 from benchmark.runner import Run, open_run, run_rows
@@ -31,21 +42,17 @@ EVERY_BACKEND = [name for name in BACKENDS if name != "onnxruntime"]  # which ch
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """The command line: what demo_pair.py takes, where that takes one of a kind several."""
+    p = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument(
-        "folders", type=Path, nargs="*", metavar="FOLDER", help="folders of images, or images"
-    )
-    p.add_argument(
-        "--images",
+        "folders",
         type=Path,
-        nargs="+",
-        default=[],
+        nargs="*",
         metavar="FOLDER",
-        help="the same, as an option",
+        help="folders of images, or images; those of each size are rows of their own",
     )
+    # What the positional argument was called once.
+    p.add_argument("--images", type=Path, nargs="+", default=[], help=argparse.SUPPRESS)
     add_grid_options(p.add_argument_group("what to measure: every combination is a row"))
     add_file_options(p.add_argument_group("files"))
     add_limit_options(p.add_argument_group("how long"))
@@ -72,7 +79,7 @@ def add_grid_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--top_k",
-        type=int,
+        type=whole(-(2**31)),
         nargs="+",
         default=[Spec.top_k],
         metavar="K",
@@ -80,11 +87,11 @@ def add_grid_options(group: argparse._ArgumentGroup) -> None:
         f"(default: {Spec.top_k})",
     )
     group.add_argument(
-        "--scores_th", type=float, metavar="SCORE", help="with --top_k 0: lowest score, 0 to 1"
+        "--scores_th", type=share, metavar="SCORE", help="with --top_k 0: lowest score, 0 to 1"
     )
     group.add_argument(
         "--n_limit",
-        type=int,
+        type=whole(1),
         default=Spec.n_limit,
         metavar="N",
         help="with --top_k 0: at most this many keypoints per image (default: %(default)s)",
@@ -94,10 +101,15 @@ def add_grid_options(group: argparse._ArgumentGroup) -> None:
         "--precision",
         nargs="+",
         choices=("fp32", "fp16"),
-        help="of the model (default: fp32, of a backend that has no other fp16)",
+        help="of the model (default: fp32; of a backend that has no other fp16)",
     )
     group.add_argument(
-        "--batch", type=int, nargs="+", default=[1], metavar="B", help="images per run (default: 1)"
+        "--batch",
+        type=whole(1),
+        nargs="+",
+        default=[1],
+        metavar="B",
+        help="images per run (default: 1)",
     )
     add_device_option(group)
     group.add_argument(
@@ -105,6 +117,13 @@ def add_grid_options(group: argparse._ArgumentGroup) -> None:
         default=Spec.compile_mode,
         metavar="MODE",
         help="of torch.compile, for backend pytorch-compile (default: %(default)s: CUDA graphs)",
+    )
+    group.add_argument(
+        "--min_similarity",
+        type=cosine,
+        metavar="COSINE",
+        help="also count the matches of each image with the next, of at least this descriptor "
+        "similarity, -1 to 1 (default: no matching)",
     )
 
 
@@ -115,7 +134,8 @@ def add_file_options(group: argparse._ArgumentGroup) -> None:
         "--model_path",
         type=Path,
         metavar="FILE",
-        help="model file for the backends that run one of this kind (default: made when needed)",
+        help="model file for the backends that run one of this kind (default: one made for every "
+        "row that needs one)",
     )
     group.add_argument(
         "--compiler_cache",
@@ -127,9 +147,9 @@ def add_file_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--output",
         type=Path,
-        metavar="FILE.jsonl",
-        help="records, a line per row; tables and plots go into a folder of the same name "
-        "(default: output/timings-DATE-TIME.jsonl)",
+        metavar="PATH",
+        help="FILE.jsonl for the records, a line per row; tables and plots go into a folder of the "
+        "same name. Or a folder for all of it (default: output/timings-DATE-TIME.jsonl)",
     )
     group.add_argument(
         "--resume",
@@ -143,21 +163,21 @@ def add_limit_options(group: argparse._ArgumentGroup) -> None:
     limits = Limits()
     group.add_argument(
         "--repeats",
-        type=int,
+        type=whole(2),
         default=limits.repeats,
         metavar="N",
         help="timed runs per clock and row (default: %(default)s)",
     )
     group.add_argument(
         "--warmup",
-        type=int,
+        type=whole(0),
         default=limits.warmup,
         metavar="N",
         help="most warm-up runs; they end when run times have settled (default: %(default)s)",
     )
     group.add_argument(
         "--max_seconds",
-        type=float,
+        type=positive,
         default=limits.max_seconds,
         metavar="S",
         help="seconds per clock and row after which fewer timed runs have to do, but at least 10 "
@@ -165,7 +185,7 @@ def add_limit_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--processes",
-        type=int,
+        type=whole(1),
         default=limits.processes,
         metavar="N",
         help="processes that measure a row, one after another, each to these limits: more than 1 "
@@ -173,7 +193,7 @@ def add_limit_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--jobs",
-        type=int,
+        type=whole(1),
         default=1,
         metavar="N",
         help="references, model files and, with --compiler_cache, kernels to make at a time, "
@@ -181,12 +201,12 @@ def add_limit_options(group: argparse._ArgumentGroup) -> None:
         "(default: %(default)s)",
     )
     group.add_argument(
-        "--seed", type=int, default=0, help="of the order of the rows (default: %(default)s)"
+        "--seed", type=seed, default=0, help="of the order of the rows (default: %(default)s)"
     )
 
 
 def grid_from(args: argparse.Namespace) -> Grid:
-    """What to measure; `InputError` where it cannot be."""
+    """What to measure; `InputError` where it cannot be, or an option would be ignored."""
     backends = EVERY_BACKEND if "all" in args.backends else args.backends
     models = list(CONFIGS) if "all" in args.models else args.models
     for model in models:
@@ -197,41 +217,59 @@ def grid_from(args: argparse.Namespace) -> Grid:
         raise InputError(
             f"none of the backends {', '.join(backends)} runs {file}; choose one that does"
         )
-    check_selection(min(args.top_k), args.scores_th)
-    if min(*args.batch, args.jobs) < 1:
-        raise InputError(f"--batch {args.batch} and --jobs {args.jobs}: give at least 1 of each")
-    return Grid(
+    by_threshold = [k for k in args.top_k if k <= 0]
+    check_selection(min(by_threshold or args.top_k), args.scores_th, args.n_limit)
+    if args.compile_mode not in COMPILE_MODES:
+        raise InputError(
+            f"unknown compile mode {args.compile_mode!r}; choose one of {', '.join(COMPILE_MODES)}"
+        )
+    if args.compile_mode != Spec.compile_mode and "pytorch-compile" not in backends:
+        raise InputError(
+            "--compile_mode is for backend pytorch-compile, which is not measured; leave it out"
+        )
+    if args.compiler_cache and not any(get_backend(name).compiles for name in backends):
+        raise InputError(
+            f"none of the backends {', '.join(backends)} compiles; leave --compiler_cache out"
+        )
+    grid = Grid(
         backends,
         models,
         args.top_k,
         args.precisions,
         args.batch,
-        args.scores_th,
+        Spec.scores_th if args.scores_th is None else args.scores_th,
         args.n_limit,
         args.compile_mode,
     )
+    for name in backends if "all" not in args.backends else ():
+        if not grid.precisions_of(name):
+            raise InputError(
+                f"backend {name} has no {' or '.join(args.precisions)}; pass --precision "
+                f"{' '.join(get_backend(name).precisions)}, or leave the backend out"
+            )
+    return grid
 
 
-def limits_from(args: argparse.Namespace) -> Limits:
-    """Runs and seconds; `InputError` where nothing would be timed."""
-    if args.repeats < 2 or args.warmup < 0 or args.max_seconds <= 0 or args.processes < 1:
-        raise InputError(
-            f"--repeats {args.repeats}, --warmup {args.warmup}, --max_seconds "
-            f"{args.max_seconds} and --processes {args.processes} time nothing; give at least 2, "
-            "0, more than 0 and 1"
-        )
-    return Limits(args.repeats, args.warmup, args.max_seconds, args.processes)
+def output_from(args: argparse.Namespace) -> tuple[Path, Path]:
+    """The file of records and the folder of tables and plots.
 
-
-def output_from(args: argparse.Namespace) -> Path:
-    """Where the records go; `InputError` where that would overwrite some or cannot be written."""
-    path = args.output or Path("output") / time.strftime("timings-%Y%m%d-%H%M%S.jsonl")
-    if path.suffix != ".jsonl" or path.is_dir():
-        raise InputError(f"--output {path} is not the name of a .jsonl file; give one")
+    `InputError` where that would overwrite some or cannot be written.
+    """
+    if args.resume and args.output is None:
+        raise InputError("--resume goes on with a file; pass --output as well")
+    output = args.output or Path("output") / time.strftime("timings-%Y%m%d-%H%M%S.jsonl")
+    if output.is_dir() or not output.suffix:
+        path, folder = output / "timings.jsonl", output
+    elif output.suffix == ".jsonl":
+        path, folder = output, output.with_suffix("")
+    else:
+        raise InputError(f"--output {output} is not the name of a .jsonl file or folder; give one")
     if path.exists() and not args.resume:
         raise InputError(f"{path} exists; pass --resume to go on with it, or another --output")
-    writable_folder(path.parent)
-    return path
+    if args.resume and not path.exists():
+        raise InputError(f"there is no {path} to go on with; leave --resume out")
+    writable_folder(folder)
+    return path, folder
 
 
 def announce(run: Run, rows: list[Row], done: set[Row]) -> None:
@@ -263,40 +301,51 @@ def main(args: argparse.Namespace) -> int:
     sources = [*args.folders, *args.images]
     if not sources:
         raise InputError("there is nothing to run on; give a folder of images")
-    grid, limits, output = grid_from(args), limits_from(args), output_from(args)
+    grid, output = grid_from(args), output_from(args)
     for source in sources:
         offer_download(source)
     image_sets = load_image_sets(sources)
+    if args.min_similarity is not None and all(len(images.paths) < 2 for images in image_sets):
+        raise InputError("--min_similarity matches an image with the next; give two of one size")
     run = open_run(
         args.device,
         grid.backends,
         image_sets=image_sets,
-        limits=limits,
+        limits=Limits(args.repeats, args.warmup, args.max_seconds, args.processes),
         weights=args.weights,
         model_path=args.model_path,
         compiler_cache=args.compiler_cache and args.compiler_cache.resolve(),
+        min_similarity=args.min_similarity,
         command=" ".join(["python", *sys.argv]),
     )
     rows = grid.rows(image_sets, run.device, args.seed)
     weights = {model: run.weights_sha256(model) for model in grid.models}
+    if args.model_path:
+        own = [row for row in rows if get_backend(row.backend).suffix == args.model_path.suffix]
+        check_model_file(args.model_path, own, weights)
+    with only_writer(output[0]):
+        measure(run, rows, weights, output[0], args.jobs)
+        return conclude(*output)
+
+
+def measure(run: Run, rows: list[Row], weights: dict[str, str], output: Path, jobs: int) -> None:
+    """Measure the rows that `output` does not hold yet."""
     done = resume(output, rows, run.configuration, weights) if output.exists() else set()
     announce(run, rows, done)
     try:
-        pending = [row for row in rows if row not in done]
-        for record in run_rows(run, pending, output, args.jobs):
+        for record in run_rows(run, [row for row in rows if row not in done], output, jobs):
             tqdm.write(describe(record))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         print(f"\nto go on, give the same command with --output {output} --resume")
         raise
-    return conclude(output)
 
 
-def conclude(output: Path) -> int:
+def conclude(output: Path, folder: Path) -> int:
     """Print the table and write the report; 1 where a row failed or none could be measured."""
     records = load_records([output])
     print("\n" + "\n\n".join([summary_table(records), *footnotes(records)]) + "\n")
     print(f"records: {output}")
-    for path in write_report(records, output.with_suffix("")):
+    for path in write_report(records, folder):
         print(f"wrote {path}")
     statuses = {record.status for record in records}
     return int("failed" in statuses or "ok" not in statuses)

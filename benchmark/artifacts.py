@@ -3,18 +3,24 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 
 from aliked.backends import Spec, create_extractor
 from aliked.backends.pytorch import PyTorchExtractor
+from aliked.backends.tensorrt import read_manifest
+from aliked.configs import Selection
+from aliked.errors import InputError
 from aliked.export.build import build_model_file
+from aliked.export.engine import read_source
 from aliked.features import Features
-from aliked.files import code_digest, sha256, whole_file, write_json
+from aliked.files import code_digest, open_regular, sha256, whole_file, write_json
 from aliked.images import load_image
 from aliked.ties import Expected
 from aliked.weights import cache_dir, find_weights
@@ -91,6 +97,93 @@ def build_files(
     return {build.path: results.get(build) or build.seconds() for build in builds}
 
 
+def check_model_file(path: Path, rows: Iterable[Row], weights: Mapping[str, str]) -> None:
+    """Refuse a user's model file that one of `rows` would not be measured by, as far as it tells.
+
+    `weights` is the SHA-256 of every model's. `InputError` names what the file is of.
+    """
+    facts = facts_of(path)
+    for row in rows:
+        wanted = {
+            "model": row.model,
+            "precision": row.precision,
+            "selection": row.selection,
+            "batch, height and width": (row.batch, row.height, row.width),
+            "weights": weights[row.model],
+        }
+        for name, value in wanted.items():
+            has = facts.get(name)
+            if has is not None and not _same(value, has):
+                raise InputError(
+                    f"{path} cannot be measured as {row}: its {name} is {_short(has)}, not "
+                    f"{_short(value)}; give a file made for that, or leave --model_path out"
+                )
+
+
+def facts_of(path: Path) -> dict[str, Any]:
+    """Return what a model file says of itself; `InputError` where it is none of this project."""
+    with open_regular(path, most_bytes=None):
+        pass
+    if path.suffix == ".pt2":
+        return {}  # says for which shape and device it is, and its extractor looks
+    manifest = _beside(path)
+    if path.suffix == ".onnx":
+        source = read_source(path)
+        export, precision = source.export, source.precision
+        shape = source.shape[:3] if source.uint8 else (source.shape[0], *source.shape[2:4])
+        weights = manifest.get("weights") if manifest.get("sha256") == sha256(path) else None
+    else:
+        engine = read_manifest(path)
+        export, precision = engine["source"]["export"], engine["precision"]
+        shape = weights = None
+    try:
+        export = msgspec.convert(export, Exported)
+    except msgspec.ValidationError as error:
+        raise InputError(
+            f"{path} does not say what it holds ({error}); export it with "
+            "convert_pytorch_to_onnx.py"
+        ) from error
+    return {
+        "model": export.model,
+        "precision": str(precision).lower(),
+        "selection": Selection(export.top_k, export.scores_th, export.n_limit),
+        "batch, height and width": shape,
+        "weights": weights.get("sha256") if isinstance(weights, dict) else None,
+    }
+
+
+class Exported(msgspec.Struct):
+    """What an export writes into its file, as far as a row depends on it."""
+
+    model: str
+    top_k: int
+    scores_th: float
+    n_limit: int
+
+
+def _beside(path: Path) -> dict:
+    """The manifest that the export wrote beside a file; empty where there is none."""
+    try:
+        manifest = json.loads(path.with_name(f"{path.name}.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
+
+
+def _same(wanted: Any, has: Any) -> bool:
+    if isinstance(wanted, Selection):
+        return str(wanted) == str(has)  # which says what of it is used
+    if isinstance(wanted, tuple):
+        return all(size in (-1, own) for size, own in zip(has, wanted, strict=True))
+    return wanted == has
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "x".join("any" if size == -1 else str(size) for size in value)
+    return str(value)[:40]
+
+
 PARTS = ("keypoints", "scores", "descriptors")
 
 
@@ -137,11 +230,12 @@ def load_reference(path: Path, k: int | None) -> dict[str, Expected]:
 
 @dataclass(frozen=True)
 class TryOut:
-    """Run an extractor once, to see whether it runs, or for what its compilers keep."""
+    """Open an extractor, and perhaps run it: does it, and what do its compilers keep?"""
 
     row: Row
     spec: Spec
     image: Path
+    runs: bool = True
     note: Path | None = None  # written when it has run
 
     @property
@@ -152,6 +246,8 @@ class TryOut:
     def run(self, progress: Progress) -> None:
         """Open the extractor and give it a batch, then write the note."""
         extractor = create_extractor(self.row.backend, self.spec)
+        if not self.runs:
+            return
         extractor.infer(extractor.to_device(np.stack([load_image(self.image)] * self.row.batch)))
         extractor.synchronize()
         if self.note:

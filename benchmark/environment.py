@@ -1,13 +1,15 @@
 """What a number depends on besides the code: hardware, versions, settings, the code's commit."""
 
+import contextlib
 import ctypes
+import gc
 import hashlib
 import itertools
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,9 @@ import torch
 from aliked import gpu
 from aliked.backends import get_backend
 from aliked.backends.pytorch import choose_device
+from aliked.backends.tensorrt import manifest_path, read_manifest
 from aliked.doctor import PACKAGES, installed_versions
-from aliked.patches import form_in_use
+from aliked.features import Extractor
 from benchmark.timing import Progress
 
 MIB = 2**20
@@ -188,17 +191,48 @@ def unavailable(backend: str, device: str) -> str | None:
     return get_backend(backend).unavailable()
 
 
-def settings() -> dict:
-    """The switches that decide what "float32" and "fast" mean, as they are during the runs."""
-    cudnn = torch.backends.cudnn
+def switches() -> dict[str, bool]:
+    """Return PyTorch's switches that decide what "float32" and "fast" mean, as they are now."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     return {
-        "tf32": False,  # every backend switches it off
-        "gradients": False,
-        "garbage_collector": "off in timed runs",
+        "tf32": cudnn.allow_tf32 or matmul.allow_tf32,
+        "gradients": torch.is_grad_enabled(),
         "cudnn_benchmark": cudnn.benchmark,
         "cudnn_deterministic": cudnn.deterministic,
-        "get_patches": form_in_use(),
     }
+
+
+@contextlib.contextmanager
+def observed(extractor: Extractor) -> Iterator[dict[str, bool]]:
+    """Yield `switches` as they are inside of the runs of this block; none but PyTorch's has any."""
+    inside: dict[str, bool] = {}
+    forward = getattr(extractor, "forward", None)
+    if forward is None:
+        yield inside
+        return
+
+    def noting(batch: Any) -> Any:
+        inside.update(switches())
+        return forward(batch)
+
+    extractor.forward = noting
+    try:
+        yield inside
+    finally:
+        extractor.forward = forward
+
+
+def tf32_of(extractor: Extractor, model_path: Path | None) -> bool | None:
+    """Return whether a runtime other than PyTorch may round to TF32; None if it does not say."""
+    if model_path and manifest_path(model_path).exists():
+        return read_manifest(model_path).get("tf32")
+    session = getattr(extractor, "session", None)
+    if not hasattr(session, "get_provider_options"):
+        return None
+    options = session.get_provider_options()
+    if any(name.lower().startswith(("tensorrt", "nvtensorrt")) for name in options):
+        return None
+    return any(own.get("use_tf32", "0") == "1" for own in options.values())
 
 
 def git_commit(root: Path = ROOT) -> str | None:
@@ -264,6 +298,7 @@ class Monitor:
     def __init__(self, device: str):
         self.on_cpu = device == "cpu"
         self.samples: list[dict] = []
+        self.collects_garbage = False
         self.gpu = self.memory = None
         if self.on_cpu:
             return
@@ -273,8 +308,9 @@ class Monitor:
             return  # such as on a Jetson: the record then says "unknown"
         self.memory = ProcessMemory(self.gpu)
 
-    def read_clocks(self) -> None:
-        """Note the clocks as they are now."""
+    def note(self) -> None:
+        """Note the clocks, and whether Python collects garbage, as they are now."""
+        self.collects_garbage |= gc.isenabled()
         if self.gpu:
             self.samples.append(self.gpu.clocks())
 

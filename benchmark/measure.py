@@ -16,7 +16,9 @@ from aliked.backends import Spec, create_extractor
 from aliked.errors import InputError
 from aliked.features import OUTPUTS, Extractor, Features, features_of_batch
 from aliked.files import sha256
+from aliked.matching import match_mutual
 from aliked.parity import FP16, FP32, Parity, compare_features, judge
+from aliked.patches import form_in_use
 from aliked.ties import Expected
 from benchmark import environment
 from benchmark.artifacts import load_reference
@@ -32,6 +34,7 @@ from benchmark.timing import (
     TimedRun,
     apart,
     clock_statistics,
+    contradiction,
     summary,
     timed_runs,
     unseen,
@@ -104,9 +107,10 @@ class Subject:
             self._keep("end to end", index, features)
         return sample
 
-    def keypoints(self, image: int) -> int:
-        """Return how many keypoints a single image gave."""
-        return len(self.returned[f"{self.names[image]} (compute)"][1])
+    def features(self) -> list[Features]:
+        """Return what the compute clock's first pass gave of each image."""
+        by_name = {name: features for name, features in reversed(self.returned.values())}
+        return [by_name[name] for name in self.names]
 
     def _compute(self, index: int) -> tuple[Sample, dict[str, Any]]:
         batch = self.extractor.to_device(self.batches[index])
@@ -151,6 +155,7 @@ class Measure:
     images: ImageSet
     reference: Path  # the expected features
     limits: Limits
+    min_similarity: float | None = None
 
     @property
     def device(self) -> str:
@@ -160,7 +165,10 @@ class Measure:
     def run(self, progress: Progress) -> dict:
         """Measure."""
         reference = load_reference(self.reference, self.row.top_k or None)
-        return measure(self.row, self.spec, self.images.load(), reference, self.limits, progress)
+        images = self.images.load()
+        return measure(
+            self.row, self.spec, images, reference, self.limits, progress, self.min_similarity
+        )
 
 
 def measure(
@@ -170,8 +178,12 @@ def measure(
     reference: dict[str, Expected],
     limits: Limits,
     progress: Progress,
+    min_similarity: float | None = None,
 ) -> dict:
-    """Return all that a record says of a row that runs."""
+    """Return all that a record says of a row that runs.
+
+    With `min_similarity` also how many keypoints of an image match those of the next.
+    """
     monitor = Monitor(spec.device)
     progress("loading", 0, 1)
     start = time.perf_counter()
@@ -181,7 +193,8 @@ def measure(
 
     allocator = allocator_of(subject.extractor)
     progress("first run", 0, 1)
-    first_run_s = subject.compute(0).wall_ms / 1000
+    with environment.observed(subject.extractor) as inside:
+        first_run_s = subject.compute(0).wall_ms / 1000
     first_pass = [subject.checked_compute(index) for index in range(period)]
     warmed = warm_up(subject.compute, limits, period, progress, first_pass)
     memory = read_memory(monitor, allocator)
@@ -193,6 +206,9 @@ def measure(
     warmed = warm_up(subject.end_to_end, limits, period, progress)
     samples = timed_runs(monitored(subject.end_to_end, monitor), limits, progress)
     end_to_end = clock_statistics(samples, warmed, period)
+    if row.top_k > 0:  # in threshold mode a single call of PyTorch's does less than a batch's
+        for clock in (compute, end_to_end):
+            clock["unstable"] += contradiction(compute["p50"], end_to_end["p50"])
 
     parity = compare(subject, reference)
     return {
@@ -211,7 +227,13 @@ def measure(
         "problems": problems,
         "ranked": parity["passed"] and not problems,
         "per_image": per_image(subject, compute, end_to_end),
-        "settings": environment.settings(),
+        "matches": matches(subject, min_similarity),
+        "settings": {
+            "tf32": environment.tf32_of(subject.extractor, spec.model_path),
+            "garbage_collector": monitor.collects_garbage,
+            "get_patches": form_in_use(),
+            **inside,
+        },
         "model_file": describe_file(spec.model_path),
     }
 
@@ -221,7 +243,7 @@ def monitored(run: TimedRun, monitor: Monitor) -> TimedRun:
 
     def monitored_run(index: int) -> Sample:
         if index % CLOCKS_EVERY == 0:
-            monitor.read_clocks()
+            monitor.note()
         return run(index)
 
     return monitored_run
@@ -297,10 +319,22 @@ def per_image(subject: Subject, compute: dict, end_to_end: dict) -> list[dict] |
             "image": name,
             "compute_ms": median_of(compute["samples"][i::period]),
             "end_to_end_ms": median_of(end_to_end["samples"][i::period]),
-            "keypoints": subject.keypoints(i),
+            "keypoints": len(features),
         }
-        for i, name in enumerate(subject.names)
+        for i, (name, features) in enumerate(zip(subject.names, subject.features(), strict=True))
     ]
+
+
+def matches(subject: Subject, min_similarity: float | None) -> float | None:
+    """Return the mean number of matches of an image with the next, where that is asked for."""
+    pairs = list(itertools.pairwise(subject.features()))
+    if min_similarity is None or not pairs:
+        return None
+    counts = [
+        len(match_mutual(first.descriptors, second.descriptors, min_similarity))
+        for first, second in pairs
+    ]
+    return statistics.mean(counts)
 
 
 def median_of(values: Iterable[float | None]) -> float | None:

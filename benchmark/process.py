@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from aliked import gpu
+from aliked.cli import stop_by_exception
 from aliked.errors import InputError
 from benchmark.timing import Progress
 
 LONGEST_S = 3600.0  # of one task, engine builds included
+TO_CLEAN_UP_S = 2.0  # for a task that is stopped
 PROGRESS_EVERY_S = 0.2
 PROCESSES = multiprocessing.get_context("forkserver")
 IMPORTED = ("benchmark.measure",)
@@ -78,8 +80,7 @@ def run_task(
             process.join()
         finally:
             timer.cancel()
-            process.kill()
-            process.join()
+            _stop(process)
         if "result" in last:
             return last["result"]
         if "error" in last:
@@ -109,7 +110,21 @@ def run_tasks(
             done()
 
     with ThreadPoolExecutor(jobs) as pool:
-        return list(pool.map(run, tasks))
+        try:
+            return list(pool.map(run, tasks))
+        except BaseException:  # a signal: the threads wait for their processes
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                _stop(process)
+            raise
+
+
+def _stop(process: multiprocessing.process.BaseProcess) -> None:
+    """End a process that may still run; it has a moment to remove what it has half-written."""
+    process.terminate()
+    process.join(TO_CLEAN_UP_S)
+    process.kill()
+    process.join()
 
 
 def _environment(compiler_cache: Path) -> dict[str, str]:
@@ -129,6 +144,7 @@ def _run(task: Task, channel: Connection, environment: dict[str, str], errors: P
     os.dup2(file, 2)
     # Where a runtime crashes, its caller in Python is in the file.
     faulthandler.enable(all_threads=False)
+    stop_by_exception()
     try:
         channel.send({"result": task.run(_sender(channel))})
     except InputError as error:

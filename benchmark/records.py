@@ -1,9 +1,10 @@
 """Results as data: a JSON line per row, checked as it is written and as it is read."""
 
+import contextlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -14,7 +15,7 @@ from msgspec import Meta, structs
 from aliked.backends import BACKENDS
 from aliked.configs import CONFIGS
 from aliked.errors import InputError
-from aliked.files import read_file, whole_file
+from aliked.files import locked, read_file, whole_file
 from benchmark.rows import Row
 from benchmark.timing import REPEATED_WITHIN, Limits, apart
 
@@ -120,6 +121,7 @@ class Configuration(Part):
     images: dict[str, Sha256]
     model_path: Sha256 | None
     compiler_cache: Literal["kept", "empty"] | None = None
+    min_similarity: Annotated[float, Meta(ge=-1, le=1)] | None = None  # of `Measured.matches`
 
     def __post_init__(self) -> None:
         missing = {"cpu", "cpu_threads", "system"} - self.machine.keys()
@@ -209,6 +211,7 @@ class Measured(OfRow, tag="ok"):
     per_image: list[OfImage] | None
     settings: dict[str, str | bool | int | None]
     model_file: ModelFile | None
+    matches: Annotated[float, Meta(ge=0)] | None = None  # of an image with the next, the mean
     status: ClassVar[str] = "ok"
     measured: ClassVar[bool] = True
 
@@ -244,7 +247,7 @@ class Measured(OfRow, tag="ok"):
         return ("" if self.ranked else UNRANKED) + (UNSTABLE if self.unstable(*clocks) else "")
 
 
-class MeasuredTwice(Measured, tag="in no file"):
+class MeasuredTwice(Measured, tag="in no file", kw_only=True):
     """A row with what another run measured of it."""
 
     other: Measured
@@ -331,6 +334,22 @@ def append_record(path: Path, record: AnyRecord | dict) -> None:
         file.write(start + msgspec.json.encode(record) + b"\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def only_writer(path: Path) -> Iterator[None]:
+    """Keep other measurements from writing to a file of records; `InputError` where one does."""
+    lock = path.with_name(f".{path.name}.lock")
+    try:
+        with locked(lock, wait=False):
+            try:
+                yield
+            finally:
+                lock.unlink()
+    except BlockingIOError as error:
+        raise InputError(
+            f"another measurement is writing to {path}; wait for it, or give another --output"
+        ) from error
 
 
 def write_records(path: Path, records: Iterable[AnyRecord | dict]) -> None:

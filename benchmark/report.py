@@ -73,9 +73,14 @@ def summary_table(records: list[AnyRecord]) -> str:
         own = sorted(group, key=lambda r: (not r.ranked, r.compute_ms.p50))
         row = own[0].row
         batch = f", batches of {row.batch}" if row.batch > 1 else ""
-        lines = [_summary_line(r, place) for place, r in enumerate(own, 1)]
+        lines = [[*_summary_line(r, place)] for place, r in enumerate(own, 1)]
+        header = [[*line] for line in SUMMARY]
+        if any(r.matches is not None for r in own):
+            counts = ["?" if r.matches is None else f"{r.matches:.1f}" for r in own]
+            for line, cell in zip([*header, *lines], ["", "matches", *counts], strict=True):
+                line.append(cell)
         title = f"{row.model}, K {row.selection}, {row.images}{batch}, {row.precision}"
-        parts.append(f"{title}\n{aligned([*SUMMARY, *lines])}")
+        parts.append(f"{title}\n{aligned([*header, *lines])}")
     return "\n\n".join(parts) or "No row could be measured."
 
 

@@ -38,6 +38,7 @@ class Run:
     weights: Path | None = None
     model_path: Path | None = None
     compiler_cache: Path | None = None  # kept from row to row; None: empty for every row
+    min_similarity: float | None = None  # of matches that are counted; None: of none
     command: str = ""
     commit: str | None = field(default_factory=git_commit)
 
@@ -55,6 +56,7 @@ class Run:
             },
             "model_path": self.model_path and sha256(self.model_path),
             "compiler_cache": "kept" if self.compiler_cache else "empty",
+            "min_similarity": self.min_similarity,
         }
 
     @property
@@ -95,15 +97,17 @@ def run_rows(run: Run, rows: list[Row], output: Path, jobs: int = 1) -> Iterator
     """Measure `rows` in their order; each record is in the file before it is yielded.
 
     Which backends cannot run comes first; then references, model files and what compilers keep are
-    made, `jobs` at a time.
+    made, `jobs` at a time, and every backend is opened once.
     """
-    for record in unavailable_records(run, rows):
-        append_record(output, record)
-        yield record
-    rows = [row for row in rows if not run.unavailable[row.backend]]
+    broken = {(row.backend, row.precision): run.unavailable[row.backend] for row in rows}
+    yield from _unavailable(run, rows, broken, output)
+    rows = [row for row in rows if not broken[row.backend, row.precision]]
     references = make_references(run, rows, jobs)
     files = make_files(run, rows, jobs)
     fill_compiler_cache(run, rows, jobs)
+    broken = try_out(run, rows, files)
+    yield from _unavailable(run, rows, broken, output)
+    rows = [row for row in rows if not broken.get((row.backend, row.precision))]
     with Bar("row", len(rows)) as bar:
         for row in rows:
             bar.start(str(row))
@@ -113,18 +117,47 @@ def run_rows(run: Run, rows: list[Row], output: Path, jobs: int = 1) -> Iterator
             yield record
 
 
-def unavailable_records(run: Run, rows: list[Row]) -> Iterator[AnyRecord]:
-    """Return a record of each backend of `rows` that cannot run here."""
-    for backend, group in itertools.groupby(sorted(rows, key=_backend), _backend):
-        reason = run.unavailable[backend]
+Reasons = dict[tuple[str, str], str | None]  # why a backend cannot run, by its name and precision
+
+
+def _unavailable(run: Run, rows: list[Row], reasons: Reasons, output: Path) -> Iterator[AnyRecord]:
+    """A record of each backend that cannot run here, in the file before it is yielded."""
+    for (backend, reason), group in itertools.groupby(
+        sorted((row.backend, reasons.get((row.backend, row.precision)) or "") for row in rows)
+    ):
         if reason:
-            count = len(list(group))
-            fields = {"status": "unavailable", "backend": backend, "rows": count, "reason": reason}
-            yield make_record(fields | run.origin())
+            fields = {"status": "unavailable", "backend": backend, "reason": reason}
+            record = make_record(fields | {"rows": len(list(group))} | run.origin())
+            append_record(output, record)
+            yield record
 
 
-def _backend(row: Row) -> str:
-    return row.backend
+def try_out(run: Run, rows: list[Row], files: dict[Row, "ModelFile | TaskFailed"]) -> Reasons:
+    """Open every backend once in each precision, before minutes go into others; why one cannot.
+
+    It also runs once, unless it would have to compile first. What fails for another reason than one
+    that was to be expected fails in its rows.
+    """
+    smallest: dict[tuple[str, str], Row] = {}
+    for row in sorted(rows, key=lambda row: (row.width * row.height * row.batch, row.top_k)):
+        if not isinstance(files.get(row), TaskFailed):
+            smallest.setdefault((row.backend, row.precision), row)
+    tasks = [
+        TryOut(
+            row,
+            row.spec(run.device, run.weights, files[row][0] if row in files else None),
+            run.images_of(row).paths[0],
+            runs=not get_backend(row.backend).compiles,
+        )
+        for row in smallest.values()
+    ]
+    with Bar("tried", len(tasks)) as bar:
+        failures = run_tasks(tasks, 1, bar.finish, run.compiler_cache)
+    return {
+        key: str(failure)
+        for key, failure in zip(smallest, failures, strict=True)
+        if failure and failure.expected
+    }
 
 
 def make_references(run: Run, rows: list[Row], jobs: int) -> dict[Any, Path]:
@@ -191,7 +224,7 @@ def fill_compiler_cache(run: Run, rows: list[Row], jobs: int) -> None:
     if run.compiler_cache is None:
         return
     tasks = [
-        TryOut(row, row.spec(run.device, run.weights, None), run.images_of(row).paths[0], note)
+        TryOut(row, row.spec(run.device, run.weights, None), run.images_of(row).paths[0], note=note)
         for row in rows
         if get_backend(row.backend).compiles and not (note := compiler_note(run, row)).exists()
     ]
@@ -213,7 +246,8 @@ def measure_row(
     fields = {"row": row, "weights_sha256": run.weights_sha256(row.model)}
     path, build_s = (None, 0.0) if file is None or isinstance(file, TaskFailed) else file
     spec = row.spec(run.device, run.weights, path)
-    task = Measure(row, spec, run.images_of(row), reference, run.limits)
+    images = run.images_of(row)
+    task = Measure(row, spec, images, reference, run.limits, run.min_similarity)
     try:
         if isinstance(file, TaskFailed):
             raise file

@@ -160,6 +160,13 @@ def unseen(samples: list[Sample]) -> str | None:
     )
 
 
+def contradiction(compute_ms: float, end_to_end_ms: float) -> list[str]:
+    """Return why two medians cannot both be right: end to end is compute and more."""
+    if compute_ms <= (1 + REPEATED_WITHIN) * end_to_end_ms:
+        return []
+    return [f"impossible: compute took {compute_ms:.3f} ms, of {end_to_end_ms:.3f} ms end to end"]
+
+
 def warm_up(
     run: TimedRun, limits: Limits, period: int, progress: Progress, earlier: Sequence[Sample] = ()
 ) -> dict:
