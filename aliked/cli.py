@@ -32,9 +32,9 @@ def run(
 ) -> NoReturn:
     """Parse the command line, call `main(args)` and exit.
 
-    Exit status: what `main` returns (None is 0), 2 with one sentence for an `InputError`, a
-    missing package that an extra brings, a full disk or too little memory, 128 + N where signal N ended it (130 for Ctrl-C, 141 where nobody
-    reads the output any more).
+    Exit status: what `main` returns (None is 0), 2 with one sentence for an `InputError`, a package
+    that an extra brings and is missing, a full disk or too little memory, 128 + N where signal N
+    ended it (130 for Ctrl-C, 141 where nobody reads the output any more).
     """
     stop_by_exception()
     try:

@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -35,6 +35,9 @@ COLOURS = {
     "tensorrt-cudagraph": "#0b7285",
     "tensorrt-pycuda": "#9edae5",
     "tensorrt-lean": "#5c7cfa",
+    "tensorrt-rtx": "#7cb342",
+    "tensorrt-rtx-cudagraph": "#33691e",
+    "onnxruntime-tensorrt-rtx": "#f06292",
     "torch-tensorrt": "#bcbd22",
     "fused": "#d62728",
 }
@@ -57,6 +60,7 @@ def draw_all(records: list[AnyRecord], folder: Path) -> list[Path]:
                 save_figure(figure, folder, f"{device} {what}")
                 for what, figure in draw(own, device)
             ]
+    remove_older(folder, written)
     return written
 
 
@@ -104,7 +108,6 @@ def draw_bars(records: list[Measured], title: str) -> Figure:
             _draw_bar(axis, record, place, width)
         axis.set_xticks(range(len(models)), models)
         axis.set_ylabel(f"{precision.upper()}: ms per image")
-        axis.set_ylim(bottom=0)
         axis.grid(axis="y", alpha=0.3)
         axis.margins(y=0.2)  # room for the numbers
     title = f"{title}\nmedian, whiskers from minimum to p90; faded: not ranked"
@@ -292,9 +295,20 @@ def _alpha(handle) -> float:
     return getattr(handle, "patches", [handle])[0].get_alpha()
 
 
-def save_figure(figure: Figure, folder: Path, name: str) -> Path:
-    """Write a PNG named after what it shows; its path."""
+def save_figure(figure: Figure, folder: Path, name: str, kind: str = "timings") -> Path:
+    """Write a PNG named after what it shows, with what draws it inside; its path."""
     path = folder / (re.sub(r"[^\w.]+", "_", name).strip("_").lower() + ".png")
     with whole_file(path) as partial:
-        figure.savefig(partial, dpi=120)
+        figure.savefig(partial, dpi=120, metadata={"Source": f"{MARK}{kind}"})
     return path
+
+
+MARK = "draw_report.py: "
+
+
+def remove_older(folder: Path, written: Iterable[Path], kind: str = "timings") -> None:
+    """Remove the pictures of an earlier report from `folder`; other pictures stay."""
+    for path in set(folder.glob("*.png")) - set(written):
+        with open(path, "rb") as file:
+            if f"{MARK}{kind}".encode() in file.read(1000):
+                path.unlink()

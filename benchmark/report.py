@@ -18,6 +18,7 @@ from benchmark.records import (
     runtime_order,
     sections,
 )
+from benchmark.rows import Row
 from benchmark.timing import REPEATED_WITHIN, apart
 
 MEMORY = {
@@ -174,6 +175,35 @@ def section_text(records: list[AnyRecord]) -> str:
 def _kind(record: AnyRecord) -> tuple[str, bool]:
     """What shares a table: the precision, and whether images come in batches."""
     return record.row.precision, record.row.batch > 1
+
+
+USERS_ROWS = {
+    "models": ("aliked-t16", "aliked-n16rot"),
+    "top_k": (1000, 2000),
+    "precision": "fp16",
+}
+
+
+def small_table(records: list[AnyRecord]) -> str:
+    """Return one table of single images by the compute clock, of two models and two K.
+
+    It is of the device on which most of these rows were measured, of the two models, K and the
+    precision that `USERS_ROWS` names; "" where there is none of them.
+    """
+    chosen = [
+        [r for r in section if r.measured and r.row.batch == 1 and _is_users(r.row)]
+        for section in sections(records)
+    ]
+    most = max(chosen, key=len, default=[])
+    if not most:
+        return ""
+    title = f"**{most[0].device_name}, {USERS_ROWS['precision'].upper()}: ms, MiB**"
+    return f"{title}\n\n{wide_table(most, COMPUTE)}\n"
+
+
+def _is_users(row: Row) -> bool:
+    wanted = (row.model in USERS_ROWS["models"], row.top_k in USERS_ROWS["top_k"])
+    return all(wanted) and row.precision == USERS_ROWS["precision"]
 
 
 def describe_section(records: list[AnyRecord]) -> str:
