@@ -52,17 +52,24 @@ def open_regular(path: Path, most_bytes: int | None = SANE_BYTES) -> Iterator[Bi
     except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"cannot read {path} ({reason}); give another file") from error
+    try:
+        _check_regular(path, os.fstat(descriptor), most_bytes)
+    except InputError:
+        os.close(descriptor)
+        raise
     with open(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
-            raise InputError(f"{path} is {kind}; give a file")
-        if most_bytes is not None and status.st_size > most_bytes:
-            raise InputError(
-                f"{path} has {status.st_size} bytes, which is more than such a file can have "
-                f"({most_bytes}); give another file"
-            )
         yield file
+
+
+def _check_regular(path: Path, status: os.stat_result, most_bytes: int | None) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
+        raise InputError(f"{path} is {kind}; give a file")
+    if most_bytes is not None and status.st_size > most_bytes:
+        raise InputError(
+            f"{path} has {status.st_size} bytes, which is more than such a file can have "
+            f"({most_bytes}); give another file"
+        )
 
 
 def read_file(path: Path, most_bytes: int = SANE_BYTES) -> bytes:

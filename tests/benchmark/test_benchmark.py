@@ -1,7 +1,6 @@
 """Timing, its statistics, its records and its processes."""
 
 import dataclasses
-import json
 import os
 import signal
 import subprocess
@@ -14,13 +13,11 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from aliked.errors import InputError
 from aliked.parity import NO_TIES
 from aliked.ties import Expected
 from benchmark import artifacts, measure, process, runner
 from benchmark.environment import Describe, ProcessMemory
 from benchmark.measure import Batches, WrongAnswer, merged
-from benchmark.records import append_record, read_records, resume
 from benchmark.rows import Grid, ImageSet
 from benchmark.timing import (
     Limits,
@@ -34,7 +31,7 @@ from benchmark.timing import (
     window_length,
 )
 from tests.helpers.fake_backends import FakeBackend, features_of
-from tests.helpers.timing_records import CONFIGURATION, ROW, measured, outcome
+from tests.helpers.timing_records import ROW, measured
 
 ROOT = Path(__file__).resolve().parents[2]
 NOISE = np.random.default_rng(0).normal(scale=0.01, size=2000)
@@ -441,68 +438,3 @@ def test_in_a_container_the_new_process_is_this_one(monkeypatch):
 def test_where_no_process_can_be_told_apart_the_difference_is_said_to_be_one(monkeypatch, after):
     monkeypatch.setattr("os.getpid", lambda: 1)
     assert ProcessMemory(FakeGpu({}, after)).read() == (700, "difference")
-
-
-# -- records --
-
-
-@pytest.fixture
-def recorded(tmp_path) -> Path:
-    """Three rows: two measured, one failed."""
-    path = tmp_path / "records.jsonl"
-    append_record(path, measured(ROW, 3.0))
-    append_record(
-        path, outcome(replace(ROW, model="aliked-n16"), status="failed", reason="it broke")
-    )
-    append_record(path, measured(replace(ROW, model="aliked-n32"), 4.0))
-    return path
-
-
-MODELS = ("aliked-t16", "aliked-n16", "aliked-n32", "aliked-n16rot")
-ROWS = [replace(ROW, model=model) for model in MODELS]
-
-
-def test_a_resumed_run_tries_again_what_failed(recorded):
-    done = resume(recorded, ROWS, CONFIGURATION)
-    assert done == {ROWS[0], ROWS[2]}
-    assert [r.row.model for r in read_records(recorded)] == ["aliked-t16", "aliked-n32"]
-
-
-def test_a_line_that_an_interruption_cut_short_is_measured_again(recorded):
-    text = recorded.read_text()
-    recorded.write_text(text[: -len(text.splitlines()[-1]) // 2])
-    assert resume(recorded, ROWS, CONFIGURATION) == {ROWS[0]}
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("limits", {"repeats": 50, "warmup": 200, "max_seconds": 10.0}),
-        ("machine", {"cpu": "Another CPU"}),
-        ("versions", {"python": "3.11.7", "torch": "2.11.0", "cuda": None}),
-        ("images", {"sequence_640x480": "00" * 32}),
-    ],
-)
-def test_records_of_another_configuration_are_refused_and_left_alone(recorded, name, value):
-    before = recorded.read_bytes()
-    with pytest.raises(InputError, match=f"another {name}"):
-        resume(recorded, ROWS, CONFIGURATION | {name: value})
-    assert recorded.read_bytes() == before
-
-
-def test_what_an_earlier_version_began_goes_on_where_the_new_options_have_their_defaults(recorded):
-    recorded.write_text(recorded.read_text().replace(', "processes": 1', ""))
-    assert resume(recorded, ROWS, CONFIGURATION) == {ROWS[0], ROWS[2]}
-
-
-def test_records_of_rows_that_are_not_asked_for_are_refused(recorded):
-    with pytest.raises(InputError, match=r"does not ask for .*aliked-n32"):
-        resume(recorded, ROWS[:2], CONFIGURATION)
-
-
-@pytest.mark.parametrize("line", ["not JSON", "{}", "[1, 2]", json.dumps({"schema": 0})])
-def test_a_line_that_is_no_record_is_named(recorded, line):
-    with open(recorded, "a") as file:
-        file.write(line + "\n")
-    with pytest.raises(InputError, match=r"line 4 of .*records.jsonl"):
-        read_records(recorded)

@@ -172,7 +172,7 @@ def test_one_report_draws_timings_and_evaluations_between_their_own_markers(tmp_
     markers = (report.BEGIN, report.END), report.EVALUATION
     readme.write_text("# Title\n" + "".join(f"{a}\nthe old table\n{b}\n" for a, b in markers))
     files = [tmp_path / "e.jsonl", tmp_path / "t.jsonl"]
-    options = [*files, "--output", tmp_path / "out", "--readme", readme]
+    options = [*files, "--output", tmp_path / "out", "--docs", readme]
     report.main(report.parser().parse_args(list(map(str, options))))
     text = readme.read_text()
     timings, evaluations = (text.split(a)[1].split(b)[0] for a, b in markers)
