@@ -79,7 +79,7 @@ def add_grid_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--top_k",
-        type=whole(-(2**31)),
+        type=whole(-1),
         nargs="+",
         default=[Spec.top_k],
         metavar="K",
@@ -268,7 +268,7 @@ def output_from(args: argparse.Namespace) -> tuple[Path, Path]:
         raise InputError(f"{path} exists; pass --resume to go on with it, or another --output")
     if args.resume and not path.exists():
         raise InputError(f"there is no {path} to go on with; leave --resume out")
-    writable_folder(folder)
+    writable_folder(path.parent)
     return path, folder
 
 

@@ -204,7 +204,7 @@ def add_selection_options(group: argparse._ArgumentGroup) -> None:
     """Which keypoints an image gives: the best ones, or those above a threshold."""
     group.add_argument(
         "--top_k",
-        type=whole(-(2**31)),
+        type=whole(-1),
         default=Spec.top_k,
         metavar="K",
         help="keypoints per image, the best by score; 0 or less: all above --scores_th "
