@@ -36,7 +36,7 @@ engine: $(VENV)/.installed
 readme-tables: $(VENV)/.installed
 	$(RUN) draw_report.py results/*.jsonl results/evaluation/*.jsonl \
 	    --other_run results/other_run/*.jsonl --output results/report \
-	    --readme docs/results.md docs/evaluation.md
+	    --docs docs/results.md docs/evaluation.md --readme README.md
 
 lint: $(VENV)/.installed-dev
 	$(RUN) -m ruff check .

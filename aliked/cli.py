@@ -1,7 +1,12 @@
 """What every script does the same way: run its `main`, turn bad input into one sentence."""
 
 import argparse
+import errno
+import math
+import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -12,6 +17,14 @@ from aliked.errors import EXTRAS, InputError, missing_package
 from aliked.features import Extractor
 
 
+class Parser(argparse.ArgumentParser):
+    """A command line whose faults are `InputError`s: one sentence, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the command line."""
+        raise InputError(message)
+
+
 def run(
     main: Callable[[argparse.Namespace], int | None],
     parser: argparse.ArgumentParser,
@@ -19,23 +32,26 @@ def run(
 ) -> NoReturn:
     """Parse the command line, call `main(args)` and exit.
 
-    Exit status: what `main` returns (None is 0), 2 for an `InputError` and for a missing package
-    that an extra brings, 130 for Ctrl-C.
+    Exit status: what `main` returns (None is 0), 2 with one sentence for an `InputError`, a package
+    that an extra brings and is missing, a full disk or too little memory, 128 + N where signal N
+    ended it (130 for Ctrl-C, 141 where nobody reads the output any more).
     """
-    args = parser.parse_args(arguments)
+    stop_by_exception()
     try:
-        status = main(args) or 0
-    except InputError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        status = 2
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in EXTRAS:
-            raise
-        print(f"{parser.prog}: error: {missing_package(error)}", file=sys.stderr)
-        status = 2
+        status = main(parser.parse_args(arguments)) or 0
+    except SystemExit as end:
+        status = end.code
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         status = 130
+    except Exception as error:
+        status = _status_of(error, parser.prog)
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        status = _status_of(error, parser.prog)
+        # What could not be written would be tried, and complained about, once more at the exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)
 
 
@@ -45,6 +61,94 @@ def command_line() -> str:
     if program.name in ("aliked", "__main__.py"):
         return " ".join(["aliked", *sys.argv[1:]])
     return " ".join(["python", *sys.argv])
+
+
+def stop_by_exception() -> None:
+    """Let SIGTERM and SIGHUP end this process as Ctrl-C does: what is half-written is removed."""
+
+    def stop(number: int, _: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                signal.signal(number, stop)
+
+
+def _status_of(error: Exception, prog: str) -> int:
+    """Say in a sentence what has gone wrong outside the program; raise `error` if nothing has."""
+    if isinstance(error, BrokenPipeError):
+        return 128 + signal.SIGPIPE
+    sentence = str(error) if isinstance(error, InputError) else _outside(error)
+    if sentence is None:
+        raise error
+    print(f"{prog}: error: {sentence}", file=sys.stderr)
+    return 2
+
+
+OUT_OF_MEMORY = ("out of memory", "allocate memory", "bad_alloc", "Insufficient memory")
+
+
+def _outside(error: Exception) -> str | None:
+    """The sentence for an error of the machine, whichever library it comes through."""
+    if isinstance(error, ModuleNotFoundError):
+        known = (error.name or "").partition(".")[0] in EXTRAS
+        return missing_package(error) if known else None
+    text = " ".join(str(error).split())
+    place = getattr(error, "filename", None) or ""
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in text:
+        return f"the disk {place and f'of {place} '}is full; make room and run the same again"
+    if isinstance(error, MemoryError) or any(words in text for words in OUT_OF_MEMORY):
+        reason = text[:200] or type(error).__name__
+        return f"there is not enough memory ({reason}); give smaller images"
+    if isinstance(error, OSError):
+        return f"{place or 'the output'}: {error.strerror or text}; give another path"
+    return None
+
+
+def number(low: float, high: float = math.inf, above: bool = False) -> Callable[[str], float]:
+    """The type of an option that is a finite number from `low`, or `above` it, to `high`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (low <= value <= high) or math.isinf(value) or (above and value == low):
+            least = f"above {low:g}" if above else f"from {low:g}"
+            most = "" if math.isinf(high) else f" to {high:g}"
+            raise argparse.ArgumentTypeError(f"{text} is no number {least}{most}")
+        return value
+
+    return parse
+
+
+def whole(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
+    """The type of an option that is a whole number from `low` to `high`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if not low <= value <= high:
+            most = "" if high == 2**31 - 1 else f", at most {high}"
+            raise argparse.ArgumentTypeError(
+                f"{text} is no whole number to go by; give at least {low}{most}"
+            )
+        return value
+
+    return parse
+
+
+positive, share, cosine = number(0, above=True), number(0, 1), number(-1, 1)
+seed = whole(0, 10**9)  # every library takes these, and some more from each on
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
+    """Return a Markdown table, the first `left` columns aligned to the left."""
+    rule = ["---" if i < left else "---:" for i in range(len(header))]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows])
 
 
 def add_extractor_options(parser: argparse.ArgumentParser) -> None:
@@ -100,7 +204,7 @@ def add_selection_options(group: argparse._ArgumentGroup) -> None:
     """Which keypoints an image gives: the best ones, or those above a threshold."""
     group.add_argument(
         "--top_k",
-        type=int,
+        type=whole(-1),
         default=Spec.top_k,
         metavar="K",
         help="keypoints per image, the best by score; 0 or less: all above --scores_th "
@@ -108,25 +212,34 @@ def add_selection_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--scores_th",
-        type=float,
+        type=share,
         metavar="SCORE",
         help="with --top_k 0: lowest score of a keypoint, 0 to 1, such as 0.2",
     )
     group.add_argument(
         "--n_limit",
-        type=int,
+        type=whole(0),
         default=Spec.n_limit,
         metavar="N",
         help="with --top_k 0: at most this many keypoints per image (default: %(default)s)",
     )
 
 
-def check_selection(top_k: int, scores_th: float | None) -> float:
-    """The threshold, which top-k mode does without; `InputError` where it is missing."""
+def check_selection(top_k: int, scores_th: float | None, n_limit: int = Spec.n_limit) -> float:
+    """The threshold, which top-k mode does without.
+
+    `InputError` where it is missing, and for what would be ignored.
+    """
     if top_k <= 0 and scores_th is None:
         raise InputError(
             f"--top_k {top_k} selects keypoints by score, but there is no threshold; "
             "pass --scores_th as well, for example 0.2"
+        )
+    if top_k > 0 and (scores_th is not None or n_limit != Spec.n_limit):
+        option = "--n_limit" if scores_th is None else "--scores_th"
+        raise InputError(
+            f"{option} selects keypoints by score, but --top_k {top_k} keeps the best ones, "
+            "whatever their score; leave it out, or pass --top_k 0"
         )
     return Spec.scores_th if scores_th is None else scores_th
 
@@ -134,7 +247,7 @@ def check_selection(top_k: int, scores_th: float | None) -> float:
 def extractor_spec(args: argparse.Namespace) -> Spec:
     """The options as a `Spec`; `InputError` where they do not go together."""
     get_config(args.model)
-    scores_th = check_selection(args.top_k, args.scores_th)
+    scores_th = check_selection(args.top_k, args.scores_th, args.n_limit)
     if args.model_path is not None and args.backend == "pytorch":
         raise InputError(
             f"backend pytorch does not run {args.model_path}; pass --backend onnxruntime"

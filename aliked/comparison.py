@@ -11,11 +11,11 @@ from matplotlib.ticker import FuncFormatter
 
 from aliked.backends import Spec, create_extractor, get_backend
 from aliked.backends.tensorrt import read_manifest
+from aliked.cli import markdown
 from aliked.errors import InputError
 from aliked.features import Extractor, Features
 from aliked.files import whole_file
 from aliked.matching import match_mutual, mutual_nearest_keypoints
-from benchmark.report import markdown
 
 PRECISIONS = ("fp32", "fp16")
 RUNNERS = {".onnx": "onnxruntime", ".trt": "tensorrt"}  # of a file that comes without a backend

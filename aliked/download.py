@@ -1,7 +1,5 @@
 """Downloads of files of known content: resumed where they broke off, checked, then renamed."""
 
-import contextlib
-import fcntl
 import functools
 import http.client
 import json
@@ -9,7 +7,6 @@ import os
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -17,7 +14,7 @@ from typing import BinaryIO
 from tqdm import tqdm
 
 from aliked.errors import InputError
-from aliked.files import sha256, writable_folder
+from aliked.files import locked, sha256, writable_folder
 
 TIMEOUT = 30  # seconds without a byte from the server
 CHUNK = 1 << 16  # bytes
@@ -78,7 +75,7 @@ def fetch(files: FileSet, folder: Path) -> list[Path]:
 
 def _fetch_file(url: str, path: Path, file: RemoteFile, bar: tqdm) -> None:
     partial = path.with_name(f".{path.name}.partial")
-    with _opened_alone(partial) as output:
+    with locked(partial) as output:
         if is_complete(path, file):  # another process was faster
             partial.unlink()
             bar.update(file.size)
@@ -86,7 +83,7 @@ def _fetch_file(url: str, path: Path, file: RemoteFile, bar: tqdm) -> None:
         try:
             _append(url, output, file.size, bar)
         except (OSError, http.client.HTTPException, ValueError) as error:
-            if output.tell() == 0:
+            if output.tell() == 0 or isinstance(error, TooLong):
                 partial.unlink()
             raise InputError(
                 f"cannot download {path.name} from {url} ({_reason(error)}); run the same command "
@@ -96,20 +93,15 @@ def _fetch_file(url: str, path: Path, file: RemoteFile, bar: tqdm) -> None:
         os.replace(partial, path)
 
 
-@contextlib.contextmanager
-def _opened_alone(partial: Path) -> Iterator[BinaryIO]:
-    """Open `partial` for appending, once no other process downloads into it."""
-    while True:
-        with open(partial, "ab") as output:
-            fcntl.flock(output, fcntl.LOCK_EX)
-            # Its last holder may have renamed or deleted it: then a new one has to be opened.
-            if partial.exists() and os.path.samestat(os.fstat(output.fileno()), partial.stat()):
-                yield output
-                return
+class TooLong(ValueError):
+    """A server sends more than the file has."""
+
+    def __init__(self, size: int):
+        super().__init__(f"it sends more than the {size} bytes that this file has")
 
 
 def _append(url: str, output: BinaryIO, size: int, bar: tqdm) -> None:
-    """Append to a partial file what it lacks of `url`."""
+    """Append to a partial file what it lacks of `url`; `TooLong` where there is more."""
     start = output.seek(0, os.SEEK_END)
     if start >= size:  # broke off between the last byte and the checksum
         bar.update(size)
@@ -121,9 +113,13 @@ def _append(url: str, output: BinaryIO, size: int, bar: tqdm) -> None:
             output.truncate(start)
             output.seek(start)
         bar.update(start)
-        # As much as this server promises: a wrong size is for the checksum to find.
+        # As much as this server promises: fewer bytes of the file are for the checksum to find.
         end = start + int(response.headers.get("Content-Length", size - start))
+        if end > size:
+            raise TooLong(size)
         while chunk := response.read(CHUNK):
+            if output.tell() + len(chunk) > size:
+                raise TooLong(size)
             output.write(chunk)
             bar.update(len(chunk))
     output.flush()

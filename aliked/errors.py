@@ -12,6 +12,8 @@ EXTRAS = {
     "pycuda": "pycuda",
     "matplotlib": "evaluate",
     "h5py": "evaluate",
+    "msgspec": "evaluate",
+    "pynvml": "evaluate",
     "skimage": "train",
     "sklearn": "train",
 }

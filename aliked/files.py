@@ -1,20 +1,89 @@
-"""Files written whole or not at all, and the manifests that say what they were made from."""
+"""Files from outside opened with care, and our own written whole or not at all."""
 
 import contextlib
+import fcntl
+import functools
 import hashlib
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from aliked.errors import InputError
 
+PACKAGE = Path(__file__).parent
+SOURCES = (".py", ".cu", ".cuh", ".cpp", ".hpp", ".h", ".json")
+SANE_BYTES = 2**30  # of a file that is read whole
 
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, as 64 hexadecimal digits."""
-    with open(path, "rb") as file:
+
+def sha256(path: Path, most_bytes: int | None = None) -> str:
+    """Return the SHA-256 of a file, as 64 hexadecimal digits; `InputError` as `open_regular`."""
+    with open_regular(path, most_bytes) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@functools.cache
+def code_digest(*others: Path, package: Path = PACKAGE) -> str:
+    """Return a hash of this package's sources and `others`: other code makes other files.
+
+    All of them decide something that is kept: an engine, a reference, features.
+    """
+    digest = hashlib.sha256()
+    sources = (path for path in package.rglob("*") if path.suffix in SOURCES and path.is_file())
+    for path in sorted(sources) + sorted(others):
+        name = path.relative_to(package) if path.is_relative_to(package) else path.name
+        digest.update(f"{name} {sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def open_regular(path: Path, most_bytes: int | None = SANE_BYTES) -> Iterator[BinaryIO]:
+    """Open a file from outside for reading.
+
+    `InputError` where it cannot be read, is no regular file (a folder, a device, a FIFO, which
+    never end), or is larger than `most_bytes` (None: of any size).
+    """
+    try:
+        # Without waiting for the other end of a FIFO.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot read {path} ({reason}); give another file") from error
+    try:
+        _check_regular(path, os.fstat(descriptor), most_bytes)
+    except InputError:
+        os.close(descriptor)
+        raise
+    with open(descriptor, "rb") as file:
+        yield file
+
+
+def _check_regular(path: Path, status: os.stat_result, most_bytes: int | None) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
+        raise InputError(f"{path} is {kind}; give a file")
+    if most_bytes is not None and status.st_size > most_bytes:
+        raise InputError(
+            f"{path} has {status.st_size} bytes, which is more than such a file can have "
+            f"({most_bytes}); give another file"
+        )
+
+
+def read_file(path: Path, most_bytes: int = SANE_BYTES) -> bytes:
+    """Return the content of a file from outside; `InputError` as `open_regular` raises it."""
+    with open_regular(path, most_bytes) as file:
+        return file.read()
+
+
+def read_text(path: Path, most_bytes: int = SANE_BYTES) -> str:
+    """Return the text of a file from outside; `InputError` also where it is not UTF-8."""
+    try:
+        return read_file(path, most_bytes).decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text ({error.reason}); give another file") from error
 
 
 def writable_folder(folder: Path) -> Path:
@@ -32,15 +101,28 @@ def writable_folder(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def scratch_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, of the same suffix; remove what is there at the end."""
+    """Yield a new temporary file beside `path`, of the same suffix; it is gone at the end."""
     path = Path(path)
     writable_folder(path.parent)
-    # The suffix stays last: encoders such as OpenCV's choose the format by it.
-    scratch = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    # The suffix stays last: encoders such as OpenCV's choose the format by it. The file is made
+    # here, by a name that nobody can have put a link at.
+    descriptor, name = tempfile.mkstemp(
+        prefix=f".{path.stem[:40]}.", suffix=f".partial{path.suffix}", dir=path.parent
+    )
+    os.fchmod(descriptor, 0o666 & ~_umask())
+    os.close(descriptor)
     try:
-        yield scratch
+        yield Path(name)
     finally:
-        scratch.unlink(missing_ok=True)
+        Path(name).unlink(missing_ok=True)
+
+
+@functools.cache
+def _umask() -> int:
+    """What this process takes from the permissions of new files."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 @contextlib.contextmanager
@@ -55,3 +137,28 @@ def write_json(path: Path, data: dict) -> None:
     """Write `data` as indented JSON, whole or not at all."""
     with whole_file(path) as partial:
         partial.write_text(json.dumps(data, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[BinaryIO]:
+    """Open the file `path` for appending, made if it is missing, once nobody else holds it.
+
+    `InputError` where `path` is a link or no regular file: what lies behind it is not ours to
+    write to. `BlockingIOError` where somebody holds it and `wait` is False.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    while True:
+        try:
+            descriptor = os.open(path, flags, 0o666)
+        except OSError as error:
+            reason = "it is a link" if Path(path).is_symlink() else error.strerror
+            raise InputError(f"cannot write to {path} ({reason}); remove it") from error
+        with open(descriptor, "ab") as file:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+                raise InputError(f"{path} is no regular file of its own; remove it")
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            # Its last holder may have renamed or deleted it: then a new one has to be opened.
+            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+                yield file
+                return

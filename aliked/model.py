@@ -132,11 +132,8 @@ class ALIKED(nn.Module):
         the weights are missing or are not `name`'s.
         """
         model = cls(name, top_k, scores_th, n_limit)
-        state = load_state_dict(name, weights)
-        try:
-            model.load_state_dict(state, strict=True)
-        except (RuntimeError, TypeError) as error:  # names or sizes of another model
-            raise InputError(f"{weights} does not hold the weights of {name}: {error}") from error
+        # Not strict, as a file may lack how many batches its norms have seen.
+        model.load_state_dict(load_state_dict(name, weights, model.state_dict()), strict=False)
         model.eval().fold_batch_norm().requires_grad_(False)
         return model.set_precision(precision).to(device)
 

@@ -1,7 +1,9 @@
 """Finding weights, the shipped and the official ones, and making sure they are those asked for."""
 
+import io
 import os
-import pickle
+import zipfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,7 +11,7 @@ from typing import TYPE_CHECKING
 from aliked.configs import get_config
 from aliked.download import FileSet, RemoteFile, fetch
 from aliked.errors import InputError
-from aliked.files import sha256
+from aliked.files import read_file, sha256
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,9 +62,27 @@ LIGHTGLUE_WEIGHTS = FileSet(
 )
 
 
+MOST_BYTES = 2**28  # of a file of weights; the largest model has 4 MB
+# What a training may put around the weights, and in front of their names.
+WRAPPERS = ("state_dict", "model_state_dict", "model")
+PREFIXES = ("module.", "extractor.", "model.")
+COUNTER = "num_batches_tracked"  # of batch norms: no weight
+
+
 def cache_dir() -> Path:
     """The user cache, where downloaded weights are kept: `~/.cache/aliked` if not set otherwise."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aliked"
+    folder = os.environ.get("XDG_CACHE_HOME")
+    return (Path(folder) if folder else _expanded(Path("~/.cache"))) / "aliked"
+
+
+def _expanded(path: Path) -> Path:
+    """`path` with the home folder for `~`."""
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise InputError(
+            f"there is no home folder for {path}; set HOME, or XDG_CACHE_HOME to a folder"
+        ) from error
 
 
 def files_of(name: str) -> FileSet:
@@ -83,25 +103,27 @@ def files_of(name: str) -> FileSet:
 def find_weights(name: str, path: str | Path | None = None) -> Path:
     """The file with the weights of model `name`.
 
-    Of a model that the project trained itself: `path` (the file, or a folder that holds it), which
-    may come from another training, or the shipped file. Of an official one, with its SHA-256
-    checked: the first that exists of: `path` (the file, or a folder that holds it), the folder
-    `$ALIKED_WEIGHTS_DIR`, the user cache. Where there is none it is downloaded into the user cache.
+    `path` is a file, which is taken at its word unless it is another official model's, or a folder
+    that holds the file. Without it: of a model that the project trained itself, the shipped file;
+    of an official one the first that exists, with its SHA-256 checked, in `path`, the folder
+    `$ALIKED_WEIGHTS_DIR` and the user cache, into which it is downloaded where there is none.
     Raises `InputError` where `path` does not exist, the content is not that of model `name`, or the
     download fails.
     """
     if path is not None:
-        path = Path(path).expanduser()
-        path = path / f"{name}.pth" if path.is_dir() else path
+        path = _expanded(Path(path))
+        if not path.is_dir():
+            return _not_of_another(name, path)
+        path = path / f"{name}.pth"
     if name != LIGHTGLUE and get_config(name).shipped:
-        return _not_official(name, path or SHIPPED / f"{name}.pth")
+        return _not_of_another(name, path or SHIPPED / f"{name}.pth")
     files = files_of(name)
     (file,) = files.files
     if path is not None:
         return _checked(name, path)
     folders = [cache_dir()]
     if os.environ.get("ALIKED_WEIGHTS_DIR"):
-        folders.insert(0, Path(os.environ["ALIKED_WEIGHTS_DIR"]).expanduser())
+        folders.insert(0, _expanded(Path(os.environ["ALIKED_WEIGHTS_DIR"])))
     for folder in folders:
         if (folder / file.name).exists():
             return _checked(name, folder / file.name)
@@ -112,57 +134,122 @@ def find_weights(name: str, path: str | Path | None = None) -> Path:
 def describe_weights(name: str, path: str | Path | None = None) -> str:
     """Whose weights of model `name` are used, and where they are, as found by `find_weights`."""
     found = find_weights(name, path)
-    if name == LIGHTGLUE or not get_config(name).shipped:
+    if _owner(found)[0] == name:
         return f"official weights {found}"
     whose = "this project's own" if found.parent == SHIPPED else "self-trained"
     return f"{whose} weights {os.path.relpath(found)}"
 
 
-def load_state_dict(name: str, path: str | Path | None = None) -> dict[str, "Tensor"]:
-    """The weights of model `name`, on the CPU; looked up as by `find_weights`."""
+def load_state_dict(
+    name: str, path: str | Path | None = None, expected: Mapping[str, "Tensor"] | None = None
+) -> dict[str, "Tensor"]:
+    """Return the weights of model `name`, on the CPU; looked up as by `find_weights`.
+
+    `InputError` names the first tensor that holds NaN or infinity, or that is not as in `expected`,
+    which has one of each name and shape that the model needs.
+    """
+    path = find_weights(name, path)
+    state = _unwrapped(_load(name, path))
+    for key, tensor in state.items():
+        _check_values(path, key, tensor)
+    reason = "there are none" if expected is None and not state else _misfit(state, expected or {})
+    if reason:
+        raise InputError(
+            f"{path} does not hold the weights of {name}: {reason}; give the weights of {name}, or "
+            "pass --model for those that these are of"
+        )
+    return state
+
+
+def _misfit(state: Mapping[str, "Tensor"], expected: Mapping[str, "Tensor"]) -> str | None:
+    """The first tensor that is missing, too many or of another kind or shape, or None."""
+    for key, tensor in expected.items():
+        if key.endswith(COUNTER):
+            continue
+        if key not in state:
+            return f"{key} is missing"
+        own = state[key]
+        if own.shape != tensor.shape:
+            return f"{key} is {list(own.shape)} and should be {list(tensor.shape)}"
+        if own.is_floating_point() != tensor.is_floating_point():
+            return f"{key} is {own.dtype} and should be {tensor.dtype}"
+    return next(
+        (f"the model has no {key}" for key in state if expected and key not in expected), None
+    )
+
+
+def _load(name: str, path: Path) -> object:
+    """What PyTorch makes of a file, without running any code of it."""
     import torch  # here, because downloading weights needs no PyTorch
 
-    path = find_weights(name, path)
+    data, size = read_file(path, MOST_BYTES), 0
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise InputError(f"{path} holds no weights of {name}: PyTorch cannot load it") from error
-
-
-def _owner(name: str, path: Path) -> tuple[str | None, str]:
-    """Which official model's weights a file holds, if any, and its SHA-256."""
-    try:
-        found = sha256(path)
-    except OSError as error:
+        if zipfile.is_zipfile(io.BytesIO(data)):
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                size = sum(entry.file_size for entry in archive.infolist())
+        if size <= MOST_BYTES:
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file raises anything, down to IndexError
         raise InputError(
-            f"cannot read the weights {path} ({error.strerror}); give the path of {name}.pth or "
-            "of a folder that holds it"
+            f"{path} holds no weights of {name}: PyTorch cannot load it; give the weights of {name}"
         ) from error
+    raise InputError(f"{path} would take {size} bytes; give the weights of {name}")
+
+
+def _unwrapped(state: object) -> dict[str, "Tensor"]:
+    """The tensors of a file by the names that they have in the model."""
+    import torch
+
+    for wrapper in WRAPPERS:
+        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
+            state = state[wrapper]
+    if not isinstance(state, Mapping):
+        return {}
+    tensors = {k: v for k, v in state.items() if isinstance(k, str) and torch.is_tensor(v)}
+    for prefix in PREFIXES:
+        own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        tensors = own or tensors
+    return tensors
+
+
+def _check_values(path: Path, key: str, tensor: "Tensor") -> None:
+    """Refuse what would end the process: deformable convolution reads where offsets point."""
+    import torch
+
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+        raise InputError(f"{path} holds {key} without its values in order; save it as float32")
+    if not torch.isfinite(tensor).all():
+        raise InputError(f"{path} holds NaN or infinity in {key}; give weights of finite numbers")
+    if key.endswith("running_var") and (tensor < 0).any():
+        raise InputError(f"{path} holds a negative variance in {key}; give other weights")
+
+
+def _owner(path: Path) -> tuple[str | None, str]:
+    """Which official model's weights a file holds, if any, and its SHA-256."""
+    found = sha256(path, MOST_BYTES)
     files = WEIGHTS.files + LIGHTGLUE_WEIGHTS.files
     owners = {file.sha256: Path(file.name).stem for file in files}
     return owners.get(found), found
 
 
-def _not_official(name: str, path: Path) -> Path:
-    """`path`, once its SHA-256 has shown that it holds no official weights under another name."""
-    owner, _ = _owner(name, path)
-    if owner is not None:
-        raise InputError(f"{path} is the official {owner} file, not {name}; pass --model {owner}")
+def _not_of_another(name: str, path: Path) -> Path:
+    """`path`, once its SHA-256 has shown that it holds no other official model's weights."""
+    owner, _ = _owner(path)
+    if owner not in (None, name):
+        other = "" if LIGHTGLUE in (owner, name) else f"pass --model {owner} or "
+        raise InputError(
+            f"{path} is the official {owner} file, not {name}; {other}give the weights of {name}"
+        )
     return path
 
 
 def _checked(name: str, path: Path) -> Path:
-    """`path`, once its SHA-256 has shown that it holds the weights of model `name`."""
-    owner, found = _owner(name, path)
+    """`path`, once its SHA-256 has shown that it holds the official weights of model `name`."""
+    owner, found = _owner(_not_of_another(name, path))
     if owner is None:
         raise InputError(
             f"{path} is corrupt or not official: its SHA-256 is {found}, not that of {name}; "
             f"run `python download_data.py weights --model {name} --output {path.parent}` "
             "for the official file"
-        )
-    if owner != name:
-        other = "" if LIGHTGLUE in (owner, name) else f"pass --model {owner} or "
-        raise InputError(
-            f"{path} is the official {owner} file, not {name}; {other}give the weights of {name}"
         )
     return path

@@ -1,99 +1,222 @@
-"""Files that a runtime runs instead of the model: made once, kept in the user cache."""
+"""What is made once and kept in the user cache: model files, references, what compilers leave."""
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
+import torch
 
-from aliked.backends import Spec
+from aliked.backends import Spec, create_extractor
 from aliked.backends.pytorch import PyTorchExtractor
+from aliked.backends.tensorrt import read_manifest
+from aliked.configs import Selection
+from aliked.errors import InputError
+from aliked.export.build import build_model_file
+from aliked.export.engine import read_source
 from aliked.features import Features
-from aliked.files import sha256, whole_file
+from aliked.files import code_digest, open_regular, sha256, whole_file, write_json
+from aliked.images import load_image
 from aliked.ties import Expected
 from aliked.weights import cache_dir, find_weights
-from benchmark.environment import ROOT
 from benchmark.process import TaskFailed, run_tasks
-from benchmark.rows import Row
+from benchmark.rows import ImageSet, Row
+from benchmark.timing import Progress
 
 
-@dataclass(frozen=True)
-class Artifact:
-    """A model file and how long it took to make, seconds."""
-
-    path: Path
-    build_s: float
-
-
-def artifact_path(row: Row, suffix: str, weights: Path | None, made_on: dict) -> Path:
-    """Where the file for `row` is kept; `made_on` is the machine and the versions it depends on.
+def cached_path(row: Row, suffix: str, weights: Path | None, made_on: dict) -> Path:
+    """Return where the file for `row` is kept; `made_on` is what it depends on besides the code.
 
     The backend is no part of the name: one ONNX file serves several.
     """
-    selection = f"k{row.top_k}" if row.top_k > 0 else f"th{row.scores_th:g}-{row.n_limit}"
+    selection = row.selection
     parts = {
+        "row": [row.model, str(selection), row.width, row.height, row.batch, row.precision],
         "weights": sha256(find_weights(row.model, weights)),
-        "code": _code(),
+        "code": code_digest(Path(__file__)),
         "made_on": made_on,
     }
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
-    size = f"{row.width}x{row.height}x{row.batch}"
-    name = f"{row.model}-{selection}-{size}-{row.precision}-{key}{suffix}"
+    limit = f"th{selection.scores_th:g}-{selection.n_limit}"
+    keypoints = limit if selection.by_threshold else f"k{row.top_k}"
+    name = f"{row.model}-{keypoints}-{row.size}x{row.batch}-{row.precision}-{key}{suffix}"
     return cache_dir() / "benchmark" / name
 
 
-def make_artifacts(
-    tasks: dict[Path, dict], jobs: int, made: Callable[[], None]
-) -> dict[Path, Artifact | TaskFailed]:
-    """Build those of the files that are not there yet, `jobs` at a time, or say why one is not.
+@dataclass(frozen=True)
+class BuildFile:
+    """Make the file that a backend runs, for images of one shape, and note how long that took."""
 
-    Each task is what `worker.build` needs besides the path. Calls `made()` after every build.
+    spec: Spec
+    shape: tuple[int, int, int]  # B, H, W
+    path: Path
+
+    @property
+    def device(self) -> str:
+        """Where it is made."""
+        return self.spec.device
+
+    @property
+    def note(self) -> Path:
+        """The file with the seconds that it took."""
+        return self.path.with_name(f"{self.path.name}.build.json")
+
+    def run(self, progress: Progress) -> None:
+        """Write the file, then the note."""
+        start = time.perf_counter()
+        build_model_file(self.spec, self.shape, self.path)
+        write_json(self.note, {"build_s": time.perf_counter() - start})
+
+    def seconds(self) -> float | None:
+        """Return what the note says, None where there is no such file yet, or no whole note."""
+        if not self.path.exists():
+            return None
+        try:
+            return float(json.loads(self.note.read_text())["build_s"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+
+def build_files(
+    builds: Iterable[BuildFile], jobs: int = 1, done: Callable[[], None] = lambda: None
+) -> dict[Path, float | TaskFailed]:
+    """Build what is not there yet, `jobs` at a time; the seconds by path, or why there is none.
+
+    Calls `done()` after every build.
     """
-    missing = [path for path in tasks if not (path.exists() and _note(path).exists())]
-    builds = []
-    for path in missing:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        builds.append(tasks[path] | {"task": "build", "path": str(path), "note": str(_note(path))})
-    results = dict(zip(missing, run_tasks(builds, jobs, made), strict=True))
-    failed = {path: result for path, result in results.items() if isinstance(result, TaskFailed)}
-    return {path: failed.get(path) or _artifact(path) for path in tasks}
+    builds = list(builds)
+    missing = [build for build in builds if build.seconds() is None]
+    for build in missing:
+        build.path.parent.mkdir(parents=True, exist_ok=True)
+    results = dict(zip(missing, run_tasks(missing, jobs, done), strict=True))
+    return {build.path: results.get(build) or build.seconds() for build in builds}
 
 
-def _note(path: Path) -> Path:
-    return path.with_name(f"{path.name}.build.json")
+def check_model_file(path: Path, rows: Iterable[Row], weights: Mapping[str, str]) -> None:
+    """Refuse a user's model file that one of `rows` would not be measured by, as far as it tells.
+
+    `weights` is the SHA-256 of every model's. `InputError` names what the file is of.
+    """
+    facts = facts_of(path)
+    for row in rows:
+        wanted = {
+            "model": row.model,
+            "precision": row.precision,
+            "selection": row.selection,
+            "batch, height and width": (row.batch, row.height, row.width),
+            "weights": weights[row.model],
+        }
+        for name, value in wanted.items():
+            has = facts.get(name)
+            if has is not None and not _same(value, has):
+                raise InputError(
+                    f"{path} cannot be measured as {row}: its {name} is {_short(has)}, not "
+                    f"{_short(value)}; give a file made for that, or leave --model_path out"
+                )
 
 
-def _artifact(path: Path) -> Artifact:
-    return Artifact(path, json.loads(_note(path).read_text())["build_s"])
+def facts_of(path: Path) -> dict[str, Any]:
+    """Return what a model file says of itself; `InputError` where it is none of this project."""
+    with open_regular(path, most_bytes=None):
+        pass
+    if path.suffix == ".pt2":
+        return {}  # says for which shape and device it is, and its extractor looks
+    manifest = _beside(path)
+    if path.suffix == ".onnx":
+        source = read_source(path)
+        export, precision = source.export, source.precision
+        shape = source.shape[:3] if source.uint8 else (source.shape[0], *source.shape[2:4])
+        weights = manifest.get("weights") if manifest.get("sha256") == sha256(path) else None
+    else:
+        engine = read_manifest(path)
+        export, precision = engine["source"]["export"], engine["precision"]
+        shape = weights = None
+    try:
+        export = msgspec.convert(export, Exported)
+    except msgspec.ValidationError as error:
+        raise InputError(
+            f"{path} does not say what it holds ({error}); export it with "
+            "convert_pytorch_to_onnx.py"
+        ) from error
+    return {
+        "model": export.model,
+        "precision": str(precision).lower(),
+        "selection": Selection(export.top_k, export.scores_th, export.n_limit),
+        "batch, height and width": shape,
+        "weights": weights.get("sha256") if isinstance(weights, dict) else None,
+    }
 
 
-def _code() -> str:
-    """A hash of the modules that make model files: another version of them makes other files."""
-    digest = hashlib.sha256()
-    for folder in ("aliked", "aliked/backends"):
-        for path in sorted((ROOT / folder).glob("*.py")):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
+class Exported(msgspec.Struct):
+    """What an export writes into its file, as far as a row depends on it."""
+
+    model: str
+    top_k: int
+    scores_th: float
+    n_limit: int
+
+
+def _beside(path: Path) -> dict:
+    """The manifest that the export wrote beside a file; empty where there is none."""
+    try:
+        manifest = json.loads(path.with_name(f"{path.name}.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
+
+
+def _same(wanted: Any, has: Any) -> bool:
+    if isinstance(wanted, Selection):
+        return str(wanted) == str(has)  # which says what of it is used
+    if isinstance(wanted, tuple):
+        return all(size in (-1, own) for size, own in zip(has, wanted, strict=True))
+    return wanted == has
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "x".join("any" if size == -1 else str(size) for size in value)
+    return str(value)[:40]
 
 
 PARTS = ("keypoints", "scores", "descriptors")
 
 
-def make_reference(spec: Spec, images: dict[str, np.ndarray], path: Path) -> None:
-    """Extract the features of uint8 images, by name, as `spec` on the CPU, and write them."""
-    extractor, arrays = PyTorchExtractor(spec), {}
-    for name, image in images.items():
-        expected = extractor.expect(image)
-        arrays |= {f"{name}/{part}": getattr(expected.features, part) for part in PARTS}
-        arrays[f"{name}/ties"] = expected.ties
-    with whole_file(path) as partial, open(partial, "wb") as file:
-        np.savez(file, **arrays)
+@dataclass(frozen=True)
+class MakeReference:
+    """Extract what other runtimes are compared with: PyTorch in float32 on the CPU."""
+
+    spec: Spec
+    images: ImageSet
+    path: Path
+    jobs: int = 1  # that run at the same time
+
+    @property
+    def device(self) -> str:
+        """Where it runs."""
+        return "cpu"
+
+    def run(self, progress: Progress) -> None:
+        """Write the features, and where rounding decides about them, of every image."""
+        # Each on its share of the processor: as many threads as cores in each would slow all down.
+        torch.set_num_threads(max(1, torch.get_num_threads() // self.jobs))
+        extractor = PyTorchExtractor(replace(self.spec, device="cpu", precision="fp32"))
+        arrays = {}
+        for name, image in self.images.load().items():
+            expected = extractor.expect(image)
+            arrays |= {f"{name}/{part}": getattr(expected.features, part) for part in PARTS}
+            arrays[f"{name}/ties"] = expected.ties
+        with whole_file(self.path) as partial, open(partial, "wb") as file:
+            np.savez(file, **arrays)
 
 
 def load_reference(path: Path, k: int | None) -> dict[str, Expected]:
-    """What is expected by image name, the best `k` of each (None: all)."""
+    """Return what is expected by image name, the best `k` of each (None: all)."""
     with np.load(path) as arrays:
         names = dict.fromkeys(key.rpartition("/")[0] for key in arrays)
         return {
@@ -103,3 +226,30 @@ def load_reference(path: Path, k: int | None) -> dict[str, Expected]:
             )
             for name in names
         }
+
+
+@dataclass(frozen=True)
+class TryOut:
+    """Open an extractor, and perhaps run it: does it, and what do its compilers keep?"""
+
+    row: Row
+    spec: Spec
+    image: Path
+    runs: bool = True
+    note: Path | None = None  # written when it has run
+
+    @property
+    def device(self) -> str:
+        """Where it runs."""
+        return self.spec.device
+
+    def run(self, progress: Progress) -> None:
+        """Open the extractor and give it a batch, then write the note."""
+        extractor = create_extractor(self.row.backend, self.spec)
+        if not self.runs:
+            return
+        extractor.infer(extractor.to_device(np.stack([load_image(self.image)] * self.row.batch)))
+        extractor.synchronize()
+        if self.note:
+            self.note.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.note, {"row": str(self.row)})

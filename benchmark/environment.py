@@ -1,19 +1,29 @@
 """What a number depends on besides the code: hardware, versions, settings, the code's commit."""
 
+import contextlib
 import ctypes
+import gc
+import hashlib
 import itertools
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pynvml
+import torch
 
 from aliked import gpu
+from aliked.backends import get_backend
+from aliked.backends.pytorch import choose_device
+from aliked.backends.tensorrt import manifest_path, read_manifest
 from aliked.doctor import PACKAGES, installed_versions
+from aliked.features import Extractor
+from benchmark.timing import Progress
 
 MIB = 2**20
 SLOWDOWNS = {
@@ -109,13 +119,11 @@ def _pci_bus_id(index: int) -> str:
 
 
 ROOT = Path(__file__).resolve().parents[1]
-CODE = ("aliked", "custom_ops", "measure_timings.py")  # what decides a number
+CODE = ("aliked", "benchmark", "custom_ops", "evaluation", "*.py")  # what decides a number
 
 
 def versions() -> dict[str, str]:
     """Versions of Python and of every package that takes part; CUDA and cuDNN as PyTorch has."""
-    import torch
-
     found = installed_versions((*PACKAGES, "torch-tensorrt", "triton"))
     installed = {name: version for name, version in found.items() if version}
     cudnn = torch.backends.cudnn.version() if torch.version.cuda else None
@@ -124,8 +132,6 @@ def versions() -> dict[str, str]:
 
 def machine(device: str) -> dict:
     """The processor, and the GPU where `device` is one."""
-    import torch
-
     facts = {
         "cpu": cpu_name(),
         "cpu_cores": os.cpu_count(),
@@ -158,38 +164,96 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def settings() -> dict:
-    """The switches that decide what "float32" and "fast" mean, as they are during the runs."""
-    import torch
+@dataclass(frozen=True)
+class Describe:
+    """Say what this machine is: hardware, versions, the device that "auto" means, and which
+    backends cannot run here, and why."""
 
-    from aliked.patches import form_in_use
+    device: str
+    backends: tuple[str, ...]
 
-    cudnn = torch.backends.cudnn
+    def run(self, progress: Progress) -> dict:
+        """Return it by the names of `Run`'s fields."""
+        device = str(choose_device(self.device))
+        return {
+            "device": device,
+            "machine": machine(device),
+            "versions": versions(),
+            "unavailable": {name: unavailable(name, device) for name in self.backends},
+        }
+
+
+def unavailable(backend: str, device: str) -> str | None:
+    """Return why a backend cannot run where `device` is the device, or None."""
+    only_gpus = "cpu" not in get_backend(backend).devices
+    if device == "cpu" and only_gpus and torch.cuda.is_available():
+        return "it runs on a GPU only, and the device is the CPU; pass --device cuda"
+    return get_backend(backend).unavailable()
+
+
+def switches() -> dict[str, bool]:
+    """Return PyTorch's switches that decide what "float32" and "fast" mean, as they are now."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     return {
-        "tf32": False,  # every backend switches it off
-        "gradients": False,
-        "garbage_collector": "off in timed runs",
+        "tf32": cudnn.allow_tf32 or matmul.allow_tf32,
+        "gradients": torch.is_grad_enabled(),
         "cudnn_benchmark": cudnn.benchmark,
         "cudnn_deterministic": cudnn.deterministic,
-        "get_patches": form_in_use(),
     }
 
 
-def git_commit() -> str | None:
-    """The project's commit, with "+changes" where the code differs from it.
+@contextlib.contextmanager
+def observed(extractor: Extractor) -> Iterator[dict[str, bool]]:
+    """Yield `switches` as they are inside of the runs of this block; none but PyTorch's has any."""
+    inside: dict[str, bool] = {}
+    forward = getattr(extractor, "forward", None)
+    if forward is None:
+        yield inside
+        return
+
+    def noting(batch: Any) -> Any:
+        inside.update(switches())
+        return forward(batch)
+
+    extractor.forward = noting
+    try:
+        yield inside
+    finally:
+        extractor.forward = forward
+
+
+def tf32_of(extractor: Extractor, model_path: Path | None) -> bool | None:
+    """Return whether a runtime other than PyTorch may round to TF32; None if it does not say."""
+    if model_path and manifest_path(model_path).exists():
+        return read_manifest(model_path).get("tf32")
+    session = getattr(extractor, "session", None)
+    if not hasattr(session, "get_provider_options"):
+        return None
+    options = session.get_provider_options()
+    if any(name.lower().startswith(("tensorrt", "nvtensorrt")) for name in options):
+        return None
+    return any(own.get("use_tf32", "0") == "1" for own in options.values())
+
+
+def git_commit(root: Path = ROOT) -> str | None:
+    """Return the project's commit, with "+dirty." and a hash of the difference where it has one.
 
     Where the code was copied without its history: `$ALIKED_COMMIT`, or None.
     """
 
-    def git(*args: str) -> str:
-        command = ["git", "-C", str(ROOT), *args]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    def git(*args: str) -> bytes:
+        return subprocess.run(["git", *args], cwd=root, capture_output=True, check=True).stdout
 
     try:
-        commit = git("rev-parse", "HEAD")
-        return commit + ("+changes" if git("status", "--porcelain", "-uno", "--", *CODE) else "")
+        commit = git("rev-parse", "HEAD").decode().strip()
+        changes = git("diff", "HEAD", "--binary", "--", *CODE)
+        new = git("ls-files", "--others", "--exclude-standard", "-z", "--", *CODE).split(b"\0")
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("ALIKED_COMMIT")
+    digest = hashlib.sha256(changes)
+    for name in filter(None, new):
+        digest.update(name + b"\0" + (root / os.fsdecode(name)).read_bytes())
+    return commit + (f"+dirty.{digest.hexdigest()[:12]}" if changes or any(new) else "")
 
 
 def host_peak_mib() -> float | None:
@@ -210,14 +274,12 @@ class AllocatorPeak:
     """How far PyTorch's CUDA allocator rises above what is allocated now."""
 
     def __init__(self, device: Any):
-        import torch
-
         self.device, self.cuda = device, torch.cuda
         self.cuda.reset_peak_memory_stats(device)
         self.loaded = self.cuda.memory_allocated(device)
 
     def above_mib(self) -> float:
-        """MiB."""
+        """Return how far it has risen since, MiB."""
         return (self.cuda.max_memory_allocated(self.device) - self.loaded) / MIB
 
 
@@ -227,8 +289,8 @@ def span(values: Iterable[float]) -> list[float] | None:
     return [min(values), max(values)] if values else None
 
 
-class Watch:
-    """What NVML tells of the row's GPU; on the CPU the host's memory and no clocks.
+class Monitor:
+    """What NVML says of the row's GPU; on the CPU the host's memory and no clocks.
 
     Make it before anything has touched the GPU.
     """
@@ -236,6 +298,7 @@ class Watch:
     def __init__(self, device: str):
         self.on_cpu = device == "cpu"
         self.samples: list[dict] = []
+        self.collects_garbage = False
         self.gpu = self.memory = None
         if self.on_cpu:
             return
@@ -245,13 +308,14 @@ class Watch:
             return  # such as on a Jetson: the record then says "unknown"
         self.memory = ProcessMemory(self.gpu)
 
-    def look(self) -> None:
-        """Note the clocks."""
+    def note(self) -> None:
+        """Note the clocks, and whether Python collects garbage, as they are now."""
+        self.collects_garbage |= gc.isenabled()
         if self.gpu:
             self.samples.append(self.gpu.clocks())
 
     def clocks_seen(self) -> dict | None:
-        """Lowest and highest of what was noted, and what held the clocks down at any time."""
+        """Return the lowest and highest noted, and what held the clocks down at any time."""
         if not self.samples:
             return None
         seen = {}
@@ -261,7 +325,7 @@ class Watch:
         return seen | {"held_down_by": sorted(set(reasons))}
 
     def memory_mib(self) -> tuple[float | None, str]:
-        """Memory of this process, MiB, and what was measured."""
+        """Return the memory of this process, MiB, and what was measured."""
         if self.on_cpu:
             return host_peak_mib(), "host peak"
         return self.memory.read() if self.memory else (None, "unknown")

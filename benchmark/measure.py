@@ -1,8 +1,10 @@
-"""What a row measures: an extractor, the images it runs on, and what it found on them."""
+"""One row: time by two clocks, memory, and whether what was timed is right."""
 
+import itertools
 import math
+import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,44 +14,37 @@ import torch
 
 from aliked.backends import Spec, create_extractor
 from aliked.errors import InputError
-from aliked.features import Extractor, Features, features_of_batch
+from aliked.features import OUTPUTS, Extractor, Features, features_of_batch
 from aliked.files import sha256
+from aliked.matching import match_mutual
 from aliked.parity import FP16, FP32, Parity, compare_features, judge
+from aliked.patches import form_in_use
 from aliked.ties import Expected
 from benchmark import environment
 from benchmark.artifacts import load_reference
-from benchmark.environment import AllocatorPeak, Watch
-from benchmark.rows import Row
+from benchmark.environment import AllocatorPeak, Monitor
+from benchmark.records import CLOCKS
+from benchmark.rows import ImageSet, Row
 from benchmark.timing import (
+    REPEATED_WITHIN,
     CudaClock,
-    Lap,
     Limits,
     Progress,
-    Run,
-    WarmUp,
-    statistics,
+    Sample,
+    TimedRun,
+    apart,
+    clock_statistics,
+    contradiction,
+    summary,
     timed_runs,
     unseen,
     wall_clock,
     warm_up,
 )
 
-OUTPUTS = ("keypoints", "descriptors", "scores")
-
 
 class WrongAnswer(Exception):
     """A runtime does something else than it was asked for."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """What to measure, with everything that it takes."""
-
-    row: Row
-    spec: Spec
-    images: dict[str, np.ndarray]  # by name; uint8 [H, W, 3], all of one size
-    reference: Path  # the expected features
-    limits: Limits
 
 
 class Batches:
@@ -60,73 +55,77 @@ class Batches:
         self.count = math.lcm(len(images), size) // size
 
     def members(self, index: int) -> list[int]:
-        """The numbers of the images in batch `index`."""
+        """Return the numbers of the images in batch `index`."""
         start = index % self.count * self.size
         return [i % len(self.images) for i in range(start, start + self.size)]
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """uint8 [B, H, W, 3]."""
+        """Return batch `index`, uint8 [B, H, W, 3]."""
         return np.stack([self.images[i] for i in self.members(index)])
 
 
 class Subject:
     """The extractor under measurement, and what it returned in each clock's first pass."""
 
-    def __init__(self, job: Job):
-        self.row = job.row
-        self.names = list(job.images)
-        self.batches = Batches(list(job.images.values()), job.row.batch)
-        self.extractor: Extractor = create_extractor(job.row.backend, job.spec)
+    def __init__(self, row: Row, spec: Spec, images: dict[str, np.ndarray]):
+        """`images` are uint8 [H, W, 3] by name, all of one size."""
+        self.row, self.names = row, list(images)
+        self.batches = Batches(list(images.values()), row.batch)
+        self.extractor: Extractor = create_extractor(row.backend, spec)
         self._check_device()
         self.extractor.synchronize()
-        by_events = job.row.device == "cuda" and torch.cuda.is_available()
-        self.clock = CudaClock(job.spec.device) if by_events else wall_clock
+        by_events = row.device == "cuda" and torch.cuda.is_available()
+        self.clock = CudaClock(spec.device) if by_events else wall_clock
         self.clock_name = "CUDA events" if by_events else "wall clock"
-        self.found: dict[str, tuple[str, Features]] = {}  # by label: image name and features
+        self.returned: dict[str, tuple[str, Features]] = {}  # by label: image name and features
 
     def _check_device(self) -> None:
         device = str(getattr(self.extractor, "device", self.row.device))
         if not device.startswith(self.row.device):
             raise WrongAnswer(f"it runs on {device}, but this row is to run on {self.row.device}")
 
-    def compute(self, index: int) -> Lap:
-        """One run on device tensors that are already there."""
-        lap, _ = self._compute(index)
-        return lap
+    def compute(self, index: int) -> Sample:
+        """Time one run on device tensors that are already there."""
+        return self._compute(index)[0]
 
-    def checked_compute(self, index: int) -> Lap:
-        """The same, keeping what was found."""
-        lap, outputs = self._compute(index)
+    def checked_compute(self, index: int) -> Sample:
+        """Time one run like `compute`, and keep what it returned."""
+        sample, outputs = self._compute(index)
         self._keep("compute", index, self._to_features(outputs))
-        return lap
+        return sample
 
-    def end_to_end(self, index: int) -> Lap:
-        """One run from images in host memory to features in host memory; keeps what was found."""
+    def end_to_end(self, index: int) -> Sample:
+        """Time one run from images to features, both in host memory; keep what it returned."""
         batch, extractor = self.batches[index], self.extractor
         if len(batch) == 1:  # as users call it
-            lap, features = wall_clock(lambda: [extractor(batch[0])], extractor.synchronize)
+            sample, features = wall_clock(lambda: [extractor(batch[0])], extractor.synchronize)
         else:
-            lap, features = wall_clock(
+            sample, features = wall_clock(
                 lambda: extractor.extract_batch(batch), extractor.synchronize
             )
         if index < self.batches.count:
             self._keep("end to end", index, features)
-        return lap
+        return sample
 
-    def _compute(self, index: int) -> tuple[Lap, dict[str, Any]]:
+    def features(self) -> list[Features]:
+        """Return what the compute clock's first pass gave of each image."""
+        by_name = {name: features for name, features in reversed(self.returned.values())}
+        return [by_name[name] for name in self.names]
+
+    def _compute(self, index: int) -> tuple[Sample, dict[str, Any]]:
         batch = self.extractor.to_device(self.batches[index])
         return self.clock(lambda: self.extractor.infer(batch), self.extractor.synchronize)
 
     def _keep(self, clock: str, index: int, features: list[Features]) -> None:
         members = self.batches.members(index)
-        for place, (image, found) in enumerate(zip(members, features, strict=True)):
+        for place, (image, of_image) in enumerate(zip(members, features, strict=True)):
             name = self.names[image]
             position = f" at {place} of batch {index}" if self.row.batch > 1 else ""
-            self.found[f"{name}{position} ({clock})"] = name, found
+            self.returned[f"{name}{position} ({clock})"] = name, of_image
 
     def _to_features(self, outputs: dict[str, Any]) -> list[Features]:
         rows = [_to_host(outputs[name]) for name in OUTPUTS]
-        expected = (self.row.batch, self.row.keypoints())
+        expected = (self.row.batch, self.row.selection.rows(self.row.height, self.row.width))
         for name, values in zip(OUTPUTS, rows, strict=True):
             if values.shape[:2] != expected:
                 raise WrongAnswer(
@@ -142,92 +141,124 @@ def _to_host(values: Any) -> np.ndarray:
 
 
 TOLERANCES = {"fp32": FP32, "fp16": FP16}
-CLOCKS_EVERY = 20  # runs between two looks at the GPU's clocks
+CLOCKS_EVERY = 20  # runs between two readings of the GPU's clocks
 # A GPU runtime that leaves one of these to the processor is another runtime.
 HEAVY_OPERATORS = {"Conv", "DeformConv", "GridSample", "MatMul", "Gemm", "MaxPool", "TopK"}
 
 
-def measure(job: Job, progress: Progress) -> dict:
-    """All that a record says of a row that runs."""
-    watch = Watch(job.spec.device)
+@dataclass(frozen=True)
+class Measure:
+    """Measure a row; the result is what a record says of one that ran, as JSON has it."""
+
+    row: Row
+    spec: Spec
+    images: ImageSet
+    reference: Path  # the expected features
+    limits: Limits
+    min_similarity: float | None = None
+
+    @property
+    def device(self) -> str:
+        """Where it runs."""
+        return self.spec.device
+
+    def run(self, progress: Progress) -> dict:
+        """Measure."""
+        reference = load_reference(self.reference, self.row.top_k or None)
+        images = self.images.load()
+        return measure(
+            self.row, self.spec, images, reference, self.limits, progress, self.min_similarity
+        )
+
+
+def measure(
+    row: Row,
+    spec: Spec,
+    images: dict[str, np.ndarray],
+    reference: dict[str, Expected],
+    limits: Limits,
+    progress: Progress,
+    min_similarity: float | None = None,
+) -> dict:
+    """Return all that a record says of a row that runs.
+
+    With `min_similarity` also how many keypoints of an image match those of the next.
+    """
+    monitor = Monitor(spec.device)
     progress("loading", 0, 1)
     start = time.perf_counter()
-    subject = Subject(job)
+    subject = Subject(row, spec, images)
     load_s = time.perf_counter() - start
-    started = start_up(subject, watch, job.limits, progress)
-    problems = [stray_nodes(subject)]
+    period = subject.batches.count
 
-    laps = timed_runs(watched(subject.compute, watch), job.limits, progress)
-    problems.append(unseen(laps))
-    compute = statistics(laps, started.warmed, subject.batches.count)
+    allocator = allocator_of(subject.extractor)
+    progress("first run", 0, 1)
+    with environment.observed(subject.extractor) as inside:
+        first_run_s = subject.compute(0).wall_ms / 1000
+    first_pass = [subject.checked_compute(index) for index in range(period)]
+    warmed = warm_up(subject.compute, limits, period, progress, first_pass)
+    memory = read_memory(monitor, allocator)
 
-    warmed = warm_up(subject.end_to_end, job.limits, subject.batches.count, progress)
-    laps = timed_runs(watched(subject.end_to_end, watch), job.limits, progress)
-    end_to_end = statistics(laps, warmed, subject.batches.count)
+    samples = timed_runs(monitored(subject.compute, monitor), limits, progress)
+    compute = clock_statistics(samples, warmed, period)
+    problems = [problem for problem in (stray_nodes(subject), unseen(samples)) if problem]
 
-    parity = compare(subject, load_reference(job.reference, job.row.top_k or None))
-    problems = [problem for problem in problems if problem]
+    warmed = warm_up(subject.end_to_end, limits, period, progress)
+    samples = timed_runs(monitored(subject.end_to_end, monitor), limits, progress)
+    end_to_end = clock_statistics(samples, warmed, period)
+    if row.top_k > 0:  # in threshold mode a single call of PyTorch's does less than a batch's
+        for clock in (compute, end_to_end):
+            clock["unstable"] += contradiction(compute["p50"], end_to_end["p50"])
+
+    parity = compare(subject, reference)
     return {
         "clock": subject.clock_name,
         "compute_ms": compute,
         "end_to_end_ms": end_to_end,
         "images_per_second": {
-            "compute": 1000 * job.row.batch / compute["mean"],
-            "end_to_end": 1000 * job.row.batch / end_to_end["mean"],
+            "compute": 1000 * row.batch / compute["mean"],
+            "end_to_end": 1000 * row.batch / end_to_end["mean"],
         },
         "load_s": load_s,  # of a process with `process.imported_once` imported
-        "first_run_s": started.first_run_s,
-        "memory": started.memory,
-        "clocks_seen": watch.clocks_seen(),
+        "first_run_s": first_run_s,
+        "memory": memory,
+        "clocks_seen": monitor.clocks_seen(),
         "parity": parity,
         "problems": problems,
         "ranked": parity["passed"] and not problems,
         "per_image": per_image(subject, compute, end_to_end),
-        "settings": environment.settings(),
-        "model_file": describe_file(job.spec.model_path),
+        "matches": matches(subject, min_similarity),
+        "settings": {
+            "tf32": environment.tf32_of(subject.extractor, spec.model_path),
+            "garbage_collector": monitor.collects_garbage,
+            "get_patches": form_in_use(),
+            **inside,
+        },
+        "model_file": describe_file(spec.model_path),
     }
 
 
-@dataclass(frozen=True)
-class StartUp:
-    """What came before the first timed run."""
+def monitored(run: TimedRun, monitor: Monitor) -> TimedRun:
+    """Return `run` with a reading of the GPU's clocks now and then, outside the timed part."""
 
-    first_run_s: float
-    warmed: WarmUp
-    memory: dict
-
-
-def start_up(subject: Subject, watch: Watch, limits: Limits, progress: Progress) -> StartUp:
-    """The first run, one checked pass over all images, the warm-up; then the memory it took."""
-    allocator = allocator_of(subject.extractor)
-    progress("first run", 0, 1)
-    first_run_s = subject.compute(0).wall_ms / 1000
-    first_pass = [subject.checked_compute(index) for index in range(subject.batches.count)]
-    warmed = warm_up(subject.compute, limits, subject.batches.count, progress, first_pass)
-    return StartUp(first_run_s, warmed, read_memory(watch, allocator))
-
-
-def watched(run: Run, watch: Watch) -> Run:
-    """`run`, with a look at the GPU's clocks now and then, outside the timed part."""
-
-    def watched_run(index: int) -> Lap:
+    def monitored_run(index: int) -> Sample:
         if index % CLOCKS_EVERY == 0:
-            watch.look()
+            monitor.note()
         return run(index)
 
-    return watched_run
+    return monitored_run
 
 
 def allocator_of(extractor: Extractor) -> AllocatorPeak | None:
-    """PyTorch's allocator where it is what the extractor allocates through."""
+    """Return PyTorch's allocator where it is what the extractor allocates through."""
     device = getattr(extractor, "device", None)
     on_gpu = isinstance(device, torch.device) and device.type == "cuda"
     return AllocatorPeak(device) if on_gpu else None
 
 
-def read_memory(watch: Watch, allocator: AllocatorPeak | None) -> dict:
-    """MiB of the process, how they were found, and the allocator's peak above the loaded model."""
-    mib, method = watch.memory_mib()
+def read_memory(monitor: Monitor, allocator: AllocatorPeak | None) -> dict:
+    """Return MiB of the process, how they were found, and the allocator's peak above the model."""
+    mib, method = monitor.memory_mib()
     return {
         "process_mib": mib,
         "method": method,
@@ -236,7 +267,7 @@ def read_memory(watch: Watch, allocator: AllocatorPeak | None) -> dict:
 
 
 def stray_nodes(subject: Subject) -> str | None:
-    """What a GPU runtime left to the processor, where it tells; None where that is nothing."""
+    """Return what a GPU runtime left to the processor, where it tells; None for nothing."""
     if subject.row.device == "cpu" or not hasattr(subject.extractor, "placement"):
         return None
     nodes = subject.extractor.placement().get("CPUExecutionProvider", {})
@@ -245,11 +276,11 @@ def stray_nodes(subject: Subject) -> str | None:
 
 
 def compare(subject: Subject, reference: dict[str, Expected]) -> dict:
-    """What was timed, judged beside the reference's features."""
+    """Return the verdict on what was timed, and its figures for all images together."""
     try:
         parities = {
-            label: compare_features(reference[name].features, found, ties=reference[name].ties)
-            for label, (name, found) in subject.found.items()
+            label: compare_features(reference[name].features, features, ties=reference[name].ties)
+            for label, (name, features) in subject.returned.items()
         }
     except InputError as error:  # descriptors of another length
         raise WrongAnswer(f"it is another model: {error}") from error
@@ -264,10 +295,10 @@ def compare(subject: Subject, reference: dict[str, Expected]) -> dict:
 
 
 def overall(parities: list[Parity]) -> dict:
-    """The figures of all images together."""
+    """Return the figures of all images together; None for a NaN, which JSON does not have."""
     common = sum(p.common for p in parities)
     total = sum(max(p.reference, p.other) for p in parities)
-    return {
+    figures = {
         "compared": len(parities),
         "keypoints_in_common": common / total if total else 1.0,
         "undecided": sum(p.undecided for p in parities),
@@ -275,30 +306,121 @@ def overall(parities: list[Parity]) -> dict:
         "min_cosine": min(p.min_cosine for p in parities),
         "max_shift_px": max(p.max_shift_px for p in parities),
     }
+    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
 
 def per_image(subject: Subject, compute: dict, end_to_end: dict) -> list[dict] | None:
-    """Median times and keypoints of each image; None for batches."""
+    """Return median times and keypoints of each image; None for batches."""
     if subject.row.batch > 1:
         return None
     period = subject.batches.count
     return [
         {
             "image": name,
-            "compute_ms": median_of(compute["samples"], i, period),
-            "end_to_end_ms": median_of(end_to_end["samples"], i, period),
-            "keypoints": len(subject.found[f"{name} (compute)"][1]),
+            "compute_ms": median_of(compute["samples"][i::period]),
+            "end_to_end_ms": median_of(end_to_end["samples"][i::period]),
+            "keypoints": len(features),
         }
-        for i, name in enumerate(subject.names)
+        for i, (name, features) in enumerate(zip(subject.names, subject.features(), strict=True))
     ]
 
 
-def median_of(samples: list[float], image: int, period: int) -> float | None:
-    """Of the runs of one image; None where the time limit left none."""
-    own = samples[image::period]
-    return float(np.median(own)) if own else None
+def matches(subject: Subject, min_similarity: float | None) -> float | None:
+    """Return the mean number of matches of an image with the next, where that is asked for."""
+    pairs = list(itertools.pairwise(subject.features()))
+    if min_similarity is None or not pairs:
+        return None
+    counts = [
+        len(match_mutual(first.descriptors, second.descriptors, min_similarity))
+        for first, second in pairs
+    ]
+    return statistics.mean(counts)
+
+
+def median_of(values: Iterable[float | None]) -> float | None:
+    """Return the median of those that are known; None of none."""
+    known = [value for value in values if value is not None]
+    return float(statistics.median(known)) if known else None
 
 
 def describe_file(path: Path | None) -> dict | None:
-    """Name and SHA-256 of the model file, where there is one."""
+    """Return name and SHA-256 of the model file, where there is one."""
     return {"name": Path(path).name, "sha256": sha256(path)} if path else None
+
+
+# What differs from process to process, such as the core that it runs on, shows in no single one:
+# all its runs may agree within a percent, and be a fifth off.
+
+
+def merged(results: Sequence[dict]) -> dict:
+    """Return what `measure` found in each process as one: all runs, most memory, worst parity."""
+    if len(results) == 1:
+        return results[0]
+    clocks = {clock: _merged_clock([r[clock] for r in results]) for clock in CLOCKS}
+    worst = min((r["parity"] for r in results), key=_quality)
+    problems = _distinct(r["problems"] for r in results)
+    return results[0] | {
+        **clocks,
+        "images_per_second": {
+            name: rate * results[0][f"{name}_ms"]["mean"] / clocks[f"{name}_ms"]["mean"]
+            for name, rate in results[0]["images_per_second"].items()
+        },
+        "load_s": statistics.median(r["load_s"] for r in results),
+        "first_run_s": statistics.median(r["first_run_s"] for r in results),
+        "memory": max((r["memory"] for r in results), key=lambda m: m["process_mib"] or 0.0),
+        "clocks_seen": _merged_ranges([r["clocks_seen"] for r in results if r["clocks_seen"]]),
+        "parity": worst,
+        "problems": problems,
+        "ranked": worst["passed"] and not problems,
+        "per_image": _merged_images([r["per_image"] for r in results]),
+    }
+
+
+def _merged_clock(clocks: list[dict]) -> dict:
+    """The statistics of all runs, and the processes' medians."""
+    samples = list(itertools.chain.from_iterable(c["samples"] for c in clocks))
+    medians = [c["p50"] for c in clocks]
+    return summary(np.array(samples)) | {
+        "warmup": {
+            "runs": sum(c["warmup"]["runs"] for c in clocks),
+            "settled": all(c["warmup"]["settled"] for c in clocks),
+        },
+        "unstable": _distinct([*(c["unstable"] for c in clocks), _differ(medians)]),
+        "samples": samples,
+        "wall_p50": statistics.median(c["wall_p50"] for c in clocks),
+        "process_medians": medians,
+    }
+
+
+def _differ(medians: list[float]) -> list[str]:
+    distance = apart(medians)
+    return [f"medians of the processes {distance:.0%} apart"] if distance > REPEATED_WITHIN else []
+
+
+def _quality(parity: dict) -> tuple:
+    return parity["passed"], parity["keypoints_in_common"], parity["mean_cosine"] or -math.inf
+
+
+def _distinct(lists: Iterable[list[str]]) -> list[str]:
+    return list(dict.fromkeys(itertools.chain.from_iterable(lists)))
+
+
+def _merged_ranges(seen: list[dict]) -> dict | None:
+    """The lowest and the highest of all, and everything that held the clocks down."""
+    if not seen:
+        return None
+    ranges = {
+        name: environment.span(itertools.chain.from_iterable(s[name] for s in seen if s[name]))
+        for name in seen[0].keys() - {"held_down_by"}
+    }
+    return ranges | {"held_down_by": sorted(_distinct(s["held_down_by"] for s in seen))}
+
+
+def _merged_images(lists: list[list[dict] | None]) -> list[dict] | None:
+    """Each image's median over the processes."""
+    if lists[0] is None:
+        return None
+    return [
+        same[0] | {clock: median_of(image[clock] for image in same) for clock in CLOCKS}
+        for same in zip(*lists, strict=True)
+    ]

@@ -1,102 +1,135 @@
-"""Plots of measured results."""
+"""Plots of measured records."""
 
 import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from aliked.backends import BACKENDS
+from aliked.backends import Spec
 from aliked.configs import CONFIGS
 from aliked.files import whole_file
-from benchmark.records import Result
+from benchmark.records import AnyRecord, Measured, runtime_order, sections
 from benchmark.report import milliseconds
-
-Colours = dict[str, tuple]  # by runtime, in the order of the legend
+from benchmark.rows import Row
 
 MARKERS = {"fp32": "o", "fp16": "s"}
 LINES = {"fp32": "-", "fp16": "--"}
 FADED = 0.35  # opacity of what is not ranked
+# One colour per backend, in every plot: those that are usually drawn together are far apart.
+COLOURS = {
+    "pytorch": "#1f77b4",
+    "pytorch-amp": "#6fb7e9",
+    "pytorch-compile": "#ff7f0e",
+    "pytorch-cudagraph": "#2ca02c",
+    "aotinductor": "#8c564b",
+    "onnxruntime": "#9467bd",
+    "onnxruntime-cpu": "#9467bd",
+    "onnxruntime-cuda": "#9467bd",
+    "onnxruntime-tensorrt": "#e377c2",
+    "tensorrt": "#17becf",
+    "tensorrt-cudagraph": "#0b7285",
+    "tensorrt-pycuda": "#9edae5",
+    "tensorrt-lean": "#5c7cfa",
+    "tensorrt-rtx": "#7cb342",
+    "tensorrt-rtx-cudagraph": "#33691e",
+    "onnxruntime-tensorrt-rtx": "#f06292",
+    "torch-tensorrt": "#bcbd22",
+    "fused": "#d62728",
+}
+OTHERS = "#7f7f7f"  # backends that have no colour of their own yet
 
 
-def draw_all(results: list[Result], folder: Path) -> list[Path]:
-    """Every plot that the results of one machine have the data for; the paths written.
+def draw_all(records: list[AnyRecord], folder: Path) -> list[Path]:
+    """Draw every plot that the records have the data for, section by section; the paths written.
 
     GPU and CPU are drawn apart: on one axis the slower would leave nothing of the other.
     """
     written = []
-    for kind, name in (("cuda", "gpu"), ("cpu", "cpu")):
-        own = [r for r in results if r.measured and r.row.device == kind and r.row.batch == 1]
+    for section, (kind, name) in itertools.product(
+        sections(records), (("cuda", "gpu"), ("cpu", "cpu"))
+    ):
+        own = [r for r in section if r.measured and r.row.device == kind and r.row.batch == 1]
         if own:
-            device = own[0].record["configuration"]["machine"][name]
+            device = str(own[0].configuration.machine[name])
             written += [
                 save_figure(figure, folder, f"{device} {what}")
                 for what, figure in draw(own, device)
             ]
+    remove_older(folder, written)
     return written
 
 
-def draw(results: list[Result], device: str) -> list[tuple[str, Figure]]:
-    """Every plot of the results on one device, with its name."""
-    colours = runtime_colours(results)
+def draw(records: list[Measured], device: str) -> list[tuple[str, Figure]]:
+    """Draw every plot of the records on one device, each with its name; none of a single dot."""
     figures = []
-    for name, own in _cases(results).items():
-        title = f"{device}, {name}"
-        figures.append((f"bars {name}", draw_bars(own, colours, title)))
-        figures.append((f"speed and precision {name}", draw_scatter(own, colours, title)))
-    latency = draw_latency(results, colours, device)
+    for name, own in _cases(records).items():
+        if len(own) > 1:
+            title = f"{device}, {name}"
+            figures.append((f"bars {name}", draw_bars(own, title)))
+            figures.append((f"speed and precision {name}", draw_scatter(own, title)))
+    latency = draw_latency(records, device)
     return [*figures, ("latency", latency)] if latency else figures
 
 
-def runtime_colours(results: list[Result]) -> Colours:
-    """A colour for each runtime, in the order of the backends."""
-    order = {name: place for place, name in enumerate(BACKENDS)}
-    runtimes = {r.row.runtime: order.get(r.row.backend, len(order)) for r in results}
-    names = sorted(runtimes, key=lambda name: (runtimes[name], name))
-    return dict(zip(names, itertools.cycle(matplotlib.colormaps["tab10"].colors), strict=False))
+def colour_of(row: Row) -> tuple:
+    """Return the colour of a runtime: its backend's, lighter for another mode of compiling."""
+    colour = to_rgb(COLOURS.get(row.backend, OTHERS))
+    if row.compile_mode in (None, Spec.compile_mode):
+        return colour
+    return tuple((1 + value) / 2 for value in colour)
 
 
-def draw_bars(results: list[Result], colours: Colours, title: str) -> Figure:
+def in_order(records: list[Measured]) -> list[str]:
+    """Return the names of the runtimes, in the order of the backends."""
+    return list(dict.fromkeys(r.runtime for r in sorted(records, key=_runtime_order)))
+
+
+def _runtime_order(record: Measured) -> tuple[int, str]:
+    return runtime_order(record.row)
+
+
+def draw_bars(records: list[Measured], title: str) -> Figure:
     """A bar per runtime and model: median of the compute clock, whiskers from minimum to p90."""
-    precisions = [p for p in MARKERS if any(r.row.precision == p for r in results)]
-    models = _models(results)
+    precisions = [p for p in MARKERS if any(r.row.precision == p for r in records)]
+    models = _models(records)
     figure, axes = _figure(len(precisions), 1, height=3.2)
     for axis, precision in zip(axes.flat, precisions, strict=True):
-        chosen = [r for r in results if r.row.precision == precision]
-        runtimes = [name for name in colours if any(r.row.runtime == name for r in chosen)]
+        chosen = [r for r in records if r.row.precision == precision]
+        runtimes = in_order(chosen)
         width = 0.8 / len(runtimes)
-        for result in chosen:
-            offset = runtimes.index(result.row.runtime) - (len(runtimes) - 1) / 2
-            place = models.index(result.row.model) + offset * width
-            _draw_bar(axis, result, place, width, colours)
+        for record in chosen:
+            offset = runtimes.index(record.runtime) - (len(runtimes) - 1) / 2
+            place = models.index(record.row.model) + offset * width
+            _draw_bar(axis, record, place, width)
         axis.set_xticks(range(len(models)), models)
         axis.set_ylabel(f"{precision.upper()}: ms per image")
         axis.grid(axis="y", alpha=0.3)
         axis.margins(y=0.2)  # room for the numbers
     title = f"{title}\nmedian, whiskers from minimum to p90; faded: not ranked"
-    _finish(figure, axes, colours, title)
+    _finish(figure, axes, in_order(records), title)
     return figure
 
 
-def _draw_bar(axis: Axes, result: Result, place: float, width: float, colours: Colours) -> None:
-    clock = result.record["compute_ms"]
+def _draw_bar(axis: Axes, record: Measured, place: float, width: float) -> None:
+    clock = record.compute_ms
     axis.bar(
         place,
-        clock["p50"],
+        clock.p50,
         width,
-        yerr=[[clock["p50"] - clock["min"]], [clock["p90"] - clock["p50"]]],
+        yerr=[[clock.p50 - clock.min], [clock.p90 - clock.p50]],
         capsize=2,
-        color=colours[result.row.runtime],
-        alpha=_opacity(result),
-        label=result.row.runtime,
+        color=colour_of(record.row),
+        alpha=_opacity(record),
+        label=record.runtime,
     )
     axis.annotate(
-        milliseconds(clock["p50"]),
-        (place, clock["p90"]),
+        milliseconds(clock.p50),
+        (place, clock.p90),
         (0, 4),
         textcoords="offset points",
         ha="center",
@@ -106,115 +139,124 @@ def _draw_bar(axis: Axes, result: Result, place: float, width: float, colours: C
     )
 
 
-def draw_scatter(results: list[Result], colours: Colours, title: str) -> Figure:
+def draw_scatter(records: list[Measured], title: str) -> Figure:
     """Median compute time against keypoints in common with the reference, a panel per model."""
-    models = _models(results)
+    models = _models(records)
     figure, axes = _figure(1, len(models), height=3.6, sharey=True)
     for axis, model in zip(axes.flat, models, strict=True):
-        for result in (r for r in results if r.row.model == model):
+        for record in (r for r in records if r.row.model == model):
             axis.plot(
-                result.compute_ms,
-                100 * result.record["parity"]["keypoints_in_common"],
-                MARKERS[result.row.precision],
-                color=colours[result.row.runtime],
-                alpha=_opacity(result),
-                label=f"{result.row.runtime} {result.row.precision}",
+                record.compute_ms.p50,
+                100 * record.parity.keypoints_in_common,
+                MARKERS[record.row.precision],
+                color=colour_of(record.row),
+                alpha=_opacity(record),
+                label=f"{record.runtime} {record.row.precision}",
+                clip_on=False,  # whole dots at 100 %
+                zorder=3,
             )
         axis.set_xscale("log")
         plain_ticks(axis.xaxis)
         axis.set_title(model, fontsize="medium")
         axis.set_xlabel("ms per image (median)")
         axis.grid(alpha=0.3)
-    bottom, top = axes.flat[0].get_ylim()
-    axes.flat[0].set_ylim(bottom, min(top, 100 + 0.05 * (100 - bottom)))  # none has more than all
+    axes.flat[0].set_ylim(top=100)  # none has more than all
     axes.flat[0].set_ylabel("keypoints in common with\nPyTorch FP32 on the CPU, %")
-    _finish(figure, axes, colours, f"{title}\nfaded: not ranked")
+    _finish(figure, axes, in_order(records), f"{title}\nfaded: not ranked")
     return figure
 
 
-def draw_latency(results: list[Result], colours: Colours, title: str) -> Figure | None:
+def draw_latency(records: list[Measured], title: str) -> Figure | None:
     """Median compute time against K (smallest image) and against image size (smallest K).
 
-    What does not vary has no column; None where neither does.
+    What does not vary has no column, a model of which nothing does no row; None where there is
+    nothing to draw.
     """
-    models = _models(results)
-    smallest = min(results, key=_pixels)
-    least_k = min(r.row.top_k for r in results)
-    of_one_size = [r for r in results if _pixels(r) == _pixels(smallest)]
-    of_one_k = [r for r in results if r.row.top_k == least_k]
+    smallest = min(records, key=_pixels)
+    least_k = min(r.row.top_k for r in records)
+    of_one_size = [r for r in records if _pixels(r) == _pixels(smallest)]
+    of_one_k = [r for r in records if r.row.top_k == least_k]
     columns = [
-        (of_one_size, _top_k, _top_k, f"K, at {_size(smallest)}"),
-        (of_one_k, _pixels, _size, f"image size, at K {least_k}"),
+        (
+            _lines(of_one_size, _top_k),
+            _top_k,
+            _top_k,
+            f"keypoints K, at {smallest.row.size} pixels",
+        ),
+        (_lines(of_one_k, _pixels), _pixels, _size, f"image size in pixels, at K {least_k}"),
     ]
-    columns = [column for column in columns if _several(column[0], column[1])]
+    columns = [column for column in columns if column[0]]
     if not columns:
         return None
+    drawn = [line[0] for column in columns for line in column[0]]
+    models = _models(drawn)
     figure, axes = _figure(len(models), len(columns), height=2.6)
-    for row, model in zip(axes, models, strict=True):
-        for axis, (chosen, x, text, label) in zip(row, columns, strict=True):
-            _draw_lines(axis, [r for r in chosen if r.row.model == model], x, text, colours)
+    for panels, model in zip(axes, models, strict=True):
+        for axis, (lines, x, text, label) in zip(panels, columns, strict=True):
+            _draw_lines(axis, [line for line in lines if line[0].row.model == model], x, text)
             axis.set_xlabel(label if model == models[-1] else "")
-        row[0].set_ylabel(f"{model}\nms per image (median)")
-    _finish(figure, axes, colours, title)
+        panels[0].set_ylabel(f"{model}\nms per image (median)")
+    _finish(figure, axes, in_order(drawn), title)
     return figure
 
 
-def _draw_lines(
-    axis: Axes, results: list[Result], x: Callable, text: Callable, colours: Colours
-) -> None:
+def _lines(records: list[Measured], x: Callable) -> list[list[Measured]]:
+    """Records that differ in `x` only, in its order: a line each, of two dots at least."""
+
+    def line(record: Measured) -> tuple:
+        row = record.row
+        return row.model, *runtime_order(row), list(LINES).index(row.precision)
+
+    groups = itertools.groupby(sorted(records, key=lambda r: (*line(r), x(r))), line)
+    lines = [list(group) for _, group in groups]
+    return [own for own in lines if len({x(r) for r in own}) > 1]
+
+
+def _draw_lines(axis: Axes, lines: list[list[Measured]], x: Callable, text: Callable) -> None:
     """A line per runtime and precision over `x`, whose ticks say `text`."""
-
-    def line(result: Result) -> tuple[int, int]:
-        return list(colours).index(result.row.runtime), list(LINES).index(result.row.precision)
-
-    for _, group in itertools.groupby(sorted(results, key=line), line):
-        found = sorted(group, key=x)
-        precision = found[0].row.precision
+    for own in lines:
+        row = own[0].row
         axis.plot(
-            [x(r) for r in found],
-            [r.compute_ms for r in found],
-            MARKERS[precision] + LINES[precision],
-            color=colours[found[0].row.runtime],
-            alpha=min(map(_opacity, found)),
-            label=f"{found[0].row.runtime} {precision}",
+            [x(r) for r in own],
+            [r.compute_ms.p50 for r in own],
+            MARKERS[row.precision] + LINES[row.precision],
+            color=colour_of(row),
+            alpha=min(map(_opacity, own)),
+            label=f"{row.runtime} {row.precision}",
         )
-    ticks = {x(r): text(r) for r in results}
+    ticks = {x(r): text(r) for own in lines for r in own}
     axis.set_xticks(list(ticks), list(ticks.values()))
     axis.set_yscale("log")
     plain_ticks(axis.yaxis)
     axis.grid(alpha=0.3)
 
 
-def _cases(results: list[Result]) -> dict[str, list[Result]]:
-    """Results by images and K."""
-    cases: dict[str, list[Result]] = {}
-    for result in results:
-        cases.setdefault(f"{result.row.images}, K {result.row.selection}", []).append(result)
+def _cases(records: list[Measured]) -> dict[str, list[Measured]]:
+    """Measureds by images and K."""
+    cases: dict[str, list[Measured]] = {}
+    for record in records:
+        cases.setdefault(f"{record.row.images}, K {record.row.selection}", []).append(record)
     return cases
 
 
-def _models(results: list[Result]) -> list[str]:
-    return [model for model in CONFIGS if any(r.row.model == model for r in results)]
+def _models(records: list[Measured]) -> list[str]:
+    return [model for model in CONFIGS if any(r.row.model == model for r in records)]
 
 
-def _several(results: list[Result], x: Callable) -> bool:
-    return len({x(r) for r in results}) > 1
+def _top_k(record: Measured) -> int:
+    return record.row.top_k
 
 
-def _top_k(result: Result) -> int:
-    return result.row.top_k
+def _pixels(record: Measured) -> int:
+    return record.row.width * record.row.height
 
 
-def _pixels(result: Result) -> int:
-    return result.row.width * result.row.height
+def _size(record: Measured) -> str:
+    return record.row.size
 
 
-def _size(result: Result) -> str:
-    return f"{result.row.width}x{result.row.height}"
-
-
-def _opacity(result: Result) -> float:
-    return 1.0 if result.ranked else FADED
+def _opacity(record: Measured) -> float:
+    return 1.0 if record.ranked else FADED
 
 
 def plain_ticks(axis) -> None:
@@ -229,15 +271,15 @@ def _figure(rows: int, columns: int, height: float, sharey: bool = False) -> tup
     return figure, figure.subplots(rows, columns, squeeze=False, sharey=sharey)
 
 
-def _finish(figure: Figure, axes, colours: Colours, title: str) -> None:
+def _finish(figure: Figure, axes, order: list[str], title: str) -> None:
     """One legend for all panels in the order of the runtimes, and the title."""
     entries = {}
     for axis in axes.flat:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             if label not in entries or _alpha(handle) > _alpha(entries[label]):
                 entries[label] = handle
-    order = [name + suffix for name in colours for suffix in ("", " fp32", " fp16")]
-    labels = sorted(entries, key=order.index)
+    names = [name + suffix for name in order for suffix in ("", " fp32", " fp16")]
+    labels = sorted(entries, key=names.index)
     figure.legend(
         [entries[label] for label in labels],
         labels,
@@ -253,9 +295,20 @@ def _alpha(handle) -> float:
     return getattr(handle, "patches", [handle])[0].get_alpha()
 
 
-def save_figure(figure: Figure, folder: Path, name: str) -> Path:
-    """Write a PNG named after what it shows; its path."""
+def save_figure(figure: Figure, folder: Path, name: str, kind: str = "timings") -> Path:
+    """Write a PNG named after what it shows, with what draws it inside; its path."""
     path = folder / (re.sub(r"[^\w.]+", "_", name).strip("_").lower() + ".png")
     with whole_file(path) as partial:
-        figure.savefig(partial, dpi=120)
+        figure.savefig(partial, dpi=120, metadata={"Source": f"{MARK}{kind}"})
     return path
+
+
+MARK = "draw_report.py: "
+
+
+def remove_older(folder: Path, written: Iterable[Path], kind: str = "timings") -> None:
+    """Remove the pictures of an earlier report from `folder`; other pictures stay."""
+    for path in set(folder.glob("*.png")) - set(written):
+        with open(path, "rb") as file:
+            if f"{MARK}{kind}".encode() in file.read(1000):
+                path.unlink()

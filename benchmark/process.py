@@ -1,4 +1,4 @@
-"""Running a worker: a task goes in, its result comes out, whatever becomes of the process.
+"""Running a task in a process of its own: its result comes out, whatever becomes of the process.
 
 Workers are forks of a process that has imported PyTorch, and for a GPU what runs through it there,
 but has used nothing of it: each starts in milliseconds instead of seconds, with memory and tuning
@@ -10,16 +10,22 @@ import os
 import signal
 import tempfile
 import threading
+import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from aliked import gpu
-from benchmark import worker
+from aliked.cli import stop_by_exception
+from aliked.errors import InputError
+from benchmark.timing import Progress
 
 LONGEST_S = 3600.0  # of one task, engine builds included
+TO_CLEAN_UP_S = 2.0  # for a task that is stopped
+PROGRESS_EVERY_S = 0.2
 PROCESSES = multiprocessing.get_context("forkserver")
 IMPORTED = ("benchmark.measure",)
 # Importing these would cost every row seconds. None of them starts a thread, a process or CUDA.
@@ -32,6 +38,15 @@ IMPORTED_FOR_A_GPU = (
 )
 
 
+class Task(Protocol):
+    """What a process is to do; it goes there pickled."""
+
+    device: str  # such as "auto", "cpu" or "cuda:0"
+
+    def run(self, progress: Progress) -> Any:
+        """Do it; return what can be pickled, or raise `InputError` for what was to be expected."""
+
+
 class TaskFailed(Exception):
     """Why a task has no result, in a sentence."""
 
@@ -42,22 +57,19 @@ class TaskFailed(Exception):
 
 
 def run_task(
-    task: dict,
-    progress: Callable[[str, int, int], None] | None = None,
-    compiler_cache: Path | None = None,
-    main: Callable[[dict, Connection], None] = worker.main,
+    task: Task, progress: Progress | None = None, compiler_cache: Path | None = None
 ) -> Any:
-    """Run a task of `worker.TASKS` in a process of its own; `TaskFailed` where it has no result.
+    """Return the result of a task run in a process of its own; `TaskFailed` where it has none.
 
     Compilers find nothing from earlier tasks unless a `compiler_cache` is given: a folder.
     """
-    PROCESSES.set_forkserver_preload(imported_once(task.get("device", "auto")))
+    PROCESSES.set_forkserver_preload(imported_once(task.device))
     with tempfile.TemporaryDirectory() as folder:
         errors = Path(folder) / "errors"
         environment = _environment(compiler_cache or Path(folder))
         answers, channel = PROCESSES.Pipe(duplex=False)
         process = PROCESSES.Process(
-            target=_run, args=(main, task, channel, environment, str(errors)), daemon=False
+            target=_run, args=(task, channel, environment, errors), daemon=False
         )
         process.start()
         channel.close()
@@ -68,8 +80,7 @@ def run_task(
             process.join()
         finally:
             timer.cancel()
-            process.kill()
-            process.join()
+            _stop(process)
         if "result" in last:
             return last["result"]
         if "error" in last:
@@ -78,19 +89,19 @@ def run_task(
 
 
 def imported_once(device: str) -> list[str]:
-    """The modules that workers for a device such as "auto", "cpu" or "cuda:0" find imported."""
+    """Return the modules that workers for a device such as "auto" or "cpu" find imported."""
     return [*IMPORTED, *(IMPORTED_FOR_A_GPU if device != "cpu" and gpu.driver() else ())]
 
 
 def run_tasks(
-    tasks: list[dict], jobs: int, done: Callable[[], None], compiler_cache: Path | None = None
+    tasks: list[Task], jobs: int, done: Callable[[], None], compiler_cache: Path | None = None
 ) -> list[Any]:
-    """What `run_task` returns for each task, or the `TaskFailed`; `jobs` run at a time.
+    """Return what `run_task` does for each task, or the `TaskFailed`; `jobs` run at a time.
 
     Calls `done()` after every task.
     """
 
-    def run(task: dict) -> Any:
+    def run(task: Task) -> Any:
         try:
             return run_task(task, compiler_cache=compiler_cache)
         except TaskFailed as failure:
@@ -99,19 +110,33 @@ def run_tasks(
             done()
 
     with ThreadPoolExecutor(jobs) as pool:
-        return list(pool.map(run, tasks))
+        try:
+            return list(pool.map(run, tasks))
+        except BaseException:  # a signal: the threads wait for their processes
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                _stop(process)
+            raise
+
+
+def _stop(process: multiprocessing.process.BaseProcess) -> None:
+    """End a process that may still run; it has a moment to remove what it has half-written."""
+    process.terminate()
+    process.join(TO_CLEAN_UP_S)
+    process.kill()
+    process.join()
 
 
 def _environment(compiler_cache: Path) -> dict[str, str]:
-    """What this process's variables are now, which the forks' own may be older than."""
+    """This process's variables as they are now, which the forks' own may be older than."""
     return os.environ | {
         "TORCHINDUCTOR_CACHE_DIR": str(compiler_cache / "inductor"),
         "TRITON_CACHE_DIR": str(compiler_cache / "triton"),
     }
 
 
-def _run(main: Callable, task: dict, channel: Connection, environment: dict, errors: str) -> None:
-    """In the new process: what libraries print, from C++ too, goes to the file `errors`."""
+def _run(task: Task, channel: Connection, environment: dict[str, str], errors: Path) -> None:
+    """In the new process: do the task; what libraries print, from C++ too, goes to a file."""
     os.environ.clear()
     os.environ.update(environment)
     file = os.open(errors, os.O_WRONLY | os.O_CREAT)
@@ -119,10 +144,36 @@ def _run(main: Callable, task: dict, channel: Connection, environment: dict, err
     os.dup2(file, 2)
     # Where a runtime crashes, its caller in Python is in the file.
     faulthandler.enable(all_threads=False)
-    main(task, channel)
+    stop_by_exception()
+    try:
+        channel.send({"result": task.run(_sender(channel))})
+    except InputError as error:
+        channel.send({"error": str(error), "expected": True})
+    except Exception as error:  # whatever a runtime raises is the row's result
+        traceback.print_exc()
+        channel.send({"error": sentence(error), "expected": False})
 
 
-def _listen(answers: Connection, progress: Callable | None) -> dict:
+def _sender(channel: Connection) -> Progress:
+    """A function that says how far the task is, but not all the time."""
+    last = 0.0
+
+    def send(stage: str, done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > PROGRESS_EVERY_S:
+            channel.send({"progress": (stage, done, total)})
+            last = time.monotonic()
+
+    return send
+
+
+def sentence(error: Exception) -> str:
+    """Return the kind of error, and the first line of its text that says anything."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {line}"
+
+
+def _listen(answers: Connection, progress: Progress | None) -> dict:
     """The last message; `{}` where the process ended without one."""
     try:
         while "progress" in (message := answers.recv()):
@@ -136,9 +187,9 @@ def _listen(answers: Connection, progress: Callable | None) -> dict:
 def _post_mortem(status: int, errors: str) -> str:
     said, _, stack = errors.partition("Fatal Python error")
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    last_words = f"; its last words: {lines[-1]}" if lines else ""
+    reason = f"; its last words: {lines[-1]}" if lines else ""
     calls = [line.strip() for line in stack.splitlines() if line.startswith("  File ")]
-    last_words += f"; it was in {calls[0]}" if calls else ""
+    reason += f"; it was in {calls[0]}" if calls else ""
     if status < 0:
-        return f"the process was ended by {signal.Signals(-status).name}{last_words}"
-    return f"the process ended with status {status} and no result{last_words}"
+        return f"the process was ended by {signal.Signals(-status).name}{reason}"
+    return f"the process ended with status {status} and no result{reason}"

@@ -8,10 +8,12 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
+from msgspec import Meta
 
 MIN_WINDOW, MAX_WINDOW = 20, 60  # runs that the warm-up's test looks at
 SETTLED_DRIFT = 0.02  # between the halves of the window: of no consequence
@@ -87,45 +89,38 @@ PERCENTILES = (50, 90, 99)
 MAX_UNSEEN_MS, MAX_UNSEEN_SHARE = 0.1, 0.2
 
 
-@dataclass(frozen=True)
-class Limits:
+class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """When to stop."""
 
-    repeats: int = 200  # timed runs per clock
-    warmup: int = 200  # at most so many warm-up runs per clock
-    max_seconds: float = 10.0  # per clock for the timed runs, and half of it for the warm-up
-    processes: int = 1  # that measure a row, one after another, each to all of these limits
+    repeats: Annotated[int, Meta(ge=2)] = 200  # timed runs per clock
+    warmup: Annotated[int, Meta(ge=0)] = 200  # at most this many warm-up runs per clock
+    # Seconds per clock for the timed runs, and half of it for the warm-up.
+    max_seconds: Annotated[float, Meta(gt=0)] = 10.0
+    # That measure a row, one after another, each to all of these limits.
+    processes: Annotated[int, Meta(ge=1)] = 1
 
 
 @dataclass(frozen=True)
-class Lap:
-    """One run."""
+class Sample:
+    """The time that one run took."""
 
     ms: float  # by the row's clock
     wall_ms: float  # by the host's clock, around the same run
 
 
-@dataclass(frozen=True)
-class WarmUp:
-    """What the warm-up came to."""
-
-    runs: int
-    settled: bool  # else it ended at a limit
-
-
-Clock = Callable[[Callable[[], Any], Callable[[], None]], tuple[Lap, Any]]
-Run = Callable[[int], Lap]  # the run of a given number, its input prepared outside the clock
+Clock = Callable[[Callable[[], Any], Callable[[], None]], tuple[Sample, Any]]
+TimedRun = Callable[[int], Sample]  # the run of that number, its input prepared outside the clock
 Progress = Callable[[str, int, int], None]  # stage, runs done, runs in all
 
 
-def wall_clock(run: Callable[[], Any], synchronize: Callable[[], None]) -> tuple[Lap, Any]:
+def wall_clock(run: Callable[[], Any], synchronize: Callable[[], None]) -> tuple[Sample, Any]:
     """Time `run` on the host, until everything it started has finished; also what it returns."""
     synchronize()
     start = time.perf_counter_ns()
     output = run()
     synchronize()
     elapsed = (time.perf_counter_ns() - start) / 1e6
-    return Lap(elapsed, elapsed), output
+    return Sample(elapsed, elapsed), output
 
 
 class CudaClock:
@@ -137,7 +132,9 @@ class CudaClock:
         self.device, self.torch = device, torch
         self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
-    def __call__(self, run: Callable[[], Any], synchronize: Callable[[], None]) -> tuple[Lap, Any]:
+    def __call__(
+        self, run: Callable[[], Any], synchronize: Callable[[], None]
+    ) -> tuple[Sample, Any]:
         """Time `run`; also what it returns."""
         with self.torch.cuda.device(self.device):
             synchronize()
@@ -148,12 +145,13 @@ class CudaClock:
             synchronize()
             self.end.synchronize()
             wall_ms = (time.perf_counter_ns() - start) / 1e6
-        return Lap(self.start.elapsed_time(self.end), wall_ms), output
+        return Sample(self.start.elapsed_time(self.end), wall_ms), output
 
 
-def unseen(laps: list[Lap]) -> str | None:
+def unseen(samples: list[Sample]) -> str | None:
     """Why the clock cannot be right: it saw much less than the host's; None where it agrees."""
-    seen, wall = (float(np.median([getattr(lap, k) for lap in laps])) for k in ("ms", "wall_ms"))
+    seen = float(np.median([sample.ms for sample in samples]))
+    wall = float(np.median([sample.wall_ms for sample in samples]))
     if wall - seen <= MAX_UNSEEN_MS + MAX_UNSEEN_SHARE * wall:
         return None
     return (
@@ -162,31 +160,41 @@ def unseen(laps: list[Lap]) -> str | None:
     )
 
 
+def contradiction(compute_ms: float, end_to_end_ms: float) -> list[str]:
+    """Return why two medians cannot both be right: end to end is compute and more."""
+    if compute_ms <= (1 + REPEATED_WITHIN) * end_to_end_ms:
+        return []
+    return [f"impossible: compute took {compute_ms:.3f} ms, of {end_to_end_ms:.3f} ms end to end"]
+
+
 def warm_up(
-    run: Run, limits: Limits, period: int, progress: Progress, earlier: Sequence[Lap] = ()
-) -> WarmUp:
-    """Run until run times have settled, or to the limit; `earlier` runs count."""
-    times = [lap.ms for lap in earlier]
+    run: TimedRun, limits: Limits, period: int, progress: Progress, earlier: Sequence[Sample] = ()
+) -> dict:
+    """Run until run times have settled, or to the limit; how many `runs`, and whether `settled`.
+
+    `earlier` runs count.
+    """
+    times = [sample.ms for sample in earlier]
     deadline = time.monotonic() + limits.max_seconds / 2
     while len(times) < limits.warmup and time.monotonic() < deadline:
         if has_settled(times, period):
             break
         times.append(run(len(times)).ms)
         progress("warm-up", len(times), limits.warmup)
-    return WarmUp(len(times), has_settled(times, period))
+    return {"runs": len(times), "settled": has_settled(times, period)}
 
 
-def timed_runs(run: Run, limits: Limits, progress: Progress) -> list[Lap]:
+def timed_runs(run: TimedRun, limits: Limits, progress: Progress) -> list[Sample]:
     """`limits.repeats` runs, or as many as the time allows, but at least `MIN_RUNS`."""
-    laps: list[Lap] = []
+    samples: list[Sample] = []
     deadline = time.monotonic() + limits.max_seconds
     with no_garbage_collection():
-        while len(laps) < limits.repeats:
-            if len(laps) >= MIN_RUNS and time.monotonic() > deadline:
+        while len(samples) < limits.repeats:
+            if len(samples) >= MIN_RUNS and time.monotonic() > deadline:
                 break
-            laps.append(run(len(laps)))
-            progress("timing", len(laps), limits.repeats)
-    return laps
+            samples.append(run(len(samples)))
+            progress("timing", len(samples), limits.repeats)
+    return samples
 
 
 @contextlib.contextmanager
@@ -203,7 +211,7 @@ def no_garbage_collection() -> Iterator[None]:
 
 
 def summary(times: np.ndarray) -> dict:
-    """The statistics of some runs."""
+    """Return the statistics of some runs' times."""
     return {
         "mean": float(times.mean()),
         "std": float(times.std(ddof=1)),
@@ -214,12 +222,12 @@ def summary(times: np.ndarray) -> dict:
     }
 
 
-def statistics(laps: list[Lap], warmed: WarmUp, period: int) -> dict:
-    """What a record holds of one clock, in milliseconds per run."""
-    times = np.array([lap.ms for lap in laps])
+def clock_statistics(samples: list[Sample], warmed: dict, period: int) -> dict:
+    """Return what a record holds of one clock, in milliseconds per run."""
+    times = np.array([sample.ms for sample in samples])
     return summary(times) | {
-        "warmup": asdict(warmed),
+        "warmup": warmed,
         "unstable": instability(times, period),
         "samples": times.round(4).tolist(),
-        "wall_p50": float(np.median([lap.wall_ms for lap in laps])),
+        "wall_p50": float(np.median([sample.wall_ms for sample in samples])),
     }

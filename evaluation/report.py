@@ -5,21 +5,22 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from msgspec.structs import replace
 
 from aliked.backends import BACKENDS, Spec
+from aliked.cli import markdown
 from aliked.configs import CONFIGS
 from aliked.drawing import write_picture
 from aliked.files import whole_file
 from benchmark.plots import plain_ticks, save_figure
-from benchmark.records import UNRANKED, UNSTABLE, Result
-from benchmark.report import markdown, milliseconds
+from benchmark.records import UNRANKED, UNSTABLE, Measured
+from benchmark.report import milliseconds
 from evaluation.scores import Kind, Outcome, Score, kind_of, paired_difference, section_key
 
 SPEED_NOTES = (
@@ -31,7 +32,7 @@ HEADER = ["model", "runtime", "precision"]
 NOT_MEASURED = "not measured"
 
 
-def timing_of(outcome: Outcome, timings: Sequence[Result]) -> Result | None:
+def timing_of(outcome: Outcome, timings: Sequence[Measured]) -> Measured | None:
     """The timing of a system on images of the size that most have, on the same device."""
     if outcome.system.baseline:
         return None
@@ -47,10 +48,10 @@ def timing_of(outcome: Outcome, timings: Sequence[Result]) -> Result | None:
     return min(found, key=lambda timing: timing.row.image_set, default=None)
 
 
-def _same_device(timing: Result, outcome: Outcome) -> bool:
+def _same_device(timing: Measured, outcome: Outcome) -> bool:
     machine = outcome.record["configuration"]["machine"]
     kind = "gpu" if outcome.system.device == "cuda" else "cpu"
-    return timing.record["configuration"]["machine"].get(kind) == machine.get(kind)
+    return timing.configuration.machine.get(kind) == machine.get(kind)
 
 
 def sections(outcomes: Iterable[Outcome]) -> list[list[Outcome]]:
@@ -86,7 +87,7 @@ def reference_of(outcome: Outcome, section: Sequence[Outcome]) -> Outcome | None
     return found[0] if found and found[0].system != own else None
 
 
-def section_text(section: Sequence[Outcome], timings: Sequence[Result]) -> str:
+def section_text(section: Sequence[Outcome], timings: Sequence[Measured]) -> str:
     """All tables of one section."""
     record = section[0].record
     kind = kind_of(record["task"])
@@ -133,7 +134,7 @@ def name_cells(outcome: Outcome) -> list[str]:
     return [model, system.runtime, system.precision]
 
 
-def answer_table(measured: Sequence[Outcome], kind: Kind, timings: Sequence[Result]) -> str:
+def answer_table(measured: Sequence[Outcome], kind: Kind, timings: Sequence[Measured]) -> str:
     """Accuracy, speed and memory of every system."""
     scores = [score for score in kind.scores if _has_numbers(score, measured)]
     lines = []
@@ -145,11 +146,11 @@ def answer_table(measured: Sequence[Outcome], kind: Kind, timings: Sequence[Resu
     return markdown(header, lines, left=3)
 
 
-def speed_cells(timing: Result | None) -> list[str]:
+def speed_cells(timing: Measured | None) -> list[str]:
     """Milliseconds and MiB, marked as the tables of timings mark them."""
     if timing is None:
         return [NOT_MEASURED, ""]
-    return [milliseconds(timing.compute_ms) + timing.marks("compute_ms"), timing.mib]
+    return [milliseconds(timing.compute_ms.p50) + timing.marks("compute_ms"), timing.mib]
 
 
 def _has_numbers(score: Score, measured: Sequence[Outcome]) -> bool:
@@ -208,7 +209,7 @@ LINES = {"fp32": "-", "fp16": "--", "": ":"}
 
 
 def draw_section(
-    section: Sequence[Outcome], timings: Sequence[Result], folder: Path, name: str
+    section: Sequence[Outcome], timings: Sequence[Measured], folder: Path, name: str
 ) -> list[Path]:
     """Every plot that a section has the data for, in files of this name; the paths written."""
     measured = [outcome for outcome in section if outcome.measured]
@@ -225,7 +226,7 @@ def draw_section(
     return [save_figure(figure, folder, f"{name} {what}") for what, figure in figures.items()]
 
 
-def draw_pareto(timed: Sequence[tuple[Outcome, Result]], kind: Kind, title: str) -> Figure:
+def draw_pareto(timed: Sequence[tuple[Outcome, Measured]], kind: Kind, title: str) -> Figure:
     """The headline score against milliseconds; a line through those that no other one beats."""
     figure, axis = _figure()
     score = kind.score(kind.headline)
@@ -233,7 +234,7 @@ def draw_pareto(timed: Sequence[tuple[Outcome, Result]], kind: Kind, title: str)
     colours = model_colours(outcome for outcome, _ in timed)
     for outcome, timing in timed:
         system = outcome.system
-        points.append((timing.compute_ms, score.scale * score.value(outcome.pairs)))
+        points.append((timing.compute_ms.p50, score.scale * score.value(outcome.pairs)))
         marker, colour = MARKERS[system.precision], colours[system.model]
         axis.plot(*points[-1], marker, color=colour, label=f"{system.model} {system.precision}")
         offset = (0, -12 if system.precision == "fp32" else 6)  # points; both often lie together
@@ -342,13 +343,13 @@ def caption_of(row: dict, outcome: Outcome, reference: Outcome | None) -> str:
     return text + "".join(f"; {reference.system}: {kind.badness(other):.1f}" for other in same)
 
 
-def report_text(outcomes: Sequence[Outcome], timings: Sequence[Result]) -> str:
+def report_text(outcomes: Sequence[Outcome], timings: Sequence[Measured]) -> str:
     """The tables of all sections, as Markdown; the same records give the same bytes."""
     return "\n\n".join(section_text(own, timings) for own in sections(outcomes)) + "\n"
 
 
 def write_report(
-    outcomes: Sequence[Outcome], timings: Sequence[Result], folder: Path
+    outcomes: Sequence[Outcome], timings: Sequence[Measured], folder: Path
 ) -> list[Path]:
     """Write `evaluation.md` and the plots into `folder`; the paths written."""
 

@@ -20,11 +20,11 @@ from aliked.doctor import installed_versions
 from aliked.errors import InputError
 from aliked.files import sha256, writable_folder
 from aliked.weights import find_weights
-from benchmark.environment import git_commit
+from benchmark.environment import Describe, git_commit
 from benchmark.process import TaskFailed, run_task
-from benchmark.records import SCHEMA, append_record, load_results
+from benchmark.records import append_record, load_records
 from evaluation.report import report_text, write_page, write_report
-from evaluation.scores import Outcome, kind_of, load_outcomes, resume, system_fields
+from evaluation.scores import SCHEMA, Outcome, kind_of, load_outcomes, resume, system_fields
 from evaluation.store import FeatureStore, Image, store_key
 from evaluation.systems import Place, System, backends_of, open_system, systems_from
 
@@ -165,7 +165,7 @@ def survey(args: argparse.Namespace) -> tuple[Place, list[System]]:
         get_config(model)
     backends = backends_of(args.systems or [name for names in SYSTEMS.values() for name in names])
     try:
-        facts = run_task({"task": "describe", "device": args.device, "backends": backends})
+        facts = run_task(Describe(args.device, tuple(backends)))
     except TaskFailed as error:
         raise InputError(str(error)) from error
     own = installed_versions(("poselib", "h5py"))
@@ -245,7 +245,7 @@ def conclude(
 ) -> int:
     """Print the tables, write them, the plots and the page of the worst pairs."""
     outcomes = load_outcomes([output])
-    timings = load_results(args.timings) if args.timings else []
+    timings = load_records(args.timings) if args.timings else []
     print("\n" + report_text(outcomes, timings))
     print(f"records: {output}")
     folder = output.with_suffix("")

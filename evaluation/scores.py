@@ -9,8 +9,10 @@ from types import ModuleType
 import numpy as np
 
 from aliked.errors import InputError
-from benchmark.records import read_records, write_records
+from benchmark.records import damaged_text, keep_lines, read_lines
 from evaluation.systems import System
+
+SCHEMA = 1  # of a record; raised when the meaning of a field changes
 
 
 def error_auc(errors: np.ndarray, threshold: float) -> float:
@@ -58,18 +60,22 @@ def outcome_of(record: dict) -> Outcome:
     return Outcome(record, System(**record["system"]))
 
 
-def is_evaluation(record: dict) -> bool:
-    """Whether a record is of an evaluation, not of a timing."""
-    return "task" in record
+def read_records(path: Path) -> dict[int, dict]:
+    """Return the records of a file by line number; `InputError` names a line that is none."""
+    records, damaged = read_lines(path, dict)
+    for number, record in records.items():
+        if "task" not in record or record.get("schema") != SCHEMA:
+            damaged[number] = f"it is none of evaluate.py, of format {SCHEMA}"
+    if damaged:
+        raise InputError(f"{damaged_text(path, damaged)}; remove it")
+    return records
 
 
 def load_outcomes(paths: Sequence[Path]) -> list[Outcome]:
     """The outcomes of all files, in order; `InputError` where two are of the same."""
     outcomes, seen = [], {}
     for path in paths:
-        for number, record in enumerate(read_records(path), 1):
-            if not is_evaluation(record):
-                raise InputError(f"line {number} of {path} is no record of evaluate.py; remove it")
+        for number, record in read_records(path).items():
             outcome = outcome_of(record)
             key, where = (section_key(outcome), outcome.system), f"line {number} of {path}"
             if key in seen:
@@ -97,16 +103,16 @@ def resume(path: Path, systems: list[System], common: dict) -> set[System]:
     `InputError`, and the file unchanged, where a record has something else of `common`.
     """
     records = read_records(path)
-    for number, record in enumerate(records, 1):
+    for number, record in records.items():
         different = [name for name, value in common.items() if record.get(name) != value]
         if different or outcome_of(record).system not in systems:
             what = f"another {different[0]}" if different else "a system not asked for"
             raise InputError(
                 f"line {number} of {path} is of {what}; pass the same options, or another --output"
             )
-    kept = [record for record in records if record["status"] == "ok"]
-    write_records(path, kept)
-    return {outcome_of(record).system for record in kept}
+    kept = {number: record for number, record in records.items() if record["status"] == "ok"}
+    keep_lines(path, kept)
+    return {outcome_of(record).system for record in kept.values()}
 
 
 def system_fields(system: System) -> dict:

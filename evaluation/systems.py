@@ -10,9 +10,9 @@ import numpy as np
 from aliked.backends import BACKENDS, create_extractor, get_backend
 from aliked.errors import InputError
 from aliked.features import Features, check_image
-from benchmark.artifacts import artifact_path, make_artifacts
+from benchmark.artifacts import BuildFile, build_files, cached_path
 from benchmark.process import TaskFailed
-from benchmark.rows import Row, place_of, row_fields
+from benchmark.rows import Row, device_of
 
 ORB_BITS = 256
 
@@ -95,7 +95,7 @@ class System:
     @property
     def selection(self) -> str:
         """Which keypoints, in words."""
-        return str(self.top_k) if self.baseline else self.row(0, 0).selection
+        return str(self.top_k) if self.baseline else str(self.row(0, 0).selection)
 
     def __str__(self) -> str:
         return " ".join(filter(None, (self.runtime, self.precision, self.model)))
@@ -122,7 +122,7 @@ def systems_from(
             systems.append(System(OPENCV, "cpu", text, "", limit, None, None))
             continue
         backend, precision = _runtime(text)
-        place = place_of(backend, device)
+        place = device_of(backend, device)
         systems += [System(backend, place, model, precision, **selection) for model in models]
     return list(dict.fromkeys(systems))
 
@@ -194,17 +194,13 @@ class FileExtractor:
     def _open(self, row: Row) -> Extract:
         place = self.place
         made_on = {"versions": place.versions, "machine": place.machine}
-        path = artifact_path(row, self.suffix, place.weights, made_on)
-        task = {
-            "row": row_fields(row),
-            "device": place.device,
-            "weights": place.weights and str(place.weights),
-            "model_path": None,
-        }
-        made = make_artifacts({path: task}, jobs=1, made=lambda: None)[path]
+        path = cached_path(row, self.suffix, place.weights, made_on)
+        spec = row.spec(place.device, place.weights, None)
+        build = BuildFile(spec, (row.batch, row.height, row.width), path)
+        made = build_files([build])[path]
         if isinstance(made, TaskFailed):
             raise InputError(f"the model file of {row} cannot be made: {made}") from made
-        return create_extractor(row.backend, row.spec(place.device, place.weights, made.path))
+        return create_extractor(row.backend, row.spec(place.device, place.weights, path))
 
 
 NOT_MEASURED = "not measured"

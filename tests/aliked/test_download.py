@@ -71,8 +71,8 @@ def test_starts_again_where_the_server_ignores_ranges(
 
 @pytest.mark.parametrize(
     "sent",
-    [b"<html>log in first</html>", CONTENT[:-1] + b"?", CONTENT + b"more"],
-    ids=["short", "same size", "long"],
+    [b"<html>log in first</html>", CONTENT[:-1] + b"?"],
+    ids=["short", "same size"],
 )
 def test_wrong_content_leaves_nothing_and_names_both_checksums(
     files: FileSet, server: FileServer, tmp_path: Path, sent: bytes
@@ -83,6 +83,42 @@ def test_wrong_content_leaves_nothing_and_names_both_checksums(
     assert FILE.sha256 in str(error.value)
     assert hashlib.sha256(sent).hexdigest() in str(error.value)
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("promised", [True, False])
+def test_a_download_stops_at_the_size_that_the_file_has(
+    files: FileSet, server: FileServer, tmp_path: Path, promised: bool
+) -> None:
+    """Whether the server says beforehand that it sends more, or never ends."""
+    server.files["/assets/clip/photo.png"] = CONTENT * 100
+    server.tells_length = promised
+    with pytest.raises(InputError, match="sends more than the 256000 bytes") as error:
+        fetch(files, tmp_path)
+    assert "photo.png" in str(error.value)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", ["symbolic", "hard"])
+def test_a_link_in_the_place_of_the_partial_file_is_not_followed(
+    files: FileSet, tmp_path: Path, kind: str
+) -> None:
+    mine, folder = tmp_path / "mine.txt", tmp_path / "clip"
+    mine.write_bytes(b"mine")
+    folder.mkdir()
+    partial = folder / ".photo.png.partial"
+    if kind == "symbolic":
+        partial.symlink_to(mine)
+    else:
+        partial.hardlink_to(mine)
+    with pytest.raises(InputError, match=r"\.photo\.png\.partial"):
+        fetch(files, folder)
+    assert mine.read_bytes() == b"mine"
+
+
+def test_a_fifo_in_the_place_of_the_partial_file_is_refused(files: FileSet, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / ".photo.png.partial")
+    with pytest.raises(InputError, match="no regular file"):
+        fetch(files, tmp_path)
 
 
 def test_a_partial_file_of_another_origin_is_dropped(files: FileSet, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Finding the official weights: the order of the places, the checksum, the sentences."""
 
 import hashlib
+import os
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from aliked.configs import CONFIGS, OFFICIAL
 from aliked.download import RemoteFile
 from aliked.errors import InputError
 from aliked.model import ALIKED
-from aliked.weights import find_weights, load_state_dict
+from aliked.weights import describe_weights, find_weights, load_state_dict
 from tests.helpers.file_server import FileServer
 
 NOBODY = "http://127.0.0.1:9"  # the discard port: no server listens there
@@ -106,7 +108,7 @@ def test_corrupt_weights_are_refused_wherever_they_lie(
     if place == "environment":
         monkeypatch.setenv("ALIKED_WEIGHTS_DIR", str(folder))
     with pytest.raises(InputError, match="corrupt or not official") as error:
-        find_weights("aliked-n16", path if place == "given" else None)
+        find_weights("aliked-n16", path.parent if place == "given" else None)
     assert str(path) in str(error.value)
     assert f"download_data.py weights --model aliked-n16 --output {folder}" in str(error.value)
 
@@ -152,6 +154,111 @@ def test_a_file_without_the_models_weights_is_refused(tmp_path: Path, data: byte
         path.write_bytes(data)
     with pytest.raises(InputError, match=r"mine\.pth"):
         ALIKED.from_pretrained("aliked-t16-homography", weights=path)
+
+
+SHIPPED = "aliked-t16-homography"
+
+
+def saved(path: Path, state: object, **options) -> Path:
+    """A file with what a training may have put into it."""
+    torch.save(state, path, **options)
+    return path
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: state,
+        lambda state: {"state_dict": state, "epoch": 3},
+        lambda state: {"model": {f"module.{k}": v for k, v in state.items()}},
+        lambda state: (
+            {f"extractor.{k}": v for k, v in state.items()} | {"matcher.w": torch.ones(1)}
+        ),
+        lambda state: {k: v for k, v in state.items() if "num_batches" not in k},
+        lambda state: {k: v.half() if v.is_floating_point() else v for k, v in state.items()},
+    ],
+    ids=["plain", "state_dict", "module.", "extractor.", "no counters", "half"],
+)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_what_a_training_wraps_weights_in_is_unwrapped(tmp_path, wrap, zipped):
+    state = load_state_dict(SHIPPED)
+    path = saved(tmp_path / "mine.pth", wrap(state), _use_new_zipfile_serialization=zipped)
+    found = ALIKED.from_pretrained(SHIPPED, weights=path).state_dict()
+    expected = ALIKED.from_pretrained(SHIPPED).state_dict()
+    for key, tensor in expected.items():
+        assert torch.allclose(found[key], tensor, atol=2e-3, rtol=2e-2), key
+
+
+def test_a_file_is_taken_at_its_word_whatever_its_checksum(weights_dir, tmp_path):
+    path = saved(tmp_path / "again.pth", load_state_dict("aliked-n16", weights_dir))
+    assert find_weights("aliked-n16", path) == path
+    assert "official" not in describe_weights("aliked-n16", path)
+    ALIKED.from_pretrained("aliked-n16", weights=path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_no_numbers_are_refused_by_name(tmp_path, value):
+    state = load_state_dict(SHIPPED)
+    state["conv2.weight"] = state["conv2.weight"].clone()
+    state["conv2.weight"].view(-1)[3] = value
+    with pytest.raises(InputError, match=r"mine\.pth holds NaN or infinity in conv2\.weight"):
+        ALIKED.from_pretrained(SHIPPED, weights=saved(tmp_path / "mine.pth", state))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: {k: v for k, v in state.items() if k != "conv1.weight"},
+        lambda state: state | {"conv1.weight": torch.ones(3)},
+        lambda state: state | {"another.weight": torch.ones(3)},
+        lambda state: state | {"conv1.weight": state["conv1.weight"].long()},
+        lambda state: state | {"conv1.weight": state["conv1.weight"].to_sparse()},
+        lambda state: [1, 2, 3],
+        lambda state: {"state_dict": None},
+        lambda state: {1: torch.ones(2)},
+        lambda state: torch.ones(2),
+    ],
+)
+def test_tensors_that_do_not_fit_are_one_short_sentence(tmp_path, change):
+    path = saved(tmp_path / "mine.pth", change(load_state_dict(SHIPPED)))
+    with pytest.raises(InputError, match=r"mine\.pth") as error:
+        ALIKED.from_pretrained(SHIPPED, weights=path)
+    assert len(str(error.value)) < 400 and "\n" not in str(error.value)
+
+
+def test_what_is_no_file_of_a_sane_size_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "fifo.pth")
+    (tmp_path / "link.pth").symlink_to("/dev/zero")
+    with open(tmp_path / "huge.pth", "wb") as file:
+        file.truncate(2**40)
+    with zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        for number in range(2**9):
+            archive.writestr(f"archive/data/{number}", bytes(2**20))
+    for name in ("fifo", "link", "huge", "bomb"):
+        with pytest.raises(InputError, match=rf"{name}\.pth"):
+            ALIKED.from_pretrained(SHIPPED, weights=tmp_path / f"{name}.pth")
+
+
+class Code:
+    """An object that runs code when it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, ("was_run",)
+
+
+def test_no_code_of_a_file_is_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="PyTorch cannot load it"):
+        ALIKED.from_pretrained(SHIPPED, weights=saved(tmp_path / "mine.pth", {"a": Code()}))
+    assert not (tmp_path / "was_run").exists()
+
+
+def test_without_a_home_folder_the_sentence_says_what_to_set(monkeypatch):
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as where no user is known
+    with pytest.raises(InputError, match="set HOME, or XDG_CACHE_HOME"):
+        weights.cache_dir()
 
 
 @pytest.mark.parametrize("name", OFFICIAL)

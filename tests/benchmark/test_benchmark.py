@@ -1,41 +1,37 @@
 """Timing, its statistics, its records and its processes."""
 
-import json
+import dataclasses
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
-from aliked.errors import InputError
 from aliked.parity import NO_TIES
-from benchmark import measure, process, runner, worker
-from benchmark.artifacts import PARTS
-from benchmark.environment import ProcessMemory
-from benchmark.measure import Batches, Job, WrongAnswer
-from benchmark.records import append_record, read_records, resume
+from aliked.ties import Expected
+from benchmark import artifacts, measure, process, runner
+from benchmark.environment import Describe, ProcessMemory
+from benchmark.measure import Batches, WrongAnswer, merged
 from benchmark.rows import Grid, ImageSet
-from benchmark.runner import merged
 from benchmark.timing import (
-    Lap,
     Limits,
-    WarmUp,
+    Sample,
+    clock_statistics,
     has_settled,
     instability,
-    statistics,
     timed_runs,
     unseen,
     warm_up,
     window_length,
 )
 from tests.helpers.fake_backends import FakeBackend, features_of
-from tests.helpers.timing_records import CONFIGURATION, ROW, measured, outcome
+from tests.helpers.timing_records import ROW, measured
 
 ROOT = Path(__file__).resolve().parents[2]
 NOISE = np.random.default_rng(0).normal(scale=0.01, size=2000)
@@ -48,7 +44,7 @@ def silent(stage: str, done: int, total: int) -> None:
 def run_of(times):
     """A run whose time is `times[index]`, whatever the real time."""
     times = list(times)
-    return lambda index: Lap(times[index], times[index])
+    return lambda index: Sample(times[index], times[index])
 
 
 # -- has it settled, is it stable --
@@ -96,30 +92,30 @@ def test_the_warm_up_ends_when_times_have_settled():
     falling = [2 - 0.03 * i for i in range(30)]
     times = falling + list(1 + NOISE[:1000])
     warmed = warm_up(run_of(times), Limits(warmup=1000), period=1, progress=silent)
-    assert warmed.settled
-    assert len(falling) < warmed.runs < 200
+    assert warmed["settled"]
+    assert len(falling) < warmed["runs"] < 200
 
 
 def test_the_warm_up_ends_at_its_limit_without_pretending():
     times = [2 - 0.01 * i for i in range(100)]
     warmed = warm_up(run_of(times), Limits(warmup=50), period=1, progress=silent)
-    assert (warmed.runs, warmed.settled) == (50, False)
+    assert (warmed["runs"], warmed["settled"]) == (50, False)
 
 
 def test_as_many_runs_are_timed_as_asked_for():
-    laps = timed_runs(run_of([1.0] * 300), Limits(repeats=250), silent)
-    assert len(laps) == 250
+    samples = timed_runs(run_of([1.0] * 300), Limits(repeats=250), silent)
+    assert len(samples) == 250
 
 
 def test_a_time_limit_leaves_ten_runs():
-    laps = timed_runs(run_of([1.0] * 300), Limits(repeats=250, max_seconds=1e-9), silent)
-    assert len(laps) == 10
+    samples = timed_runs(run_of([1.0] * 300), Limits(repeats=250, max_seconds=1e-9), silent)
+    assert len(samples) == 10
 
 
 def test_statistics_are_of_all_runs():
     times = [float(t) for t in range(1, 101)]
     warmed = warm_up(run_of([1.0] * 40), Limits(), period=1, progress=silent)
-    found = statistics([Lap(t, t) for t in times], warmed, period=1)
+    found = clock_statistics([Sample(t, t) for t in times], warmed, period=1)
     assert (found["min"], found["p50"], found["max"]) == (1, 50.5, 100)
     assert found["mean"] == pytest.approx(50.5)
     assert found["std"] == pytest.approx(np.std(times, ddof=1))
@@ -130,7 +126,7 @@ def test_statistics_are_of_all_runs():
 
 def result_of(times, **changes):
     """What a process returns that took these times."""
-    own = statistics([Lap(t, t) for t in times], WarmUp(30, True), period=1)
+    own = clock_statistics([Sample(t, t) for t in times], {"runs": 30, "settled": True}, period=1)
     return measured(ROW, 1.0) | {"compute_ms": own, "end_to_end_ms": own} | changes
 
 
@@ -167,7 +163,9 @@ def test_a_row_is_as_right_as_its_worst_process_and_as_large_as_its_largest():
 def test_throughput_and_start_are_of_all_processes():
     first, second = measured(ROW, 2.0), measured(ROW, 4.0) | {"load_s": 1.5, "first_run_s": 2.5}
     for result, ms in ((first, 2.0), (second, 4.0)):
-        result["compute_ms"] = statistics([Lap(ms, ms)] * 10, WarmUp(30, ms > 3), period=1)
+        result["compute_ms"] = clock_statistics(
+            [Sample(ms, ms)] * 10, {"runs": 30, "settled": ms > 3}, period=1
+        )
         result["images_per_second"] = {"compute": 1000 / ms, "end_to_end": 1.0}
     both = merged([first, second])
     assert both["images_per_second"]["compute"] == pytest.approx(1000 / 3)
@@ -193,8 +191,8 @@ def test_each_image_and_each_range_of_the_clocks_is_of_all_processes():
 
 
 def test_work_that_the_clock_did_not_see_is_noticed():
-    assert "outside their stream" in unseen([Lap(0.1, 3.0)] * 10)
-    assert unseen([Lap(3.0, 3.05)] * 10) is None
+    assert "outside their stream" in unseen([Sample(0.1, 3.0)] * 10)
+    assert unseen([Sample(3.0, 3.05)] * 10) is None
 
 
 # -- what is run --
@@ -244,31 +242,27 @@ def test_a_name_that_says_where_it_runs_decides_the_device():
 
 
 @pytest.fixture
-def job(tmp_path, monkeypatch):
-    """Makes a job for a fake backend, with the reference that it should agree with."""
+def measured_here(monkeypatch):
+    """Measures a row of a fake backend beside the reference that it should agree with."""
 
-    def make(batch: int = 1, precision: str = "fp32", **options) -> Job:
+    def measure_row(row=ROW, **options) -> dict:
         backend = FakeBackend(**options)
         monkeypatch.setattr(measure, "create_extractor", lambda name, spec: backend.create(spec))
         random = np.random.default_rng(0)
-        shape = (ROW.height, ROW.width, 3)
+        shape = (row.height, row.width, 3)
         images = {f"{i}.png": random.integers(0, 256, shape, np.uint8) for i in range(3)}
-        arrays = {
-            f"{name}/{part}": getattr(features_of(image, ROW.top_k), part)
-            for name, image in images.items()
-            for part in PARTS
-        } | {f"{name}/ties": NO_TIES for name in images}
-        np.savez(tmp_path / "reference.npz", **arrays)
-        row = replace(ROW, batch=batch, precision=precision)
+        reference = {
+            name: Expected(features_of(image, row.top_k), NO_TIES) for name, image in images.items()
+        }
         limits = Limits(repeats=12, warmup=5, max_seconds=5)
         spec = row.spec("cpu", None, None)
-        return Job(row, spec, images, tmp_path / "reference.npz", limits)
+        return measure.measure(row, spec, images, reference, limits, silent)
 
-    return make
+    return measure_row
 
 
-def test_a_row_has_both_clocks_memory_and_parity(job):
-    result = measure.measure(job(), silent)
+def test_a_row_has_both_clocks_memory_and_parity(measured_here):
+    result = measured_here()
     assert result["compute_ms"]["runs"] == result["end_to_end_ms"]["runs"] == 12
     assert 0 < result["compute_ms"]["min"] <= result["compute_ms"]["p50"]
     assert result["memory"]["process_mib"] > 10  # Python and NumPy alone take that
@@ -278,40 +272,38 @@ def test_a_row_has_both_clocks_memory_and_parity(job):
     assert all(entry["compute_ms"] > 0 for entry in result["per_image"])
 
 
-def test_the_throughput_of_a_batch_counts_its_images(job):
-    result = measure.measure(job(batch=2), silent)
+def test_the_throughput_of_a_batch_counts_its_images(measured_here):
+    result = measured_here(replace(ROW, batch=2))
     mean = result["compute_ms"]["mean"]
     assert result["images_per_second"]["compute"] == pytest.approx(2000 / mean)
     assert result["parity"]["compared"] == 2 * 2 * 3  # both clocks, three batches of two
 
 
-def test_a_wrong_answer_is_measured_but_not_ranked(job):
-    result = measure.measure(job(shift_px=0.01), silent)
+def test_a_wrong_answer_is_measured_but_not_ranked(measured_here):
+    result = measured_here(shift_px=0.01)
     assert not result["parity"]["passed"] and not result["ranked"]
     assert "max |dxy|" in result["parity"]["reasons"][0]
 
 
-def test_each_precision_has_its_tolerance(job):
-    assert measure.measure(job(shift_px=0.01, precision="fp16"), silent)["ranked"]
+def test_each_precision_has_its_tolerance(measured_here):
+    assert measured_here(replace(ROW, precision="fp16"), shift_px=0.01)["ranked"]
 
 
-def test_another_number_of_keypoints_is_another_measurement(job):
+def test_another_number_of_keypoints_is_another_measurement(measured_here):
     with pytest.raises(WrongAnswer, match="1000 keypoints was asked for"):
-        measure.measure(job(keypoints=2000), silent)
+        measured_here(keypoints=2000)
 
 
-def test_a_gpu_row_that_runs_on_the_cpu_is_found_out(job):
-    wanted = job(device="cpu")
-    on_gpu = replace(wanted, row=replace(wanted.row, device="cuda"))
+def test_a_gpu_row_that_runs_on_the_cpu_is_found_out(measured_here):
     with pytest.raises(WrongAnswer, match="runs on cpu"):
-        measure.measure(on_gpu, silent)
+        measured_here(replace(ROW, device="cuda"), device="cpu")
 
 
 # -- processes --
 
 
 def test_what_a_task_returns_comes_back():
-    facts = process.run_task({"task": "describe", "device": "cpu", "backends": ["pytorch"]})
+    facts = process.run_task(Describe("cpu", ("pytorch",)))
     assert facts["device"] == "cpu"
     assert facts["unavailable"] == {"pytorch": None}
     assert facts["versions"]["torch"]
@@ -319,7 +311,7 @@ def test_what_a_task_returns_comes_back():
 
 def test_bad_input_in_a_task_is_expected():
     with pytest.raises(process.TaskFailed, match="unknown device") as caught:
-        process.run_task({"task": "describe", "device": "toaster", "backends": []})
+        process.run_task(Describe("toaster", ()))
     assert caught.value.expected
 
 
@@ -352,27 +344,40 @@ def test_only_workers_for_a_gpu_find_imported_what_runs_there(monkeypatch):
     assert "aliked.model" in process.imported_once("cuda:0")
 
 
-def dying(task, connection):
-    threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
-    os.write(2, b"illegal memory access\n")
-    os.kill(os.getpid(), signal.SIGSEGV)
+@dataclasses.dataclass
+class Dying:
+    """A task whose process ends before it does."""
+
+    device: str = "cpu"
+
+    def run(self, progress):
+        threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+        os.write(2, b"illegal memory access\n")
+        os.kill(os.getpid(), signal.SIGSEGV)
 
 
-def working(task, connection):
-    connection.send({"progress": ["timing", 3, 9]})
-    connection.send({"result": task["task"]})
+@dataclasses.dataclass
+class Working:
+    """A task that says how far it is."""
+
+    name: str
+    device: str = "cpu"
+
+    def run(self, progress):
+        progress("timing", 3, 9)
+        return self.name
 
 
 def test_a_process_that_dies_says_how():
-    pattern = r"SIGSEGV.*last words: illegal memory access; it was in File .* in dying"
+    pattern = r"SIGSEGV.*last words: illegal memory access; it was in File .* in run"
     with pytest.raises(process.TaskFailed, match=pattern) as caught:
-        process.run_task({"task": "measure"}, main=dying)
+        process.run_task(Dying())
     assert not caught.value.expected
 
 
 def test_progress_is_passed_on():
     seen = []
-    result = process.run_task({"task": "row"}, lambda *stage: seen.append(stage), main=working)
+    result = process.run_task(Working("row"), lambda *stage: seen.append(stage))
     assert (result, seen) == ("row", [("timing", 3, 9)])
 
 
@@ -381,22 +386,23 @@ def test_what_was_compiled_once_is_not_compiled_again(tmp_path, monkeypatch):
     asked = []
 
     def run_here(tasks, jobs, done, cache):
-        asked.append([task["row"]["backend"] for task in tasks])
+        asked.append([task.row.backend for task in tasks])
         for task in tasks:
-            if task["row"]["backend"] == "pytorch-compile":  # the other fails
-                worker.fill_cache(task, None)
+            if task.row.backend == "pytorch-compile":  # the other fails
+                task.run(silent)
 
     paths = tuple(sorted((ROOT / "assets" / "sequence_640x480").glob("*.jpg"))[:1])
-    images = {ROW.image_set: ImageSet(ROW.image_set, paths, 640, 480, "")}
-    session = runner.Session("cpu", {}, {}, {}, images, Limits(), compiler_cache=tmp_path)
+    images = [ImageSet(ROW.image_set, paths, 640, 480, "")]
+    run = runner.Run("cpu", {}, {}, {}, images, Limits(), compiler_cache=tmp_path)
     row = replace(ROW, model="aliked-t16-homography", top_k=20)
     rows = [replace(row, backend=name) for name in ("pytorch", "pytorch-compile", "fused")]
-    monkeypatch.setattr(worker, "create_extractor", lambda _, spec: FakeBackend().create(spec))
+    monkeypatch.setattr(artifacts, "create_extractor", lambda _, spec: FakeBackend().create(spec))
     monkeypatch.setattr(runner, "run_tasks", run_here)
     for _ in range(2):
-        runner.fill_compiler_cache(session, rows, jobs=1)
+        runner.fill_compiler_cache(run, rows, jobs=1)
     assert asked == [["pytorch-compile", "fused"], ["fused"]]
-    runner.fill_compiler_cache(replace(session, versions={"torch": "3.0"}), rows, jobs=1)
+    other = dataclasses.replace(run, versions={"torch": "3.0"})
+    runner.fill_compiler_cache(other, rows, jobs=1)
     assert asked[-1] == ["pytorch-compile", "fused"]
 
 
@@ -432,68 +438,3 @@ def test_in_a_container_the_new_process_is_this_one(monkeypatch):
 def test_where_no_process_can_be_told_apart_the_difference_is_said_to_be_one(monkeypatch, after):
     monkeypatch.setattr("os.getpid", lambda: 1)
     assert ProcessMemory(FakeGpu({}, after)).read() == (700, "difference")
-
-
-# -- records --
-
-
-@pytest.fixture
-def recorded(tmp_path) -> Path:
-    """Three rows: two measured, one failed."""
-    path = tmp_path / "records.jsonl"
-    append_record(path, measured(ROW, 3.0))
-    append_record(
-        path, outcome(replace(ROW, model="aliked-n16"), status="failed", reason="it broke")
-    )
-    append_record(path, measured(replace(ROW, model="aliked-n32"), 4.0))
-    return path
-
-
-MODELS = ("aliked-t16", "aliked-n16", "aliked-n32", "aliked-n16rot")
-ROWS = [replace(ROW, model=model) for model in MODELS]
-
-
-def test_a_resumed_run_tries_again_what_failed(recorded):
-    done = resume(recorded, ROWS, CONFIGURATION)
-    assert done == {ROWS[0], ROWS[2]}
-    assert [r["row"]["model"] for r in read_records(recorded)] == ["aliked-t16", "aliked-n32"]
-
-
-def test_a_line_that_an_interruption_cut_short_is_measured_again(recorded):
-    text = recorded.read_text()
-    recorded.write_text(text[: -len(text.splitlines()[-1]) // 2])
-    assert resume(recorded, ROWS, CONFIGURATION) == {ROWS[0]}
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("limits", {"repeats": 50, "warmup": 200, "max_seconds": 10.0}),
-        ("machine", {"cpu": "Another CPU"}),
-        ("versions", {"python": "3.11.7", "torch": "2.11.0", "cuda": None}),
-        ("images", {"sequence_640x480": "00" * 32}),
-    ],
-)
-def test_records_of_another_configuration_are_refused_and_left_alone(recorded, name, value):
-    before = recorded.read_bytes()
-    with pytest.raises(InputError, match=f"another {name}"):
-        resume(recorded, ROWS, CONFIGURATION | {name: value})
-    assert recorded.read_bytes() == before
-
-
-def test_what_an_earlier_version_began_goes_on_where_the_new_options_have_their_defaults(recorded):
-    recorded.write_text(recorded.read_text().replace(', "processes": 1', ""))
-    assert resume(recorded, ROWS, CONFIGURATION) == {ROWS[0], ROWS[2]}
-
-
-def test_records_of_rows_that_are_not_asked_for_are_refused(recorded):
-    with pytest.raises(InputError, match=r"does not ask for .*aliked-n32"):
-        resume(recorded, ROWS[:2], CONFIGURATION)
-
-
-@pytest.mark.parametrize("line", ["not JSON", "{}", "[1, 2]", json.dumps({"schema": 0})])
-def test_a_line_that_is_no_record_is_named(recorded, line):
-    with open(recorded, "a") as file:
-        file.write(line + "\n")
-    with pytest.raises(InputError, match=r"line 4 of .*records.jsonl"):
-        read_records(recorded)

@@ -1,14 +1,14 @@
 """Tables and plots of evaluations, from records."""
 
 import random
-from dataclasses import replace
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 import draw_report as report
 from aliked.errors import InputError
-from benchmark.records import load_results, write_records
+from benchmark.records import load_records, write_records
 from evaluation.report import frontier, report_text
 from evaluation.scores import Score, load_outcomes, paired_difference
 from tests.helpers import timing_records
@@ -58,7 +58,7 @@ def table(tmp_path):
     def make(evaluations: list[dict], timings: list[dict] = ()) -> str:
         write_records(tmp_path / "evaluations.jsonl", evaluations)
         write_records(tmp_path / "timings.jsonl", timings)
-        results = load_results([tmp_path / "timings.jsonl"]) if timings else []
+        results = load_records([tmp_path / "timings.jsonl"]) if timings else []
         return report_text(load_outcomes([tmp_path / "evaluations.jsonl"]), results)
 
     return make
@@ -172,7 +172,7 @@ def test_one_report_draws_timings_and_evaluations_between_their_own_markers(tmp_
     markers = (report.BEGIN, report.END), report.EVALUATION
     readme.write_text("# Title\n" + "".join(f"{a}\nthe old table\n{b}\n" for a, b in markers))
     files = [tmp_path / "e.jsonl", tmp_path / "t.jsonl"]
-    options = [*files, "--output", tmp_path / "out", "--readme", readme]
+    options = [*files, "--output", tmp_path / "out", "--docs", readme]
     report.main(report.parser().parse_args(list(map(str, options))))
     text = readme.read_text()
     timings, evaluations = (text.split(a)[1].split(b)[0] for a, b in markers)

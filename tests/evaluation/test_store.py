@@ -10,7 +10,6 @@ import pytest
 from aliked.errors import InputError
 from aliked.features import Features
 from aliked.images import load_image
-from benchmark.artifacts import Artifact
 from benchmark.process import TaskFailed
 from evaluation import systems
 from evaluation.runner import Task, make_record
@@ -160,14 +159,15 @@ def test_a_runtime_that_runs_files_gets_one_for_each_image_size(tmp_path, monkey
     """The files are stand-ins, since exporting takes long; the runtime is the real one."""
     made_for = []
 
-    def make(tasks, jobs, made):
-        (task,) = tasks.values()
-        size = {name: task["row"][name] for name in ("width", "height")}
+    def make(builds):
+        (build,) = builds
+        size = dict(zip(("height", "width"), build.shape[1:], strict=True))
         made_for.append(size)
-        path = write_small_model(tmp_path / f"{len(made_for)}.onnx", **size, top_k=20)
-        return dict.fromkeys(tasks, Artifact(path, 0.0))
+        write_small_model(build.path, **size, top_k=20)
+        return {build.path: 0.0}
 
-    monkeypatch.setattr(systems, "make_artifacts", make)
+    monkeypatch.setattr(systems, "build_files", make)
+    monkeypatch.setattr(systems, "cached_path", lambda row, *_: tmp_path / f"{row.size}.onnx")
     (system,) = systems_from(["onnxruntime-cpu"], ["aliked-t16"], "cpu", 20, 0.2, 5000)
     extractor = systems.open_system(system, replace(PLACE, weights=weights_dir))
     for height, width in ((32, 48), (40, 56), (32, 48)):
@@ -177,7 +177,7 @@ def test_a_runtime_that_runs_files_gets_one_for_each_image_size(tmp_path, monkey
 
 def test_a_runtime_whose_file_cannot_be_made_says_why(monkeypatch, weights_dir):
     failed = TaskFailed("no kernel for it")
-    monkeypatch.setattr(systems, "make_artifacts", lambda tasks, **_: dict.fromkeys(tasks, failed))
+    monkeypatch.setattr(systems, "build_files", lambda builds: {b.path: failed for b in builds})
     (system,) = systems_from(["onnxruntime-cpu"], ["aliked-t16"], "cpu", 20, 0.2, 5000)
     extractor = systems.open_system(system, replace(PLACE, weights=weights_dir))
     with pytest.raises(InputError, match="cannot be made: no kernel for it"):

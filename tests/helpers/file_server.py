@@ -17,6 +17,7 @@ class FileServer(ThreadingHTTPServer):
         self.files: dict[str, bytes] = {}
         self.requests: list[tuple[str, str | None]] = []  # path, Range header
         self.supports_ranges = True
+        self.tells_length = True
         self.close_after: int | None = None  # body bytes; then the connection is closed
         self.stall = threading.Event()  # set: the server may go on after `close_after` bytes
         self.stall.set()
@@ -36,10 +37,12 @@ class _Handler(BaseHTTPRequestHandler):
         if partial:
             body = body[int(wanted.removeprefix("bytes=").removesuffix("-")) :]
         self.send_response(206 if partial else 200)
-        self.send_header("Content-Length", str(len(body)))
+        if self.server.tells_length:
+            self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body[: self.server.close_after])
-        self.wfile.flush()
+        with contextlib.suppress(ConnectionError):  # the client has heard enough
+            self.wfile.write(body[: self.server.close_after])
+            self.wfile.flush()
         self.server.stall.wait()
 
     def log_message(self, *_: object) -> None:

@@ -1,6 +1,6 @@
 """Records as a benchmark writes them, made up, for the tests of what reads them."""
 
-from dataclasses import asdict
+from msgspec.structs import asdict
 
 from benchmark.records import SCHEMA
 from benchmark.rows import Row
