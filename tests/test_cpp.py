@@ -6,6 +6,7 @@ is a CPU (cpp/tests/fake_driver.cpp). The two share nothing but the sources and 
 
 import ctypes
 import functools
+import itertools
 import json
 import os
 import shutil
@@ -32,7 +33,9 @@ def build(tmp_path_factory) -> Path:
     """The build folder of the library, its programs and tests."""
     for tool in ("cmake", "g++", NVCC):
         if tool is None or shutil.which(tool) is None:
-            pytest.skip(f"building libaliked needs nvcc, cmake and g++; there is no {tool or 'nvcc'}")
+            pytest.skip(
+                f"building libaliked needs nvcc, cmake and g++; there is no {tool or 'nvcc'}"
+            )
     folder = tmp_path_factory.mktemp("libaliked")
     ninja = ["-G", "Ninja"] if shutil.which("ninja") else []
     options = [f"-DALIKED_NVCC={NVCC}", f"-DCMAKE_CUDA_ARCHITECTURES={ARCHITECTURES}"]
@@ -120,7 +123,7 @@ def test_a_packed_file_is_safetensors_whose_hash_is_that_of_its_content():
     assert header["__metadata__"]["model"] == "aliked-t16" and size % 8 == 0
     ends = [entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"]
     assert ends[0][0] == 0 and ends[-1][1] == len(content) - 8 - size
-    assert all(end == begin for (_, end), (begin, _) in zip(ends, ends[1:], strict=False))
+    assert all(end == begin for (_, end), (begin, _) in itertools.pairwise(ends))
     torch.manual_seed(0)
     pinned = ALIKED("aliked-t16").eval().fold_batch_norm().requires_grad_(False)
     assert packed_file(pinned) == content  # nothing of the day or the machine is in it

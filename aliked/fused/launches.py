@@ -1,4 +1,4 @@
-"""How the half-precision kernels are built and launched: reads `launches.def`, as libaliked does."""
+"""How the half-precision kernels are built and launched: reads `launches.def`, as C++ does."""
 
 import ast
 import functools

@@ -117,14 +117,14 @@ Event make_event() {
 DeviceMemory::DeviceMemory(size_t size, const char *what_for) : size_(size) {
   CUdeviceptr memory;
   check(driver().cuMemAlloc(&memory, size),
-        text("allocate %.1f MiB on the GPU for %s", size / 1048576.0, what_for));
+        text("allocate %.1f MiB on the GPU for %s", double(size) / 1048576.0, what_for));
   memory_ = Owner<CUdeviceptr, release>(memory);
 }
 
 HostMemory::HostMemory(size_t size, const char *what_for) : size_(size) {
   void *memory;
   check(driver().cuMemHostAlloc(&memory, size, CU_MEMHOSTALLOC_DEVICEMAP),
-        text("allocate %.1f MiB of page-locked memory for %s", size / 1048576.0, what_for));
+        text("allocate %.1f MiB of page-locked memory for %s", double(size) / 1048576.0, what_for));
   memory_ = Owner<void *, release>(memory);
   check(driver().cuMemHostGetDevicePointer(&on_device_, memory, 0), "map page-locked memory");
 }
