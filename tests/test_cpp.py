@@ -28,6 +28,9 @@ NVCC = os.environ.get("ALIKED_NVCC") or shutil.which("nvcc")
 ARCHITECTURES = "75;90"  # one without and one with clusters
 
 
+pytestmark = pytest.mark.slow  # building the library takes a CPU minute, running it another
+
+
 @pytest.fixture(scope="module")
 def build(tmp_path_factory) -> Path:
     """The build folder of the library, its programs and tests."""

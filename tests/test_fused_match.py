@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from aliked.fused import cuda_source, launches
-from aliked.fused.common import float_bits
+from aliked.errors import InputError
+from aliked.fused import cuda_source, launches, match
 from aliked.matching import match_mutual
 from tests import cuda_on_host
 
@@ -27,21 +27,14 @@ def descriptors(rows, dim, seed):
     return torch.nn.functional.normalize(values)
 
 
-def match(library, a, b, min_similarity, scores_a=None, scores_b=None):
-    rows, columns = len(a), len(b)
-    best = torch.zeros(rows + columns, dtype=torch.int64)
-    halves = best[:rows], best[rows:]
-    sizes = {"rows": rows, "columns": columns}
-    scores = [0 if s is None else s for s in (scores_a, scores_b)]
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch, library):
+    def compiled(file, kernel, constants, device):
+        return lambda grid, block, arguments: cuda_on_host.launch(
+            library(file.removesuffix(".cu")), kernel, grid, block, arguments
+        )
 
-    def launch(kernel, arguments):
-        grid, block = launches.grid(kernel, **sizes), launches.threads(kernel)
-        cuda_on_host.launch(library("match"), kernel, grid, block, arguments)
-
-    launch("find_best", [a, b, *scores, *halves, rows, columns, a.shape[1]])
-    found = torch.full((rows,), -7, dtype=torch.int32), torch.full((rows,), torch.nan)
-    launch("keep_mutual", [*halves, *found, rows, float_bits(min_similarity)])
-    return found
+    monkeypatch.setattr(cuda_source, "compiled", compiled)
 
 
 def pairs(found):
@@ -51,33 +44,53 @@ def pairs(found):
 
 @pytest.mark.parametrize(("rows", "columns", "dim"), [(70, 131, 64), (64, 64, 128), (1, 5, 16)])
 @pytest.mark.parametrize("min_similarity", [-1.0, 0.2, 0.75])
-def test_matches_are_those_of_numpy(library, rows, columns, dim, min_similarity):
+def test_matches_are_those_of_numpy(rows, columns, dim, min_similarity):
     a, b = descriptors(rows, dim, 0), descriptors(columns, dim, 1)
     b[: rows // 2] = torch.nn.functional.normalize(a[: rows // 2] + 0.05 * b[: rows // 2])
-    found = match(library, a, b, min_similarity)
+    found = match.nearest(a, b, min_similarity)
     expected = match_mutual(a.numpy(), b.numpy(), min_similarity)
     assert np.array_equal(pairs(found), expected)
+    assert np.array_equal(match.match_mutual(a, b, min_similarity).numpy(), expected)
     similarity = (a[expected[:, 0]] * b[expected[:, 1]]).sum(dim=1)
     torch.testing.assert_close(found[1][found[0] >= 0], similarity, atol=1e-6, rtol=0)
     assert (found[1][found[0] < 0] == 0).all()
 
 
-def test_equal_similarities_and_what_is_no_number_are_as_in_numpy(library):
+def test_equal_similarities_and_what_is_no_number_are_as_in_numpy():
     a, b = torch.eye(16)[:6].contiguous(), torch.eye(16)[[3, 3, 1, 0, 5]].contiguous()
     b[4, 2] = torch.nan
-    found = match(library, a, b, 0.5)
+    found = match.nearest(a, b, 0.5)
     assert pairs(found).tolist() == match_mutual(a.numpy(), b.numpy(), 0.5).tolist()
     assert pairs(found).tolist() == [[0, 3], [1, 2], [3, 0]]
 
 
-def test_rows_of_score_0_take_no_part(library):
+def test_rows_of_score_0_take_no_part():
     a, b = descriptors(40, 64, 0), descriptors(50, 64, 1)
     b[:40] = a
     scores_a, scores_b = torch.ones(40), torch.ones(50)
     scores_a[30:], scores_b[:10] = 0, 0
-    index = match(library, a, b, 0.9, scores_a, scores_b)[0]
+    index = match.nearest(a, b, 0.9, scores_a, scores_b)[0]
     assert (index[:10] == -1).all() and (index[30:] == -1).all()
     assert index[10:30].tolist() == list(range(10, 30))
+
+
+def test_no_descriptors_have_no_matches():
+    none, some = torch.empty(0, 64), descriptors(3, 64, 0)
+    assert match.match_mutual(none, some).shape == match.match_mutual(some, none).shape == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        (torch.zeros(3, 24), torch.zeros(3, 24)),
+        (torch.zeros(3, 32), torch.zeros(3, 16)),
+        (torch.zeros(3, 16, dtype=torch.float64), torch.zeros(3, 16)),
+        (torch.zeros(16), torch.zeros(3, 16)),
+    ],
+)
+def test_what_cannot_be_matched_is_refused(a, b):
+    with pytest.raises(InputError, match="descriptors"):
+        match.match_mutual(a, b)
 
 
 @pytest.mark.parametrize("size", [(5, 5), (97, 101)])

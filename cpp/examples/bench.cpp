@@ -98,12 +98,12 @@ int body(int count, char **words) {
            extractor.extract_async(on_device);
            extractor.synchronize();
          }));
-  constexpr int TOGETHER = 50;
-  Percentiles many = measure(std::max(1, runs / TOGETHER), [&] {
-    for (int i = 0; i < TOGETHER; ++i) extractor.extract_async(on_device);
+  const int together = std::min(50, runs);
+  Percentiles many = measure(runs / together, [&] {
+    for (int i = 0; i < together; ++i) extractor.extract_async(on_device);
     extractor.synchronize();
   });
-  for (double *p : {&many.p5, &many.p50, &many.p95, &many.p99}) *p /= TOGETHER;
+  for (double *p : {&many.p5, &many.p50, &many.p95, &many.p99}) *p /= together;
   report("device to device, calls back to back", many);
   std::printf("device memory %.1f MiB\n", double(extractor.info().device_memory) / 1048576.0);
   return 0;

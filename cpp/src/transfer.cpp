@@ -1,5 +1,9 @@
 #include "transfer.h"
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 #include <algorithm>
 #include <cstring>
 
@@ -8,6 +12,26 @@ namespace {
 
 // Images go out in parts of so many bytes: one is on its way while the next is prepared.
 constexpr size_t PART = 256 << 10;
+
+// Copy what only the device will read. Stores past the cache need not read the lines that they
+// write: on an H100's host they take 10 us off an image of 640x480 (docs/cpp.md).
+void copy_past_cache(unsigned char *to, const unsigned char *from, size_t size) {
+#if defined(__SSE2__)
+  constexpr size_t WORD = sizeof(__m128i);
+  const size_t head = std::min(size, -size_t(to) % WORD);
+  std::memcpy(to, from, head);
+  size_t at = head;
+  for (; at + 4 * WORD <= size; at += 4 * WORD) {
+    __m128i words[4];
+    for (size_t i = 0; i < 4; ++i) words[i] = _mm_loadu_si128((const __m128i *)(from + at) + i);
+    for (size_t i = 0; i < 4; ++i) _mm_stream_si128((__m128i *)(to + at) + i, words[i]);
+  }
+  std::memcpy(to + at, from + at, size - at);
+  _mm_sfence();  // the copy to the device must find all of it
+#else
+  std::memcpy(to, from, size);
+#endif
+}
 
 size_t row_bytes(const aliked_images &images) { return size_t(images.width) * 3; }
 size_t row_stride(const aliked_images &images) {
@@ -37,7 +61,7 @@ void upload_staged(CUstream stream, const aliked_images &images, CUdeviceptr to,
   const auto copy = [&](const unsigned char *from, size_t size) {
     for (size_t at = 0; at < size;) {
       const size_t count = std::min(size - at, PART - (done - sent));
-      std::memcpy(staging + done, from + at, count);
+      copy_past_cache(staging + done, from + at, count);
       done += count, at += count;
       if (done - sent == PART) send();
     }

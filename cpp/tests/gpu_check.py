@@ -231,8 +231,8 @@ def check_matching(library: Library, record) -> int:
         bad += not equal
         times = timed(run, 100)
         record("matching", rows=n, columns=m, length=dim, equal=bool(equal), **times)
-        print(f"{'same' if equal else 'DIFFERENT'} matches of {n} and {m}, D = {dim}: {len(wanted)}, "
-              f"{times['p50_ms']:.4f} ms", flush=True)  # fmt: skip
+        print(f"{'same' if equal else 'DIFFERENT'} matches of {n} and {m}, D = {dim}: "
+              f"{len(wanted)}, {times['p50_ms']:.4f} ms", flush=True)  # fmt: skip
     library.c.aliked_destroy_matcher(matcher)
     return bad
 
@@ -404,6 +404,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--build", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--commit", help="what is recorded as the code's commit")
     parser.add_argument("--weights", type=Path, help="folder of official .pth files, if any")
     parser.add_argument("--steps", nargs="+", default=["features", "matching", "threads", "sizes",
                                                        "times", "sanitizer"])  # fmt: skip
@@ -411,7 +412,7 @@ def main() -> int:
     library = Library(args.build)
     output = args.output.open("a")
     about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__,
-             "cuda": torch.version.cuda}  # fmt: skip
+             "cuda": torch.version.cuda, "commit": args.commit}  # fmt: skip
 
     def record(kind: str, **values) -> None:
         print(json.dumps({"kind": kind, **about, **values}), file=output, flush=True)
