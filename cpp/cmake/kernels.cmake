@@ -61,8 +61,8 @@ function(aliked_architectures_of build result)
   set(${result} ${chosen} PARENT_SCOPE)
 endfunction()
 
-# Sets <name>_SOURCES: what to compile into the library, <name>_REPORTS: what ptxas says of each, and
-# aliked_builds.
+# Sets <name>_SOURCES: what to compile into the library, <name>_REPORTS: what ptxas says of each,
+# and aliked_builds.
 function(aliked_embed_kernels name)
   aliked_read_builds(${ALIKED_KERNELS}/launches.def)
   # PTX for GPUs that are newer than all: of 90, so that it has clusters, or else of the newest.

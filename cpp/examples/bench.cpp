@@ -32,13 +32,15 @@ Percentiles measure(int runs, const std::function<void()> &run) {
     if (i >= 0) times.push_back(milliseconds(Clock::now() - start));
   }
   std::sort(times.begin(), times.end());
-  const auto at = [&](double share) { return times[std::size_t(share * double(times.size() - 1))]; };
+  const double last = double(times.size() - 1);
+  const auto at = [&](double share) { return times[std::size_t(share * last)]; };
   return {at(0.05), at(0.50), at(0.95), at(0.99)};
 }
 
 // A picture of blobs, for those who have none at hand.
 Image blobs(int height, int width) {
-  Image image{height, width, std::vector<unsigned char>(std::size_t(height) * std::size_t(width) * 3)};
+  const std::size_t pixels = std::size_t(height) * std::size_t(width);
+  Image image{height, width, std::vector<unsigned char>(3 * pixels)};
   unsigned state = 1;
   for (std::size_t i = 0; i < image.rgb.size(); ++i) {
     const std::size_t y = i / 3 / std::size_t(width), x = i / 3 % std::size_t(width);

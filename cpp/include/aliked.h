@@ -141,9 +141,9 @@ ALIKED_API aliked_status aliked_submit(aliked_extractor *extractor, const aliked
 ALIKED_API aliked_status aliked_wait(aliked_extractor *extractor, aliked_features *features);
 
 /* Features on the device, in order with the other work of the caller's stream (null: of the
- * extractor's own); nothing waits. They are in `buffers`, or where that is null in memory of the library's, which the next call for
- * this size overwrites. Images on the device must stay as they are until the stream has used them.
- */
+ * extractor's own); nothing waits. They are in `buffers`, or where that is null in memory of the
+ * library's, which the next call for this size overwrites. Images on the device must stay as they
+ * are until the stream has used them. */
 ALIKED_API aliked_status aliked_extract_async(aliked_extractor *extractor,
                                               const aliked_images *images,
                                               const aliked_buffers *buffers, aliked_stream stream,

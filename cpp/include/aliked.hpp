@@ -77,7 +77,8 @@ class Extractor {
   }
 
   // On the device, on the caller's stream or the extractor's own; see `aliked_extract_async`.
-  aliked_features extract_async(const aliked_images &images, const aliked_buffers *buffers = nullptr,
+  aliked_features extract_async(const aliked_images &images,
+                                const aliked_buffers *buffers = nullptr,
                                 aliked_stream stream = nullptr) {
     aliked_features features;
     check(aliked_extract_async(get(), &images, buffers, stream, &features));

@@ -20,10 +20,10 @@ namespace aliked::core {
   F(cuMemAlloc) F(cuMemFree) F(cuMemHostAlloc) F(cuMemFreeHost) F(cuMemHostGetDevicePointer)      \
   F(cuMemcpyHtoDAsync) F(cuMemcpyDtoHAsync) F(cuMemcpyDtoDAsync) F(cuMemcpy2DAsync)               \
   F(cuMemsetD8Async) F(cuStreamCreate) F(cuStreamDestroy) F(cuStreamSynchronize)                  \
-  F(cuStreamQuery) F(cuStreamWaitEvent) F(cuStreamBeginCapture) F(cuStreamEndCapture)             \
+  F(cuStreamWaitEvent) F(cuStreamBeginCapture) F(cuStreamEndCapture)                              \
   F(cuEventCreate) F(cuEventRecord) F(cuEventSynchronize) F(cuEventDestroy)                       \
   F(cuGraphInstantiateWithFlags)                                                                  \
-  F(cuGraphLaunch) F(cuGraphDestroy) F(cuGraphExecDestroy) F(cuLaunchKernel) F(cuLaunchKernelEx)
+  F(cuGraphLaunch) F(cuGraphDestroy) F(cuGraphExecDestroy) F(cuLaunchKernelEx)
 
 struct Driver {
 #define ALIKED_MEMBER(name) decltype(&::name) name = nullptr;

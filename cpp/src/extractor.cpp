@@ -89,9 +89,10 @@ int Extractor::capacity(int height, int width) {
 
 void Extractor::drop_oldest() {
   auto &plans = state_->plans;
-  const auto oldest = std::min_element(plans.begin(), plans.end(), [](const auto &a, const auto &b) {
+  const auto earlier = [](const auto &a, const auto &b) {
     return a.second->last_used < b.second->last_used;
-  });
+  };
+  const auto oldest = std::min_element(plans.begin(), plans.end(), earlier);
   Plan &plan = *oldest->second;
   if (plan.busy) check(driver().cuEventSynchronize(plan.done.get()), "wait for the GPU");
   if (pending_ == &plan) pending_ = nullptr;

@@ -53,7 +53,9 @@ class Network {
 
  private:
   friend class Buffers;
-  CUdeviceptr weight(const std::string &tensor) const { return memory_.get() + weights_.offset(tensor); }
+  CUdeviceptr weight(const std::string &tensor) const {
+    return memory_.get() + weights_.offset(tensor);
+  }
 
   Weights weights_;  // for the offsets; its bytes are on the device
   Shape shape_;

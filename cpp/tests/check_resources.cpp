@@ -50,7 +50,8 @@ int main(int count, char **words) {
     int architecture = 0;
     std::smatch match;
     while (std::getline(file, line)) {
-      if (std::regex_search(line, match, entry)) kernel = match[1], architecture = std::stoi(match[2]);
+      if (std::regex_search(line, match, entry))
+        kernel = match[1], architecture = std::stoi(match[2]);
       if (!std::regex_search(line, match, used)) continue;
       const int registers = std::stoi(match[1]);
       const int bytes = std::regex_search(line, match, shared) ? std::stoi(match[1]) : 0;

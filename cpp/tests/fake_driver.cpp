@@ -185,8 +185,8 @@ EXPORT CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const
   return CUDA_SUCCESS;
 }
 
-EXPORT CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, void **parameters,
-                                 void **) {
+EXPORT CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function,
+                                 void **parameters, void **) {
   const FakeFunction &f = *(const FakeFunction *)function;
   std::vector<long> arguments;
   for (; *parameters; ++parameters) arguments.push_back(*(const long *)*parameters);
@@ -210,14 +210,10 @@ EXPORT CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction functi
     run(kernel, arguments.data(), int(arguments.size()), grid.data(), block.data(), cluster);
   });
 }
-EXPORT CUresult cuLaunchKernel(CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned,
-                               unsigned, unsigned, CUstream, void **, void **) {
-  return CUDA_ERROR_NOT_SUPPORTED;
-}
-
 EXPORT CUresult cuMemAlloc(CUdeviceptr *memory, size_t size) {
   const std::lock_guard lock(mutex);
-  if (device_bytes + size > size_t(setting("FAKE_MEMORY", 1L << 40))) return CUDA_ERROR_OUT_OF_MEMORY;
+  const size_t most = size_t(setting("FAKE_MEMORY", 1L << 40));
+  if (device_bytes + size > most) return CUDA_ERROR_OUT_OF_MEMORY;
   void *allocated = aligned_alloc(256, (size + 255) / 256 * 256);
   if (!allocated) return CUDA_ERROR_OUT_OF_MEMORY;
   memset(allocated, 0xFF, size);  // NaN: what nobody writes shows
@@ -290,7 +286,6 @@ EXPORT CUresult cuStreamDestroy(CUstream stream) {
 EXPORT CUresult cuStreamSynchronize(CUstream stream) {
   return ((FakeStream *)stream)->captured ? CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED : CUDA_SUCCESS;
 }
-EXPORT CUresult cuStreamQuery(CUstream) { return CUDA_SUCCESS; }
 EXPORT CUresult cuStreamWaitEvent(CUstream stream, CUevent event, unsigned) {
   FakeStream *s = (FakeStream *)stream;
   FakeEvent *e = (FakeEvent *)event;

@@ -1,5 +1,5 @@
-// The C interface over a driver that is a CPU and whose kernels do nothing: what is refused and how,
-// what memory it takes, several threads.
+// The C interface over a driver that is a CPU and whose kernels do nothing: what is refused and
+// how, what memory it takes, several threads.
 #include <dlfcn.h>
 
 #include <cstring>
@@ -33,7 +33,9 @@ aliked_options with(int top_k, int n_limit = 5000, int max_plans = 16) {
 // An environment variable of the driver's, for a while.
 struct Pretend {
   const char *name;
-  Pretend(const char *name, const std::string &value) : name(name) { setenv(name, value.c_str(), 1); }
+  Pretend(const char *name, const std::string &value) : name(name) {
+    setenv(name, value.c_str(), 1);
+  }
   ~Pretend() { unsetenv(name); }
 };
 
@@ -70,7 +72,8 @@ void test_creation() {
   CHECK_STATUS(aliked_create_from_memory(nullptr, 3, nullptr, &e), ALIKED_BAD_ARGUMENT, "null");
   CHECK_STATUS(aliked_create_from_memory(content.data(), 100, nullptr, &e), ALIKED_BAD_WEIGHTS,
                "truncated");
-  CHECK_STATUS(aliked_create_from_memory(content.data(), content.size(), nullptr, &e), ALIKED_OK, "");
+  CHECK_STATUS(aliked_create_from_memory(content.data(), content.size(), nullptr, &e), ALIKED_OK,
+               "");
   aliked_info info;
   CHECK_STATUS(aliked_get_info(e, &info), ALIKED_OK, "");
   CHECK(!std::strcmp(info.model, "aliked-test") && info.descriptor_length == 64);
@@ -130,7 +133,8 @@ void test_images() {
   // The caller's buffers.
   std::vector<float> keypoints(30), scores(15, 7), descriptors(15 * 64);
   int counts = -1;
-  aliked_buffers buffers = {ALIKED_HOST, 15, keypoints.data(), scores.data(), descriptors.data(), &counts};
+  aliked_buffers buffers = {ALIKED_HOST,   15,     keypoints.data(),
+                            scores.data(), descriptors.data(), &counts};
   CHECK_STATUS(aliked_extract_into(e, &images, &buffers, &features), ALIKED_OK, "");
   CHECK(features.scores == scores.data() && features.capacity == 15 && counts == 0);
   CHECK(scores[14] == 0);
@@ -149,7 +153,8 @@ void test_images() {
     const aliked_buffers there = {ALIKED_DEVICE, 15, xy.data(), s.data(), nullptr, nullptr};
     aliked_images on_device = images;
     on_device.data = rgb.data(), on_device.memory = ALIKED_DEVICE;
-    CHECK_STATUS(aliked_extract_async(e, &on_device, &there, extractor.stream(), &features), ALIKED_OK, "");
+    CHECK_STATUS(aliked_extract_async(e, &on_device, &there, extractor.stream(), &features),
+                 ALIKED_OK, "");
     CHECK_STATUS(aliked_extract_into(e, &on_device, &there, &features), ALIKED_OK, "");
     on_device.height = 32, on_device.row_stride = 300;
     CHECK_STATUS(aliked_extract(e, &on_device, &features), ALIKED_OK, "");

@@ -172,7 +172,8 @@ void test_arena() {
 }
 
 bool is(const Geometry &g, std::vector<long> grid, std::vector<long> block) {
-  return std::equal(grid.begin(), grid.end(), g.grid) && std::equal(block.begin(), block.end(), g.block);
+  return std::equal(grid.begin(), grid.end(), g.grid) &&
+         std::equal(block.begin(), block.end(), g.block);
 }
 
 void test_launches() {
