@@ -86,4 +86,5 @@ def refine_launch(chosen, tally, scores, outputs: tuple, k: int) -> tuple:
     batch, height, width = scores.shape
     room = chosen.shape[1]
     grid = launches.grid("refine_keypoints", constants(room), room=room, batch=batch)
-    return grid, launches.threads("refine_keypoints"), [chosen, tally, scores, *outputs, height, width, room, k]
+    arguments = [chosen, tally, scores, *outputs, height, width, room, k]
+    return grid, launches.threads("refine_keypoints"), arguments
