@@ -1,6 +1,6 @@
 // A CUDA driver for machines without a GPU: memory is the host's, streams do at once what they are
 // told, a captured graph is a list of what to do, and kernels are the CUDA sources compiled for the
-// CPU (tests/cuda_on_host.hpp), each when it is first loaded.
+// CPU (tests/helpers/cuda_on_host.hpp), each when it is first loaded.
 //
 // The environment says what it pretends to be:
 //   FAKE_DEVICES     number of GPUs (1)         FAKE_CAPABILITY  compute capability (90)

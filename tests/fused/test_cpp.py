@@ -20,10 +20,10 @@ import torch
 from aliked.fused import cuda_source, kernels, launches, pipeline, weights
 from aliked.fused.pack_weights import FORMAT_VERSION, packed_file
 from aliked.model import ALIKED
-from tests import cuda_on_host
-from tests.fused_models import random_images, random_model
+from tests.helpers import cuda_on_host
+from tests.helpers.fused_models import random_images, random_model
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NVCC = os.environ.get("ALIKED_NVCC") or shutil.which("nvcc")
 ARCHITECTURES = "75;90"  # one without and one with clusters
 

@@ -9,7 +9,7 @@ import torch
 from aliked.errors import InputError
 from aliked.fused import cuda_source, launches, match
 from aliked.matching import match_mutual
-from tests import cuda_on_host
+from tests.helpers import cuda_on_host
 
 
 @pytest.fixture(scope="module")
