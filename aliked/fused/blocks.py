@@ -2,26 +2,25 @@
 
 import torch
 
-from aliked.fused import cuda_source
+from aliked.fused import cuda_source, launches
 from aliked.fused.conv import conv3x3, conv3x3_level
 from aliked.fused.stem import stem
 
 SOURCE = "blocks.cu"
-THREADS = 128
-TILE1, TILE2 = (16, 32), (8, 16)  # rows and columns of the output that a program makes
 POOL1, POOL2 = 2, 4
 
 
 def constants(channels_in: int, level_weight: torch.Tensor) -> tuple[tuple[str, int], ...]:
     """The source's constants for one block."""
     channels, quarter = level_weight.shape
-    return ("IN", channels_in), ("OUT", channels), ("QUARTER", quarter)
+    return launches.build("blocks", IN=channels_in, OUT=channels, QUARTER=quarter)
 
 
-def grid(kept: torch.Tensor, tile: tuple[int, int]) -> tuple[int, int, int]:
-    """One program per tile: along a row, rows, images."""
+def shape(kernel: str, kept: torch.Tensor) -> tuple[tuple, tuple]:
+    """Grid and block of a kernel whose output is `kept`: a block per tile."""
     batch, height, width = kept.shape[:3]
-    return width // tile[1], height // tile[0], batch
+    sizes = launches.grid(kernel, batch=batch, height=height, width=width)
+    return sizes, launches.threads(kernel)
 
 
 def _allocate1(
@@ -57,7 +56,7 @@ def block1(
     run = cuda_source.compiled(SOURCE, "block1", constants(3, level_weight), weight.device)
     sizes = (*images.shape[1:3], height, width, top, left)
     arguments = [images, fragments, stem_bias, bias, *outputs, *sizes]
-    run(grid(outputs[0], TILE1), (THREADS, 1, 1), arguments)
+    run(*shape("block1", outputs[0]), arguments)
     return outputs
 
 
@@ -95,7 +94,7 @@ def block2(
     )  # fmt: skip
     run = cuda_source.compiled(SOURCE, "block2", constants(x.shape[3], level_weight), x.device)
     arguments = [x, fragments, first_bias, bias, *outputs, *x.shape[1:3]]
-    run(grid(outputs[0], TILE2), (THREADS, 1, 1), arguments)
+    run(*shape("block2", outputs[0]), arguments)
     return outputs
 
 

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from aliked.fused import cuda_source
+from aliked.fused import cuda_source, launches
 from aliked.fused.common import add_product, load_matrix, product, selu, tile_for
 from aliked.fused.conv import convolve, emit_level, emit_pooled
 
@@ -171,9 +171,6 @@ class Tile(NamedTuple):
 
 
 SOURCE = "deform.cu"
-ACROSS = 4  # pixels of a block, in rows of so many
-FEW = 128  # blocks of 16 pixels: with fewer, latency counts and not throughput
-SLICE = 16  # channels that a block of a cluster has at least
 CLUSTERS_FROM = (9, 0)  # compute capability
 
 
@@ -183,23 +180,16 @@ def has_clusters(device: torch.device) -> bool:
 
 
 def choose_tile(x: torch.Tensor, wide: int, level: bool, pool: int, clusters: bool) -> Tile:
-    """Many blocks for small maps; a level needs all `wide` channels, its means 16 pixels."""
+    """The row of the table for this layer and size of map.
+
+    Small maps get many blocks; a level needs all `wide` channels, its means 16 pixels.
+    """
     batch, height, width, channels = x.shape
-    many = Tile(
-        PIXELS=16, BLOCKS=1, COLUMNS=wide, TILES=1, WARPS=9,
-        RESIDENT=3 if max(channels, wide) <= 64 else 2,  # as registers allow
-        EARLY=0, AHEAD=1, OFFSET_AHEAD=1, AT_ONCE=2,
-    )  # fmt: skip
-    if batch * triton.cdiv(height, ACROSS) * triton.cdiv(width, ACROSS) >= FEW:
-        return many
-    if clusters and pool <= 1:
-        blocks = channels // SLICE
-        return many._replace(BLOCKS=blocks, RESIDENT=2, EARLY=1, AHEAD=5, AT_ONCE=1)
-    columns = wide if level else min(32, wide)
-    return many._replace(
-        PIXELS=8 if pool <= 1 else 16, COLUMNS=columns, TILES=max(1, columns // 64),
-        RESIDENT=1, EARLY=1, AHEAD=3, OFFSET_AHEAD=3,
-    )  # fmt: skip
+    enough = launches.value("enough", batch=batch, height=height, width=width)
+    kind = 0 if enough else 2 if clusters and pool <= 1 else 1
+    shapes = {"CI": channels, "CO": wide, "LEVEL": int(level), "POOL": pool}
+    row = dict(launches.build("deform", KIND=kind, **shapes))
+    return Tile(*(row[field] for field in Tile._fields))
 
 
 def constants(x, wide: int, tile: Tile, shortcut=None, quarter: int = 0, pool: int = 0) -> tuple:
@@ -212,9 +202,8 @@ def constants(x, wide: int, tile: Tile, shortcut=None, quarter: int = 0, pool: i
 def grid(x: torch.Tensor, wide: int, tile: Tile) -> tuple[int, int, int]:
     """Blocks: along a row (and the channels of each tile), rows, images."""
     batch, height, width = x.shape[:3]
-    split = wide // tile.COLUMNS * tile.BLOCKS
-    rows = triton.cdiv(height, tile.PIXELS // ACROSS)
-    return triton.cdiv(width, ACROSS) * split, rows, batch
+    names = (*tile._asdict().items(), ("CO", wide))
+    return launches.grid("deform", names, batch=batch, height=height, width=width)
 
 
 def _run(x, wide: int, tile: Tile, definitions: tuple, arguments: list) -> None:

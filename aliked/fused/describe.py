@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from aliked.fused import cuda_source
+from aliked.fused import cuda_source, launches
 from aliked.fused.common import (
     add_product,
     float_bits,
@@ -23,15 +23,14 @@ from aliked.fused.common import (
 from aliked.fused.score_map import level_geometry, upsampled
 
 SOURCE = "describe.cu"
-GROUP = 8  # keypoints that a block finds the offsets of, a warp per tap
-KEYPOINTS = 32  # keypoints that a block samples
-SHARE = 4  # sample positions of each of them
-WARPS = 16
+KEYPOINTS = launches.number("KEYPOINTS")  # that a block samples
+SHARE = launches.number("SHARE")  # sample positions of each of them
 
 
 def constants(x1: torch.Tensor, f2: torch.Tensor, positions: int) -> tuple:
     """The definitions before `describe.cu`."""
-    return (("C1", x1.shape[3]), ("QUARTER", f2.shape[3]), ("POSITIONS", positions))
+    shapes = {"C1": x1.shape[3], "QUARTER": f2.shape[3], "POSITIONS": positions}
+    return launches.build("describe", **shapes)
 
 
 def map_arguments(x1: torch.Tensor, *levels: torch.Tensor) -> list:
@@ -180,7 +179,8 @@ def sample_offsets_half(
     run = cuda_source.compiled(SOURCE, "sample_offsets", definitions, x1.device)
     weights = [level_fragments, patch_fragments, patch_bias, offset_bias]
     arguments = [keypoints, *map_arguments(x1, f2, f3, f4), *weights, out, parts, rows, k, *frame]
-    run((triton.cdiv(rows, GROUP), 1, 1), (32 * 9, 1, 1), arguments)
+    grid = launches.grid("sample_offsets", definitions, rows=rows)
+    run(grid, launches.threads("sample_offsets"), arguments)
     return out, parts
 
 
@@ -325,10 +325,10 @@ def sample_descriptors_half(
     shares = positions // SHARE
     sums = keypoints.new_empty((len(parts), shares, KEYPOINTS, dim))
     out = keypoints.new_empty((batch, k, dim))
-    run = cuda_source.compiled(
-        SOURCE, "sample_descriptors", constants(x1, f2, positions), x1.device
-    )
+    definitions = constants(x1, f2, positions)
+    run = cuda_source.compiled(SOURCE, "sample_descriptors", definitions, x1.device)
     weights = [level_fragments, sample_fragments]
     arguments = [keypoints, offsets, *map_arguments(x1, f2, f3, f4), *weights, sums, parts, out]
-    run((len(parts) * shares, 1, 1), (32 * WARPS, 1, 1), [*arguments, batch * k, k, *frame])
+    grid = launches.grid("sample_descriptors", definitions, rows=batch * k)
+    run(grid, launches.threads("sample_descriptors"), [*arguments, batch * k, k, *frame])
     return out

@@ -6,10 +6,9 @@ block ran first.
 """
 
 import torch
-import triton
 import triton.language as tl
 
-from aliked.fused import cuda_source
+from aliked.fused import cuda_source, launches
 
 RADIUS = tl.constexpr(2)  # of the suppression window, and of the border that is dropped
 
@@ -24,10 +23,6 @@ LOWEST_BIN = tl.constexpr((0x3F800000 >> 16) - 4096 + 1)  # score 1 is in the hi
 TALLY = tl.constexpr(4096 + 4)
 
 SOURCE = "maxima.cu"
-WARPS = 11  # of a block, four rows each: 6 or more
-BLOCK = (32, WARPS, 1)
-# As in the source: rows and columns from one tile to the next, and how many more the first has.
-STEPS, EXTRA = (4 * WARPS - 20, 104), (20, 16)
 TALLY_CONSTANTS = (
     ("RADIUS", RADIUS.value),
     ("BINS", BINS.value),
@@ -35,13 +30,13 @@ TALLY_CONSTANTS = (
     ("LOWEST_BIN", LOWEST_BIN.value),
     ("TALLY", TALLY.value),
 )
-CONSTANTS = (("WARPS", WARPS), *TALLY_CONSTANTS)
+CONSTANTS = launches.build("maxima", **dict(TALLY_CONSTANTS))
+BLOCK = launches.threads("find_maxima", CONSTANTS)
 
 
-def tiles(height: int, width: int) -> tuple[int, int]:
-    """How many tiles, down and across, a map needs."""
-    sides = zip((height, width), STEPS, EXTRA, strict=True)
-    return tuple(max(1, triton.cdiv(side - extra, step)) for side, step, extra in sides)
+def grid(batch: int, height: int, width: int) -> tuple[int, int, int]:
+    """Blocks for the images, the tiles down and the tiles across."""
+    return launches.grid("find_maxima", CONSTANTS, batch=batch, height=height, width=width)
 
 
 def _allocate(scores, tally):
@@ -61,7 +56,7 @@ def find_maxima(scores: torch.Tensor, tally: torch.Tensor) -> torch.Tensor:
     keys = _allocate(scores, tally)
     batch, height, width = scores.shape
     run = cuda_source.compiled(SOURCE, "find_maxima", CONSTANTS, scores.device)
-    run((batch, *tiles(height, width)), BLOCK, [scores, keys, tally, height, width])
+    run(grid(batch, height, width), BLOCK, [scores, keys, tally, height, width])
     return keys
 
 

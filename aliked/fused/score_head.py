@@ -1,23 +1,20 @@
 """The score head: one CUDA C++ kernel in half precision, a chain of Triton's otherwise."""
 
 import torch
-import triton
 
-from aliked.fused import cuda_source
+from aliked.fused import cuda_source, launches
 from aliked.fused.conv import conv3x3
 from aliked.fused.maxima import TALLY
 from aliked.fused.score_map import blend, score_map
 
 SOURCE = "score_head.cu"
-BLOCK = (32, 8, 1)  # as in the source, and its columns of the frame, and from tile to tile
-WIDE, ACROSS = 64, 58
-DOWN, BLOCKS = 20, 2  # rows of scores of a tile: 8, 12, 16 or 20; blocks of a multiprocessor
-CONSTANTS = (("DOWN", DOWN), ("BLOCKS", BLOCKS), ("TALLY", TALLY.value))
+CONSTANTS = launches.build("score_head", TALLY=TALLY.value)
+BLOCK = launches.threads("score_head")
 
 
-def tiles(height: int, frame_width: int) -> tuple[int, int]:
-    """How many tiles, down and across, so many rows of scores need."""
-    return triton.cdiv(height, DOWN), max(1, triton.cdiv(frame_width - WIDE, ACROSS) + 1)
+def grid(batch: int, height: int, frame_width: int) -> tuple[int, int, int]:
+    """Blocks for the images, the tiles down and the tiles across `height` rows of scores."""
+    return launches.grid("score_head", CONSTANTS, batch=batch, height=height, width=frame_width)
 
 
 def _allocate(
@@ -55,8 +52,7 @@ def score_head(
     batch, *frame = s1.shape[:3]
     run = cuda_source.compiled(SOURCE, "score_head", CONSTANTS, s1.device)
     tensors = [s1, s2, s3, s4, fragments, first_bias, second_bias, scores, tally]
-    grid = (batch, *tiles(height, frame[1]))
-    run(grid, BLOCK, [*tensors, *frame, top, left, height, width])
+    run(grid(batch, height, frame[1]), BLOCK, [*tensors, *frame, top, left, height, width])
     return scores, tally
 
 

@@ -4,23 +4,19 @@ The kernels are CUDA C++ (`selection.cu`) in either precision: scores are float3
 """
 
 import torch
-import triton
 
-from aliked.fused import cuda_source
+from aliked.fused import cuda_source, launches
 from aliked.fused.common import float_bits
 from aliked.fused.maxima import TALLY_CONSTANTS
 
 SOURCE = "selection.cu"
-SLACK = 1024  # keys that may pass beside the k best: ranking them is cheaper than finding the k-th
-THREADS = 256
-KEYS = 16  # pixels per thread of `select`: of nine, one at most is a maximum, but on plateaus
-MAX_PROGRAMS = 128  # that share the filtering: each finds the smallest key by itself
-FEW = 4096  # keys, which every block of `refine` reads: with more, a warp ranks four
+SLACK = launches.number("SLACK")  # keys that may pass beside the k best
 
 
 def constants(room: int) -> tuple:
     """The definitions before `selection.cu`."""
-    return (*TALLY_CONSTANTS, ("EACH", 1 if room <= FEW else 4))
+    few = launches.number("FEW_KEYS")
+    return launches.build("selection", **dict(TALLY_CONSTANTS), EACH=1 if room <= few else 4)
 
 
 def _allocate_select(keys, tally, means, k, threshold):
@@ -51,12 +47,12 @@ select.register_fake(_allocate_select)
 def select_launch(keys, tally, means, chosen, k: int, threshold: float) -> tuple:
     """Grid, block and arguments of `select_keys`."""
     capacity = keys.shape[1]
-    programs = min(MAX_PROGRAMS, triton.cdiv(capacity, THREADS * KEYS))
+    grid = launches.grid("select_keys", capacity=capacity, batch=len(keys))
     bits = float_bits(threshold) if threshold > 0 else -1
     by_threshold = means is not None
     values = [int(by_threshold), capacity, chosen.shape[1], k, bits]
     tensors = [keys, tally, means if by_threshold else tally, chosen]
-    return (programs, len(keys), 1), (THREADS, 1, 1), [*tensors, *values]
+    return grid, launches.threads("select_keys"), [*tensors, *values]
 
 
 def _allocate_refine(chosen, tally, scores, k):
@@ -89,6 +85,6 @@ def refine_launch(chosen, tally, scores, outputs: tuple, k: int) -> tuple:
     """Grid, block and arguments of `refine_keypoints`."""
     batch, height, width = scores.shape
     room = chosen.shape[1]
-    share = THREADS // 32 * dict(constants(room))["EACH"]
-    grid = (triton.cdiv(room, share), batch, 1)
-    return grid, (THREADS, 1, 1), [chosen, tally, scores, *outputs, height, width, room, k]
+    grid = launches.grid("refine_keypoints", constants(room), room=room, batch=batch)
+    arguments = [chosen, tally, scores, *outputs, height, width, room, k]
+    return grid, launches.threads("refine_keypoints"), arguments

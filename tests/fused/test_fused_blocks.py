@@ -39,11 +39,10 @@ def guarded(shape):
     return buffer, buffer[GUARD:-GUARD].view(shape)
 
 
-def run(library, kernel, tile, constants, inputs, expected, sizes):
+def run(library, kernel, constants, inputs, expected, sizes):
     buffers, outputs = zip(*(guarded(want.shape) for want in expected), strict=True)
     arguments = [*inputs, *outputs, *sizes]
-    grid = blocks.grid(outputs[0], tile)
-    cuda_on_host.launch(library(constants), kernel, grid, (blocks.THREADS, 1, 1), arguments)
+    cuda_on_host.launch(library(constants), kernel, *blocks.shape(kernel, outputs[0]), arguments)
     for buffer, got, want in zip(buffers, outputs, expected, strict=True):
         assert buffer[:GUARD].isnan().all() and buffer[-GUARD:].isnan().all()
         assert trace.relative(got, want) <= TOLERANCE
@@ -68,7 +67,7 @@ def test_block1_is_that_of_the_plain_operators(library, model, size, frame):
     inputs = [images, packed, *biases]
     sizes = (*images.shape[1:3], *frame)
     constants = blocks.constants(3, level)
-    run(library, "block1", blocks.TILE1, constants, inputs, expected, sizes)
+    run(library, "block1", constants, inputs, expected, sizes)
 
 
 @pytest.mark.parametrize("model", CHANNELS)
@@ -87,4 +86,4 @@ def test_block2_is_that_of_the_plain_operators(library, model, size):
         x, first, biases[0], weight, biases[1], shortcut, level, score, packed
     )
     constants = blocks.constants(c1, level)
-    run(library, "block2", blocks.TILE2, constants, [x, packed, *biases], expected, size[1:])
+    run(library, "block2", constants, [x, packed, *biases], expected, size[1:])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from aliked.fused import cuda_source, deform, fragments, reference
+from aliked.fused import cuda_source, deform, fragments, launches, reference
 from aliked.fused.trace import relative
 from tests.helpers import cuda_on_host
 
@@ -58,7 +58,7 @@ def run(tmp_path, x, wide, definitions, tile, arguments, outputs):
 def test_a_deformable_layer_is_that_of_the_plain_model(
     tmp_path, monkeypatch, channels, wide, size, few, clusters
 ):
-    monkeypatch.setattr(deform, "FEW", few)
+    monkeypatch.setitem(launches.table().numbers, "FEW_BLOCKS", few)
     x, parameters = halves(*size, channels), layer(channels, wide)
     packed = fragments.deform(parameters[0], parameters[2])
     tile = deform.choose_tile(x, wide, False, 0, clusters)
@@ -84,7 +84,7 @@ def test_a_deformable_layer_is_that_of_the_plain_model(
 def test_a_level_is_that_of_the_plain_model(
     tmp_path, monkeypatch, channels, below, quarter, size, pool, few, clusters
 ):
-    monkeypatch.setattr(deform, "FEW", few)
+    monkeypatch.setitem(launches.table().numbers, "FEW_BLOCKS", few)
     x, parameters, shortcut = (
         halves(*size, channels),
         layer(channels, channels),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from aliked.configs import CONFIGS
-from aliked.fused import cuda_source, describe, fragments, reference
+from aliked.fused import cuda_source, describe, fragments, launches, reference
 from tests.helpers import cuda_on_host
 
 TOLERANCE = 5e-3  # of the largest value: roundings to half precision
@@ -78,12 +78,11 @@ def test_sample_positions_are_those_of_the_twin(model, batch, height, width, fra
     )
     (got, around), (parts, beside) = poisoned(want), poisoned(zeros)
     arguments = [points, *describe.map_arguments(x1, *levels), *packed, *biases, got, parts]
-    blocks = -(-batch * COUNT // describe.GROUP)
     cuda_on_host.launch(
         library,
         "sample_offsets",
-        (blocks, 1, 1),
-        (32 * 9, 1, 1),
+        launches.grid("sample_offsets", rows=batch * COUNT),
+        launches.threads("sample_offsets"),
         [*arguments, batch * COUNT, COUNT, *frame],
     )
     check(got, around, want)
@@ -110,8 +109,8 @@ def test_descriptors_are_those_of_the_twin(model, batch, height, width, frame):
     cuda_on_host.launch(
         library,
         "sample_descriptors",
-        (len(parts) * shares, 1, 1),
-        (32 * describe.WARPS, 1, 1),
+        launches.grid("sample_descriptors", (("POSITIONS", positions),), rows=batch * COUNT),
+        launches.threads("sample_descriptors"),
         [points, offsets, *maps_and_weights, sums, parts, got, batch * COUNT, COUNT, *frame],
     )
     check(got, around, want)

@@ -41,7 +41,7 @@ def test_scores_are_those_of_the_twin(library, batch, padded, frame):
     scores = memory[64:-64].view_as(expected)
     tally = torch.full((batch + 1, score_head.TALLY.value), -1, dtype=torch.int32)
     arguments = [*levels, head.fragments, head.first_bias, head.second_bias, scores, tally]
-    grid = (batch, *score_head.tiles(frame[2], padded[1]))
+    grid = score_head.grid(batch, frame[2], padded[1])
     block = score_head.BLOCK
     cuda_on_host.launch(library, "score_head", grid, block, [*arguments, *padded, *frame])
     assert (scores - expected).abs().max() <= TOLERANCE

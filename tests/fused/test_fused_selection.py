@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from aliked.fused import cuda_source, reference, selection
+from aliked.fused import cuda_source, launches, reference, selection
 from aliked.fused.maxima import BINS, TALLY
 from aliked.fused.trace import sorted_keys
 from tests.helpers import cuda_on_host
@@ -16,12 +16,12 @@ def build(folder, room):
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("few"), selection.FEW)
+    return build(tmp_path_factory.mktemp("few"), launches.number("FEW_KEYS"))
 
 
 @pytest.fixture(scope="module")
 def library_for_many(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("many"), selection.FEW + 1)
+    return build(tmp_path_factory.mktemp("many"), launches.number("FEW_KEYS") + 1)
 
 
 def maxima(scores):

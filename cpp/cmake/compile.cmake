@@ -1,0 +1,17 @@
+# Runs nvcc and keeps what ptxas reports of registers and shared memory: cmake -DREPORT=... -P this
+# -- command
+set(command "")
+set(begun FALSE)
+foreach(i RANGE 1 ${CMAKE_ARGC})
+  if(begun)
+    list(APPEND command "${CMAKE_ARGV${i}}")
+  elseif("${CMAKE_ARGV${i}}" STREQUAL "--")
+    set(begun TRUE)
+  endif()
+endforeach()
+execute_process(COMMAND ${command} OUTPUT_VARIABLE said ERROR_VARIABLE said RESULT_VARIABLE status)
+file(WRITE "${REPORT}" "${said}")
+if(NOT status EQUAL 0)
+  list(JOIN command " " command)
+  message(FATAL_ERROR "${command}\n${said}")
+endif()

@@ -1,0 +1,32 @@
+// Images in, arrays out, and the options of a command line: what the programs share.
+#pragma once
+
+#include <cstddef>
+#include <map>
+#include <string>
+#include <vector>
+
+struct Image {
+  int height = 0, width = 0;
+  std::vector<unsigned char> rgb;  // [height, width, 3]
+};
+
+// PNG or JPEG where the build found a reader, PPM (P6) always. Throws std::runtime_error.
+Image read_image(const std::string &file);
+
+// A float32 array as NumPy's .npy (format 1.0).
+void write_npy(const std::string &file, const float *values, const std::vector<size_t> &shape);
+
+struct CommandLine {
+  std::vector<std::string> names;              // what is no option
+  std::map<std::string, std::string> options;  // --name value
+
+  // Throws std::runtime_error for an option that is not among `known`, or has no value.
+  CommandLine(int count, char **words, const std::vector<std::string> &known);
+  std::string get(const std::string &name, const std::string &otherwise) const;
+  int get(const std::string &name, int otherwise) const;
+  float get(const std::string &name, float otherwise) const;
+};
+
+// Calls `body`; an error becomes a sentence on stderr and status 2.
+int run_program(const char *name, int (*body)(int, char **), int count, char **words);

@@ -1,0 +1,107 @@
+// One image through a TensorRT engine of this project (convert_onnx_to_trt.py), from C++: features
+// as text. Built where NVIDIA's headers are; TensorRT 10 or 11.
+//   aliked_tensorrt IMAGE --engine FILE.trt
+#include <NvInferRuntime.h>
+#include <cuda_runtime_api.h>
+
+#include <cstdio>
+#include <fstream>
+#include <iterator>
+#include <map>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "files.h"
+
+namespace {
+
+struct Logger : nvinfer1::ILogger {
+  void log(Severity severity, const char *text) noexcept override {
+    if (severity <= Severity::kWARNING) std::fprintf(stderr, "%s\n", text);
+  }
+};
+
+void check(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
+}
+
+// Device memory of one input or output.
+struct Buffer {
+  void *memory = nullptr;
+  std::size_t size = 0;
+  void make(std::size_t bytes) {
+    size = bytes;
+    check(cudaMalloc(&memory, bytes));
+  }
+  ~Buffer() { cudaFree(memory); }
+};
+
+// uint8 [H, W, 3] to float32 [3, H, W] in [0, 1], the engine's input.
+std::vector<float> planes(const Image &image) {
+  const std::size_t pixels = std::size_t(image.height) * std::size_t(image.width);
+  std::vector<float> planes(3 * pixels);
+  for (std::size_t i = 0; i < pixels; ++i)
+    for (std::size_t c = 0; c < 3; ++c) planes[c * pixels + i] = float(image.rgb[3 * i + c]) / 255;
+  return planes;
+}
+
+std::size_t count(const nvinfer1::Dims &dims) {
+  std::size_t count = 1;
+  for (int i = 0; i < dims.nbDims; ++i) count *= std::size_t(dims.d[i]);
+  return count;
+}
+
+int body(int words_count, char **words) {
+  const CommandLine line(words_count, words, {"engine"});
+  const std::string file = line.get("engine", std::string());
+  if (line.names.size() != 1 || file.empty())
+    throw std::runtime_error("give one image and --engine FILE.trt");
+  const Image image = read_image(line.names[0]);
+  std::ifstream stream(file, std::ios::binary);
+  const std::vector<char> plan{std::istreambuf_iterator<char>(stream), {}};
+  if (plan.empty()) throw std::runtime_error("cannot read " + file);
+
+  Logger logger;
+  const std::unique_ptr<nvinfer1::IRuntime> runtime(nvinfer1::createInferRuntime(logger));
+  if (!runtime) throw std::runtime_error("TensorRT does not start");
+  const std::unique_ptr<nvinfer1::ICudaEngine> engine(
+      runtime->deserializeCudaEngine(plan.data(), plan.size()));
+  if (!engine) throw std::runtime_error(file + " is no engine of this TensorRT and this GPU");
+  const std::unique_ptr<nvinfer1::IExecutionContext> context(engine->createExecutionContext());
+
+  // "image" goes in; "keypoints", "descriptors" and "scores" come out, found by name.
+  if (engine->getTensorDataType("image") != nvinfer1::DataType::kFLOAT)
+    throw std::runtime_error(file + " does not take a float32 \"image\"");
+  if (!context->setInputShape("image", nvinfer1::Dims4(1, 3, image.height, image.width)))
+    throw std::runtime_error("the engine does not take images of this size");
+  std::map<std::string, Buffer> buffers;
+  std::map<std::string, std::vector<float>> outputs;
+  for (int i = 0; i < engine->getNbIOTensors(); ++i) {
+    const char *name = engine->getIOTensorName(i);
+    const std::size_t values = count(context->getTensorShape(name));
+    buffers[name].make(values * sizeof(float));
+    context->setTensorAddress(name, buffers[name].memory);
+    if (engine->getTensorIOMode(name) == nvinfer1::TensorIOMode::kOUTPUT)
+      outputs[name].resize(values);
+  }
+  const std::vector<float> input = planes(image);
+  check(cudaMemcpy(buffers["image"].memory, input.data(), buffers["image"].size,
+                   cudaMemcpyHostToDevice));
+  if (!context->enqueueV3(nullptr)) throw std::runtime_error("the engine does not run");
+  check(cudaDeviceSynchronize());
+  for (auto &[name, values] : outputs)
+    check(cudaMemcpy(values.data(), buffers[name].memory, buffers[name].size,
+                     cudaMemcpyDeviceToHost));
+
+  const std::vector<float> &keypoints = outputs.at("keypoints"), &scores = outputs.at("scores");
+  for (std::size_t i = 0; i < scores.size(); ++i)
+    if (scores[i] > 0)  // rows of score 0 are none
+      std::printf("%.9g %.9g %.9g\n", keypoints[2 * i], keypoints[2 * i + 1], scores[i]);
+  return 0;
+}
+
+}  // namespace
+
+int main(int count, char **words) { return run_program("aliked_tensorrt", body, count, words); }

@@ -1,0 +1,448 @@
+"""Check and time libaliked on a machine with a GPU; prints a table, writes JSON lines.
+
+    python cpp/tests/gpu_check.py --build BUILD --output records.jsonl [--sanitizer]
+
+BUILD is a build folder with the library for this GPU. From the checkout's root; needs PyTorch. The
+library is used through its C interface by ctypes, beside the Python backend `fused` in half
+precision, whose features must be the same bit for bit.
+"""
+
+import argparse
+import ctypes
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int, c_size_t, c_void_p
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from aliked.backends import Spec, create_extractor
+from aliked.configs import CONFIGS
+from aliked.fused.pack_weights import write_packed
+from aliked.images import load_image
+from aliked.matching import match_mutual
+
+ASSETS = Path(__file__).resolve().parents[2] / "assets"
+HOST, PAGE_LOCKED, DEVICE = range(3)
+
+
+class Options(Structure):
+    """aliked_options."""
+
+    _fields_ = (
+        ("size", c_size_t), ("device", c_int), ("top_k", c_int), ("scores_th", c_float),
+        ("n_limit", c_int), ("max_plans", c_int), ("model", c_char_p),
+    )  # fmt: skip
+
+
+class Images(Structure):
+    """aliked_images."""
+
+    _fields_ = (
+        ("data", c_void_p), ("memory", c_int), ("batch", c_int), ("height", c_int),
+        ("width", c_int), ("row_stride", c_size_t), ("image_stride", c_size_t),
+    )  # fmt: skip
+
+
+class Features(Structure):
+    """aliked_features."""
+
+    _fields_ = (
+        ("batch", c_int), ("capacity", c_int), ("length", c_int), ("memory", c_int),
+        ("keypoints", c_void_p), ("scores", c_void_p), ("descriptors", c_void_p),
+        ("counts", c_void_p),
+    )  # fmt: skip
+
+
+class Descriptors(Structure):
+    """aliked_descriptors."""
+
+    _fields_ = (
+        ("descriptors", c_void_p), ("scores", c_void_p), ("memory", c_int), ("count", c_int),
+        ("length", c_int),
+    )  # fmt: skip
+
+
+class Matches(Structure):
+    """aliked_matches."""
+
+    _fields_ = (("count", c_int), ("index", c_void_p), ("similarities", c_void_p))
+
+
+def array(pointer: int, shape: tuple, kind=c_float) -> np.ndarray:
+    """A copy of host memory."""
+    count = int(np.prod(shape))
+    if count == 0:
+        return np.empty(shape, np.float32)
+    return (
+        np.ctypeslib.as_array(ctypes.cast(pointer, POINTER(kind)), (count,)).reshape(shape).copy()
+    )
+
+
+class Library:
+    """libaliked by its C interface."""
+
+    def __init__(self, build: Path):
+        self.c = ctypes.CDLL(str(build / "libaliked.so"))
+        self.c.aliked_last_error.restype = c_char_p
+
+    def check(self, status: int) -> None:
+        if status:
+            raise RuntimeError(self.c.aliked_last_error().decode())
+
+    def create(self, weights: Path, selection: tuple, max_plans: int = 16) -> c_void_p:
+        top_k, scores_th, n_limit = selection
+        options = Options(ctypes.sizeof(Options), 0, top_k, scores_th, n_limit, max_plans, None)
+        extractor = c_void_p()
+        self.check(self.c.aliked_create(str(weights).encode(), byref(options), byref(extractor)))
+        return extractor
+
+    def extract(self, extractor: c_void_p, images: np.ndarray, row_stride: int = 0) -> list[tuple]:
+        """Keypoints, scores, descriptors of each image."""
+        batch, height, width = images.shape[:3]
+        given = Images(
+            images.ctypes.data, HOST, batch, height, width, row_stride, images.strides[0]
+        )
+        found = Features()
+        self.check(self.c.aliked_extract(extractor, byref(given), byref(found)))
+        k, length = found.capacity, found.length
+        counts = array(found.counts, (batch,), c_int)
+        keypoints, scores, descriptors = (
+            array(pointer, (batch, k, *last))
+            for pointer, last in (
+                (found.keypoints, (2,)), (found.scores, ()), (found.descriptors, (length,)),
+            )
+        )  # fmt: skip
+        return [(keypoints[b, :n], scores[b, :n], descriptors[b, :n]) for b, n in enumerate(counts)]
+
+
+def pictures(size: tuple[int, int], batch: int, first: int = 0) -> np.ndarray:
+    """Frames of the shipped sequences, cut or repeated to a size."""
+    name = "sequence_1241x376" if size[1] > 900 else "sequence_640x480"
+    files = sorted((ASSETS / name).glob("*.jpg"))
+    frames = []
+    for i in range(batch):
+        frame = load_image(files[(first + i) % len(files)])
+        times = [-(-wanted // has) for wanted, has in zip(size, frame.shape, strict=False)]
+        frames.append(np.tile(frame, (*times, 1))[: size[0], : size[1]])
+    return np.ascontiguousarray(np.stack(frames))
+
+
+def same(got: list[tuple], wanted: list) -> bool:
+    """Bit for bit, image by image."""
+    return all(
+        np.array_equal(a, b)
+        for mine, theirs in zip(got, wanted, strict=True)
+        for a, b in zip(mine, (theirs.keypoints, theirs.scores, theirs.descriptors), strict=True)
+    )
+
+
+CASES = [  # selection, size, batch
+    ((1000, 0.2, 5000), (480, 640), 1),
+    ((1000, 0.2, 5000), (376, 1241), 1),
+    ((2000, 0.2, 5000), (480, 640), 8),
+    ((500, 0.2, 5000), (5, 5), 1),
+    ((500, 0.2, 5000), (37, 900), 3),
+    ((300, 0.2, 5000), (133, 101), 2),
+    ((5000, 0.2, 5000), (1080, 1920), 1),
+    ((1000, 0.2, 5000), (480, 640), 32),
+    ((0, 0.2, 5000), (480, 640), 1),
+    ((0, 0.05, 300), (480, 640), 2),
+    ((0, 1.0, 5000), (240, 320), 1),
+]
+
+
+def check_features(library: Library, files: dict[str, Path], spec: dict, record) -> int:
+    """Every model and case against the Python backend; returns how many differ."""
+    bad = 0
+    for model, file in files.items():
+        for selection, size, batch in CASES:
+            options = dict(zip(("top_k", "scores_th", "n_limit"), selection, strict=True))
+            python = create_extractor("fused", Spec(model=model, **options, **spec[model]))
+            images = pictures(size, batch)
+            wanted = python.extract_batch(images)
+            extractor = library.create(file, selection)
+            equal = [same(library.extract(extractor, images), wanted) for _ in range(3)]
+            wide = np.zeros((batch, size[0], size[1] * 3 + 64), np.uint8)
+            wide[:, :, : size[1] * 3] = images.reshape(batch, size[0], -1)
+            equal.append(
+                same(library.extract(extractor, images_view(wide, size), wide.shape[2]), wanted)
+            )
+            library.c.aliked_destroy(extractor)
+            bad += not all(equal)
+            counts = [len(f) for f in wanted]
+            record(
+                "features",
+                model=model,
+                selection=selection,
+                size=size,
+                batch=batch,
+                equal=all(equal),
+                keypoints=sum(counts),
+            )
+            print(f"{'same' if all(equal) else 'DIFFERENT':9} {model:22} {selection} "
+                  f"{size[1]}x{size[0]} x{batch}: {sum(counts)} keypoints", flush=True)  # fmt: skip
+            del python
+    return bad
+
+
+def images_view(wide: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """[B, H, W, 3] whose rows lie further apart."""
+    height, width = size
+    strides = (wide.strides[0], wide.strides[1], 3, 1)
+    shape = (len(wide), height, width, 3)
+    return np.lib.stride_tricks.as_strided(wide, shape, strides)
+
+
+def check_matching(library: Library, record) -> int:
+    """Matches against NumPy, where no two similarities are nearly equal."""
+    matcher, bad = c_void_p(), 0
+    library.check(library.c.aliked_create_matcher(0, byref(matcher)))
+    random = np.random.default_rng(0)
+    for n, m, dim in [(1000, 1000, 128), (1, 3, 64), (2000, 333, 64), (5000, 5000, 128)]:
+        a, b = (random.normal(size=(c, dim)).astype(np.float32) for c in (n, m))
+        shared = min(n, m) // 2
+        b[:shared] = a[:shared] + 0.3 * b[:shared]
+        a, b = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (a, b))
+        on_device = [torch.from_numpy(v).cuda() for v in (a, b)]
+        torch.cuda.synchronize()
+        sets = [Descriptors(t.data_ptr(), None, DEVICE, len(t), dim) for t in on_device]
+        found = Matches()
+
+        def run(sets=sets, found=found):
+            library.check(
+                library.c.aliked_match(
+                    matcher, byref(sets[0]), byref(sets[1]), c_float(0.75), byref(found)
+                )
+            )
+
+        run()
+        index = array(found.index, (n,), c_int)
+        wanted = match_mutual(a, b, 0.75)
+        rows = np.flatnonzero(index >= 0)
+        equal = np.array_equal(np.stack([rows, index[rows]], axis=1), wanted)
+        bad += not equal
+        times = timed(run, 100)
+        record("matching", rows=n, columns=m, length=dim, equal=bool(equal), **times)
+        print(f"{'same' if equal else 'DIFFERENT'} matches of {n} and {m}, D = {dim}: "
+              f"{len(wanted)}, {times['p50_ms']:.4f} ms", flush=True)  # fmt: skip
+    library.c.aliked_destroy_matcher(matcher)
+    return bad
+
+
+def check_threads(library: Library, file: Path, record) -> int:
+    """Eight threads with an extractor each, sizes of their own."""
+    sizes = [(480, 640), (240, 320), (376, 1241), (133, 101)] * 2
+    wrong = []
+
+    def work(number: int) -> None:
+        images = pictures(sizes[number], 1, number)
+        extractor = library.create(file, (500, 0.2, 5000))
+        first = library.extract(extractor, images)
+        for _ in range(200):
+            again = library.extract(extractor, images)
+            if not all(np.array_equal(a, b) for a, b in zip(first[0], again[0], strict=True)):
+                wrong.append(number)
+                break
+        library.c.aliked_destroy(extractor)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    start = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    seconds = time.perf_counter() - start
+    record("threads", wrong=len(wrong), seconds=seconds)
+    print(f"eight threads, 200 frames each: {len(wrong)} wrong, {seconds:.2f} s", flush=True)
+    return len(wrong)
+
+
+def used_memory() -> int:
+    """Bytes of the device that are in use, by anybody."""
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
+def check_sizes(library: Library, file: Path, record, frames: int = 10000) -> int:
+    """Frames of changing size, more sizes than plans, with the memory watched."""
+    extractor = library.create(file, (500, 0.2, 5000), max_plans=8)
+    random = np.random.default_rng(0)
+    sizes = [tuple(map(int, random.integers(40, 400, 2))) for _ in range(20)]
+    image = np.ascontiguousarray(pictures((400, 400), 1)[0])
+    most = [0, 0]
+    start = time.perf_counter()
+    size = sizes[0]
+    for i in range(frames):
+        if random.random() < 0.1:  # a new size now and then
+            size = sizes[int(random.integers(len(sizes)))]
+        given = Images(image.ctypes.data, HOST, 1, *size, 400 * 3, 0)
+        library.check(library.c.aliked_extract(extractor, byref(given), None))
+        if i % 50 == 0:
+            half = int(i >= frames // 2)
+            most[half] = max(most[half], used_memory())
+    seconds = time.perf_counter() - start
+    library.c.aliked_destroy(extractor)
+    grown = most[1] - most[0]
+    record("sizes", frames=frames, seconds=seconds, most_first_half=most[0], grown=grown)
+    print(f"{frames} frames of 20 sizes, 8 plans: {seconds:.1f} s, memory of the second half "
+          f"{grown / 2**20:+.1f} MiB", flush=True)  # fmt: skip
+    return int(grown > 32 << 20)
+
+
+def timed(run, runs: int = 1000) -> dict[str, float]:
+    """Percentiles of the wall clock, in milliseconds."""
+    for _ in range(max(10, runs // 10)):
+        run()
+    times = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        run()
+        times.append((time.perf_counter() - start) * 1e3)
+    return {f"p{p}_ms": float(np.percentile(times, p)) for p in (5, 50, 95, 99)}
+
+
+def time_python(model: str, spec: dict, images: np.ndarray, record) -> None:
+    """The Python backend by the same clock: on the device alone, and from host to host."""
+    python = create_extractor("fused", Spec(model=model, top_k=1000, **spec))
+    batch = python.to_device(images)
+
+    def once():
+        python.infer(batch)
+        python.synchronize()
+
+    def together():
+        for _ in range(50):
+            python.infer(batch)
+        python.synchronize()
+
+    rows = {
+        "python, device to device, one call and a wait": timed(once),
+        "python, device to device, calls back to back": {
+            name: value / 50 for name, value in timed(together, 20).items()
+        },
+        "python, host to host": timed(lambda: python.extract_batch(images), 300),
+    }
+    for what, times in rows.items():
+        record("python", what=what, model=model, batch=len(images), **times)
+        print(f"{what:46} " + " ".join(f"{value:8.4f}" for value in times.values()), flush=True)
+
+
+def time_all(build: Path, files: dict[str, Path], spec: dict, folder: Path, record) -> None:
+    """`aliked_bench` and the Python backend, in turn."""
+    picture = folder / "picture.ppm"
+    image = pictures((480, 640), 1)[0]
+    picture.write_bytes(b"P6\n640 480\n255\n" + image.tobytes())
+    for model in [m for m in ("aliked-t16", "aliked-n16rot", "aliked-n32") if m in files] or files:
+        for batch in (1, 8):
+            lines = folder / f"{model}-{batch}.jsonl"
+            command = [
+                build / "examples" / "aliked_bench",
+                "--model",
+                files[model],
+                "--batch",
+                batch,
+            ]
+            command += [
+                "--image",
+                picture,
+                "--output",
+                lines,
+                "--runs",
+                3000 if batch == 1 else 500,
+            ]
+            subprocess.run(list(map(str, command)), check=True)
+            for line in lines.read_text().splitlines():
+                record("library", **json.loads(line))
+            time_python(model, spec[model], np.repeat(image[None], batch, axis=0), record)
+
+
+def sanitize(build: Path, file: Path, folder: Path, record) -> int:
+    """memcheck, racecheck and synccheck of small images, both modes, and matching."""
+    bad, frames = 0, []
+    for i, image in enumerate(pictures((101, 133), 2)):
+        frames.append(folder / f"small{i}.ppm")
+        frames[-1].write_bytes(b"P6\n133 101\n255\n" + np.ascontiguousarray(image).tobytes())
+    programs = {
+        "top-k and matching": ["aliked_track", *frames, "--top_k", 200],
+        "threshold": [
+            "aliked_extract",
+            *frames,
+            "--top_k",
+            0,
+            "--scores_th",
+            0.1,
+            "--output",
+            folder,
+        ],
+        "batch": ["aliked_bench", "--image", frames[0], "--batch", 3, "--top_k", 100, "--runs", 1],
+    }
+    for tool in ("memcheck", "racecheck", "synccheck"):
+        for name, (program, *rest) in programs.items():
+            command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", 7]
+            command += [build / "examples" / program, *rest, "--model", file]
+            done = subprocess.run(
+                list(map(str, command)), capture_output=True, text=True, timeout=300
+            )
+            said = (done.stdout + done.stderr).strip().splitlines()
+            bad += done.returncode != 0
+            record("sanitizer", tool=tool, program=name, status=done.returncode, said=said[-1])
+            print(f"{tool} {name}: {said[-1]}", flush=True)
+            if done.returncode:
+                print("\n".join(said[-30:]))
+    return bad
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--build", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--commit", help="what is recorded as the code's commit")
+    parser.add_argument("--weights", type=Path, help="folder of official .pth files, if any")
+    parser.add_argument("--steps", nargs="+", default=["features", "matching", "threads", "sizes",
+                                                       "times", "sanitizer"])  # fmt: skip
+    args = parser.parse_args()
+    library = Library(args.build)
+    output = args.output.open("a")
+    about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__,
+             "cuda": torch.version.cuda, "commit": args.commit}  # fmt: skip
+
+    def record(kind: str, **values) -> None:
+        print(json.dumps({"kind": kind, **about, **values}), file=output, flush=True)
+
+    bad = 0
+    with tempfile.TemporaryDirectory() as name:
+        folder, files, spec = Path(name), {}, {}
+        for model, config in CONFIGS.items():
+            path = None if config.shipped or not args.weights else args.weights / f"{model}.pth"
+            if not config.shipped and (path is None or not path.exists()):
+                continue
+            spec[model] = {"precision": "fp16", "device": "cuda", "weights": path}
+            files[model] = folder / f"{model}.safetensors"
+            write_packed(model, files[model], path)
+        some = files.get("aliked-t16", next(iter(files.values())))
+        if "features" in args.steps:
+            bad += check_features(library, files, spec, record)
+        if "matching" in args.steps:
+            bad += check_matching(library, record)
+        if "threads" in args.steps:
+            bad += check_threads(library, some, record)
+        if "sizes" in args.steps:
+            bad += check_sizes(library, some, record)
+        if "times" in args.steps:
+            time_all(args.build, files, spec, folder, record)
+        if "sanitizer" in args.steps:
+            bad += sanitize(args.build, some, folder, record)
+    print(f"{bad} checks failed")
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
