@@ -1,0 +1,235 @@
+"""Features of many images in one HDF5 file, laid out as hloc reads it, whole even after a kill.
+
+A group for each image, of its name, has `keypoints` [N, 2], `scores` [N], `descriptors` [D, N],
+float32, and `image_size` [2], int64 (width, height). The file's attribute `key` says, as JSON, what
+the features depend on besides the image.
+"""
+
+import contextlib
+import json
+import os
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+
+import h5py
+import numpy as np
+
+from aliked.errors import InputError
+from aliked.features import Features
+from aliked.files import whole_file
+
+FORMAT = "aliked features 1"  # raised when the layout changes
+PART_BYTES = 64 * 2**20  # features held in memory before they go into a file: what a kill can lose
+MAX_BYTES = 2**31  # of an array: a damaged file may claim anything
+FIELDS, SIZE = ("keypoints", "scores", "descriptors"), "image_size"
+
+
+class FeatureStore:
+    """The features of many images, by image name.
+
+    While it grows, features go into files of their own beside it (`FILE.parts/`), each written
+    whole or not at all: a kill loses the last `PART_BYTES`, and the next run goes on from there.
+    `close`, or the end of a `with` block without an error, joins them to the one file. The same
+    features give the same bytes, however often the run was interrupted. Several processes may
+    `write` and `flush` into one store at a time; one of them closes it when the others are done.
+
+        with FeatureStore.open("features.h5", {"model": "aliked-n16", "top_k": 1000}) as store:
+            if "day/1.jpg" not in store:
+                store.write("day/1.jpg", extractor(image), (width, height))
+            features = store.read("day/1.jpg")
+    """
+
+    def __init__(self, path: Path, key: dict, compression: str | None = None) -> None:
+        """See `open`."""
+        self.path, self.key, self.compression = Path(path), _canonical(key), compression
+        self.parts = self.path.with_name(f"{self.path.name}.parts")
+        self._pending: dict[str, tuple[Features, tuple[int, int]]] = {}
+        self._pending_bytes = 0
+        self._where: dict[str, Path] = {}
+        if self.path.exists():
+            self._find(self.path)
+        self._find(*self._part_files())
+
+    @classmethod
+    def open(cls, path: Path, key: dict, compression: str | None = None) -> "FeatureStore":
+        """Return the store in the file `path`, with what earlier runs left there.
+
+        `key` is everything that the features depend on besides the image. `compression` ("lzf",
+        "gzip") is that of the files written. `InputError` where a file that is there is damaged, no
+        store of features, or one of another key.
+        """
+        return cls(path, key, compression)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._pending or name in self._where
+
+    def __len__(self) -> int:
+        return len(self.names())
+
+    def names(self) -> list[str]:
+        """Return the names of all images, sorted."""
+        return sorted(self._where.keys() | self._pending.keys())
+
+    def write(self, name: str, features: Features, size: tuple[int, int]) -> None:
+        """Put in the features of an image of this `size` (width, height), replacing older ones.
+
+        `name` is a relative path with forward slashes, as hloc and COLMAP name images.
+        """
+        _check_name(name)
+        old = self._pending.pop(name, None)
+        self._pending_bytes += _bytes(features) - (_bytes(old[0]) if old else 0)
+        self._pending[name] = features, (int(size[0]), int(size[1]))
+        if self._pending_bytes >= PART_BYTES:
+            self.flush()
+
+    def read(self, name: str) -> Features:
+        """Return an image's features. `InputError` where they are damaged, KeyError if missing."""
+        return self._read(name)[0]
+
+    def size(self, name: str) -> tuple[int, int]:
+        """Return (width, height) of an image; errors as those of `read`."""
+        return self._read(name)[1]
+
+    def flush(self) -> None:
+        """Put what was written on the disk."""
+        if self._pending:
+            part = self.parts / f"{os.getpid()}-{uuid.uuid4().hex}.h5"
+            self._write_file(part, self._pending.items())
+            self._where |= dict.fromkeys(self._pending, part)
+            self._pending, self._pending_bytes = {}, 0
+
+    def close(self) -> None:
+        """Join everything that was written to the one file."""
+        self.flush()
+        parts = self._part_files()
+        if not parts:
+            return
+        self._find(*parts)  # other processes' too
+        self._write_file(self.path, ((name, self._read(name)) for name in self.names()))
+        self._where = dict.fromkeys(self._where, self.path)
+        for part in parts:
+            part.unlink()
+        with contextlib.suppress(OSError):  # another process has begun to write
+            self.parts.rmdir()
+
+    def __enter__(self) -> "FeatureStore":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the store, or after an error keep what was written for the next run."""
+        if kind is None:
+            self.close()
+        else:
+            self.flush()
+
+    def _part_files(self) -> list[Path]:
+        return sorted(self.parts.glob("*.h5"))
+
+    def _find(self, *paths: Path) -> None:
+        """Take in what is in files of this store."""
+        for path in paths:
+            self._where |= dict.fromkeys(_names(path, self.key), path)
+
+    def _write_file(
+        self, path: Path, images: Iterable[tuple[str, tuple[Features, tuple[int, int]]]]
+    ) -> None:
+        with whole_file(path) as partial, h5py.File(partial, "w") as file:
+            file.attrs["format"], file.attrs["key"] = FORMAT, self.key
+            for name, (features, size) in images:
+                # What is compressed has to have rows.
+                compression = self.compression if len(features) else None
+                group = file.create_group(name)
+                arrays = features.keypoints, features.scores, features.descriptors.T
+                for field, values in zip(FIELDS, arrays, strict=True):
+                    group.create_dataset(field, data=np.float32(values), compression=compression)
+                group.create_dataset(SIZE, data=np.array(size, np.int64))
+
+    def _read(self, name: str) -> tuple[Features, tuple[int, int]]:
+        if name in self._pending:
+            return self._pending[name]
+        path = self._where[name]
+        with _sentence(path), h5py.File(path, "r") as file:
+            keypoints, scores, descriptors = (
+                _array(file[name][field], "f", np.float32) for field in FIELDS
+            )
+            size = _array(file[name][SIZE], "iu", np.int64)
+            count = len(scores)
+            if (keypoints.shape, scores.shape, size.shape) != ((count, 2), (count,), (2,)):
+                raise ValueError(f"the arrays of {name} have other shapes")
+            if descriptors.ndim != 2 or descriptors.shape[1] != count:
+                raise ValueError(f"{name} has {count} keypoints and other descriptors")
+            if not all(np.isfinite(array).all() for array in (keypoints, scores, descriptors)):
+                raise ValueError(f"there is NaN or infinity in {name}")
+        features = Features(keypoints, scores, np.ascontiguousarray(descriptors.T))
+        return features, (int(size[0]), int(size[1]))
+
+
+def _names(path: Path, key: str) -> list[str]:
+    """The images in a file of features; `InputError` where it has another key."""
+    found: list[str] = []
+    with _sentence(path), h5py.File(path, "r") as file:
+        kind, own_key = file.attrs.get("format"), file.attrs.get("key")
+        file.visit(found.append)  # which follows no link to another file
+    if not isinstance(kind, str) or kind != FORMAT or not isinstance(own_key, str):
+        raise InputError(f"{path} is no file of ALIKED features; move it, or name another file")
+    if own_key != key:
+        raise InputError(
+            f"{path} has features of another {_difference(own_key, key)}; name another file, or "
+            "remove this one"
+        )
+    everything = set(found)
+    names = (name.removesuffix(f"/{SIZE}") for name in found if name.endswith(f"/{SIZE}"))
+    return [name for name in names if everything.issuperset(f"{name}/{f}" for f in FIELDS)]
+
+
+def _array(dataset: h5py.Dataset, kinds: str, dtype: type) -> np.ndarray:
+    """The values of a dataset, after a look at what it claims to be."""
+    if dataset.dtype.kind not in kinds or dataset.external or dataset.is_virtual:
+        raise ValueError(f"{dataset.name} is of another type")
+    if dataset.size * dataset.dtype.itemsize > MAX_BYTES:
+        raise ValueError(f"{dataset.name} claims {dataset.size} values")
+    return dataset[()].astype(dtype, copy=False)
+
+
+@contextlib.contextmanager
+def _sentence(path: Path) -> Iterator[None]:
+    """Turn what h5py raises about a file into an `InputError`."""
+    try:
+        yield
+    except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise InputError(
+            f"cannot read the features in {path} ({error}); remove it, and extract them again"
+        ) from error
+
+
+def _check_name(name: str) -> None:
+    odd = "\0" in name or any(part in ("", ".", "..") for part in name.split("/"))
+    if odd or name.encode(errors="replace").decode() != name:
+        raise InputError(
+            f"{name!r} cannot name an image in a file of features; give a relative path in UTF-8"
+        )
+
+
+def _canonical(key: dict) -> str:
+    return json.dumps(key, sort_keys=True)
+
+
+def _difference(found: str, wanted: str) -> str:
+    """The fields of two keys that differ, with their values."""
+    try:
+        own, other = json.loads(found), json.loads(wanted)
+        names = [name for name in sorted({*own, *other}) if own.get(name) != other.get(name)]
+        return ", ".join(f"{n} ({own.get(n)}, not {other.get(n)})"[:200] for n in names[:3])
+    except (ValueError, TypeError, AttributeError):
+        return "key"
+
+
+def _bytes(features: Features) -> int:
+    return features.descriptors.nbytes + features.keypoints.nbytes + features.scores.nbytes
