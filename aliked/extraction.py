@@ -6,6 +6,7 @@ several processes, gives the same features to the last bit.
 """
 
 import contextlib
+import functools
 import os
 import queue
 import threading
@@ -30,6 +31,7 @@ from aliked.weights import find_weights
 
 BATCH_PIXELS = 32 * 640 * 480  # of a batch where no size is asked for: enough to do for any GPU
 MAX_BATCH = 32
+FLUSH_SECONDS = 10  # between two writes of what is new: what a kill can lose
 TURNS = {3: 2, 6: 3, 8: 1}  # EXIF orientation to quarter turns, as in COLMAP; mirrored ones stay
 
 
@@ -120,8 +122,8 @@ def _photo(folder: Path, name: str) -> Photo:
     if name.encode(errors="replace").decode() != name:
         raise InputError(f"the name of {str(path)!r} is not UTF-8; rename it")
     width, height, orientation = read_header(path)
-    turns = TURNS.get(orientation, 0)
-    return Photo(name, (width, height), lambda: load_image(path, orientation), turns)
+    load = functools.partial(load_image, path, orientation)  # which other processes can be sent
+    return Photo(name, (width, height), load, TURNS.get(orientation, 0))
 
 
 @dataclass
@@ -158,21 +160,37 @@ class Tally:
 
 
 Report = Callable[[Tally], None]
+Part = tuple[int, int]  # (i, n): every n-th batch, beginning with the i-th
 
 
 def extract(
-    job: Job,
-    store: FeatureStore,
-    report: Report = lambda tally: None,
-    part: tuple[int, int] = (0, 1),
+    job: Job, store: FeatureStore, report: Report = lambda tally: None, part: Part = (0, 1)
 ) -> Tally:
     """Extract the images that `store` does not have yet into it, and leave it open.
 
-    `part` (i, n) does every n-th batch, beginning with the i-th. `report` is called as it goes on.
-    `InputError` where there is no image at all, the extractor cannot run, or a file is bad and
-    the job strict.
+    `report` is called as it goes on. `InputError` where there is no image at all, the extractor
+    cannot run, or a file is bad and the job strict.
     """
-    return Pipeline(job, store, report).run(part)
+    pipeline = Pipeline(job, store, report)
+    tally = pipeline.begin()
+    pipeline.run_batches(missing(job, store, tally, part))
+    return tally
+
+
+def missing(
+    job: Job, store: FeatureStore, tally: Tally, part: Part = (0, 1)
+) -> Iterator[list[Photo]]:
+    """The batches with an image that `store` does not have; bad files go into `tally`."""
+
+    def bad(error: InputError) -> None:
+        if job.strict:
+            raise error
+        if part[0] == 0:  # every part comes across it, and one tells
+            tally.skipped.append(str(error))
+
+    for index, batch in enumerate(job.batches(bad)):
+        if index % part[1] == part[0] and any(photo.name not in store for photo in batch):
+            yield batch
 
 
 class Pipeline:
@@ -181,21 +199,20 @@ class Pipeline:
     def __init__(self, job: Job, store: FeatureStore, report: Report = lambda tally: None):
         """Raise `InputError` where the extractor cannot run."""
         self.job, self.store, self.report = job, store, report
-        count = job.threads or available_cores()
-        self.tally = Tally(threads=Counter(decode=count, extract=job.lanes, write=1))
         self._lock = threading.Lock()  # of the tally
         self._lanes: queue.SimpleQueue[Lane] = queue.SimpleQueue()
         for _ in range(job.lanes):
             self._lanes.put(Lane(create_extractor(job.backend, job.spec)))
+        self._flushed = time.monotonic()
+        self.begin()
 
-    def run(self, part: tuple[int, int] = (0, 1)) -> Tally:
-        """Extract every n-th batch, beginning with the i-th of `part` (i, n)."""
-        batches = self.job.batches(self._bad if part[0] == 0 else lambda error: None)
-        mine = (batch for i, batch in enumerate(batches) if i % part[1] == part[0])
-        missing = (batch for batch in mine if any(p.name not in self.store for p in batch))
-        return self.run_batches(missing)
+    def begin(self) -> Tally:
+        """Count from nothing; what is counted from now on."""
+        decode = self.job.threads or available_cores()
+        self.tally = Tally(threads=Counter(decode=decode, extract=self.job.lanes, write=1))
+        return self.tally
 
-    def run_batches(self, batches: Iterable[list[Photo]]) -> Tally:
+    def run_batches(self, batches: Iterable[list[Photo]]) -> None:
         """Extract these batches; the features are in the store when it returns."""
         started = time.perf_counter()
         counts = self.tally.threads
@@ -214,7 +231,6 @@ class Pipeline:
                     self._settle(under_way, started)
             while under_way:
                 self._settle(under_way, started)
-        return self.tally
 
     def _settle(self, under_way: deque[tuple[int, Future]], started: float) -> None:
         """Wait for the oldest batch; its errors come up here."""
@@ -267,6 +283,9 @@ class Pipeline:
     def _write(self, extracted: Future) -> None:
         images = extracted.result()
         with self._timed("write"):
+            if time.monotonic() - self._flushed > FLUSH_SECONDS:
+                self.store.flush()
+                self._flushed = time.monotonic()
             for photo, features, mask in images:
                 features = as_stored(features, photo, self.job.extracted_size(photo))
                 if mask is not None:

@@ -34,7 +34,7 @@ def list_images(folder: Path) -> list[Path]:
         ) from error
     if not names:
         raise InputError(f"no image in {folder}; give a folder with {', '.join(SUFFIXES)} files")
-    return [folder / name for name in sorted(names, key=_natural)]
+    return [folder / name for name in sorted(names, key=natural)]
 
 
 def find_images(folder: Path) -> list[str]:
@@ -60,7 +60,7 @@ def find_images(folder: Path) -> list[str]:
         raise InputError(
             f"no image in {folder} or below; give a folder with {', '.join(SUFFIXES)} files"
         )
-    return sorted(names, key=_natural)
+    return sorted(names, key=natural)
 
 
 class Header(NamedTuple):
@@ -204,7 +204,7 @@ def _unreadable(path: Path, error: OSError) -> InputError:
     return InputError(f"cannot read {path} ({error.strerror}); replace or remove it")
 
 
-def _natural(name: str) -> tuple[list[str | int], str]:
+def natural(name: str) -> tuple[list[str | int], str]:
     """Sort key: runs of digits compare as numbers; the name itself decides between 01 and 1."""
     parts: list[str | int] = re.split(r"(\d+)", name.lower())
     parts[1::2] = map(int, parts[1::2])
