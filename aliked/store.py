@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 import h5py
 import numpy as np
@@ -140,7 +141,7 @@ class FeatureStore:
     def _write_file(
         self, path: Path, images: Iterable[tuple[str, tuple[Features, tuple[int, int]]]]
     ) -> None:
-        with whole_file(path) as partial, h5py.File(partial, "w") as file:
+        with whole_file(path) as partial, _hdf5(partial) as file:
             file.attrs["format"], file.attrs["key"] = FORMAT, self.key
             for name, (features, size) in images:
                 # What is compressed has to have rows.
@@ -169,6 +170,57 @@ class FeatureStore:
                 raise ValueError(f"there is NaN or infinity in {name}")
         features = Features(keypoints, scores, np.ascontiguousarray(descriptors.T))
         return features, (int(size[0]), int(size[1]))
+
+
+class _Disk:
+    """A file that HDF5 can write to and close whatever happens.
+
+    HDF5 crashes the process where the disk is full: objects that it cannot write cannot be closed.
+    So the first error is kept, nothing is written from then on, and the caller raises it.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self._file, self.error = file, None
+        self.seek, self.tell = file.seek, file.tell
+        self.read, self.readinto = file.read, file.readinto
+
+    def write(self, data: memoryview) -> int:
+        """Write all of it, or after an error do as if."""
+        left = memoryview(data)
+        with self._keep_error():
+            while self.error is None and left:
+                left = left[self._file.write(left) :]
+        return len(data)
+
+    def truncate(self, size: int) -> int:
+        """Truncate, or after an error do as if."""
+        with self._keep_error():
+            if self.error is None:
+                self._file.truncate(size)
+        return size
+
+    def flush(self) -> None:
+        """Nothing is buffered here."""
+
+    @contextlib.contextmanager
+    def _keep_error(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.error = error
+
+
+@contextlib.contextmanager
+def _hdf5(path: Path) -> Iterator[h5py.File]:
+    """A new HDF5 file; `OSError` where it cannot be written."""
+    with open(path, "w+b", buffering=0) as raw:  # HDF5 has buffers of its own
+        disk = _Disk(raw)
+        with h5py.File(disk, "w") as file:
+            yield file
+            if disk.error is not None:
+                raise disk.error
+        if disk.error is not None:
+            raise disk.error
 
 
 def _names(path: Path, key: str) -> list[str]:
