@@ -104,9 +104,9 @@ if __name__ == "__main__":
 """
     main = tmp_path / "main.py"  # which spawned processes import as well
     main.write_text(code)
+    command = [sys.executable, main, photos, "--output", tmp_path / "f.h5", *options]
     result = subprocess.run(
-        [sys.executable, main, photos, "--output", tmp_path / "f.h5", *map(str, options)]
-        + ["--device", "cpu", "--processes", "2"],
+        [*map(str, command), "--device", "cpu", "--processes", "2"],
         env=os.environ
         | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MARK": str(tmp_path / "killed")},
         capture_output=True,
