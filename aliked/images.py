@@ -132,6 +132,11 @@ def load_image(path: Path, stored: int | None = None) -> np.ndarray:
         data = np.fromfile(path, np.uint8)
     except OSError as error:
         raise _unreadable(path, error) from error
+    return decode_image(data, str(path), stored)
+
+
+def decode_image(data: np.ndarray, path: str, stored: int | None = None) -> np.ndarray:
+    """`load_image` of a file's bytes, uint8 [N]; `path` is what errors call it."""
     image = _decode(data, 0 if stored is None else cv2.IMREAD_IGNORE_ORIENTATION)
     if image is None:
         raise InputError(
