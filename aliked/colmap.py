@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from aliked.errors import InputError
+from aliked.errors import InputError, missing_package
 from aliked.extraction import TURNS
 from aliked.features import Features
 from aliked.images import natural
@@ -40,11 +40,8 @@ def pycolmap() -> Any:
     """The module; `InputError` where it is missing."""
     try:
         import pycolmap
-    except ImportError as error:
-        raise InputError(
-            "a COLMAP database is written by pycolmap, which is not installed; pip install "
-            '"pycolmap>=4.1"'
-        ) from error
+    except ModuleNotFoundError as error:
+        raise InputError(f"a COLMAP database needs it: {missing_package(error)}") from error
     return pycolmap
 
 

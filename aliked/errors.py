@@ -11,7 +11,11 @@ EXTRAS = {
     "tensorrt_rtx": "tensorrt-rtx",
     "pycuda": "pycuda",
     "matplotlib": "evaluate",
-    "h5py": "evaluate",
+    "h5py": "extract",
+    "PIL": "extract",
+    "pycolmap": "extract",
+    "ray": "ray",
+    "tritonclient": "serve",
     "skimage": "train",
     "sklearn": "train",
 }

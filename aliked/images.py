@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-from PIL import Image
 
 from aliked.errors import InputError
 from aliked.features import MIN_SIDE
@@ -107,6 +106,8 @@ WIDTH, HEIGHT, ORIENTATION = 0x100, 0x101, 0x112  # tags of TIFF and EXIF
 
 
 def _full_header(path: Path) -> Header:
+    from PIL import Image  # here: photographs are decoded without it
+
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             orientation = image.getexif().get(ORIENTATION, 1)

@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from aliked.errors import InputError
+from aliked.errors import InputError, how_to_install
 from aliked.extraction import (
     Job,
     Photo,
@@ -215,6 +215,6 @@ def _ray() -> Any:
         import ray.data
     except ImportError as error:
         raise InputError(
-            'several machines are driven by Ray, which is not installed; pip install "ray[data]"'
+            f"--ray needs Ray with its data library ({error}); {how_to_install('ray')}"
         ) from error
     return ray

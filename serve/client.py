@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from aliked import cli
-from aliked.errors import InputError
+from aliked.errors import InputError, how_to_install
 from aliked.features import Features
 from aliked.images import list_images
 
@@ -26,9 +26,9 @@ def triton_client() -> Any:
     """The gRPC part of tritonclient; `InputError` where it is missing."""
     try:
         import tritonclient.grpc as client
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise InputError(
-            "the package tritonclient is not installed; pip install 'tritonclient[grpc]'"
+            f"the client needs tritonclient with gRPC ({error}); {how_to_install('tritonclient')}"
         ) from error
     return client
 
