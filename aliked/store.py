@@ -6,10 +6,12 @@ the features depend on besides the image.
 """
 
 import contextlib
+import functools
 import json
 import os
 import uuid
-from collections.abc import Iterable, Iterator
+from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -23,6 +25,7 @@ from aliked.files import whole_file
 
 FORMAT = "aliked features 1"  # raised when the layout changes
 PART_BYTES = 64 * 2**20  # features held in memory before they go into a file: what a kill can lose
+MAX_OPEN = 64  # files
 MAX_BYTES = 2**31  # of an array: a damaged file may claim anything
 FIELDS, SIZE = ("keypoints", "scores", "descriptors"), "image_size"
 
@@ -97,7 +100,9 @@ class FeatureStore:
         """Put what was written on the disk."""
         if self._pending:
             part = self.parts / f"{os.getpid()}-{uuid.uuid4().hex}.h5"
-            self._write_file(part, self._pending.items())
+            with self._new_file(part) as file:
+                for name, (features, size) in self._pending.items():
+                    self._write(file, name, features, size)
             self._where |= dict.fromkeys(self._pending, part)
             self._pending, self._pending_bytes = {}, 0
 
@@ -108,7 +113,11 @@ class FeatureStore:
         if not parts:
             return
         self._find(*parts)  # other processes' too
-        self._write_file(self.path, ((name, self._read(name)) for name in self.names()))
+        with self._new_file(self.path) as file, _Sources() as sources:
+            for name in self.names():
+                path = self._where[name]
+                with _sentence(path):  # as it is stored: to read and write it takes far longer
+                    sources[path].copy(name, file, name)
         self._where = dict.fromkeys(self._where, self.path)
         for part in parts:
             part.unlink()
@@ -138,19 +147,29 @@ class FeatureStore:
         for path in paths:
             self._where |= dict.fromkeys(_names(path, self.key), path)
 
-    def _write_file(
-        self, path: Path, images: Iterable[tuple[str, tuple[Features, tuple[int, int]]]]
-    ) -> None:
+    @contextlib.contextmanager
+    def _new_file(self, path: Path) -> Iterator[h5py.File]:
         with whole_file(path) as partial, _hdf5(partial) as file:
             file.attrs["format"], file.attrs["key"] = FORMAT, self.key
-            for name, (features, size) in images:
-                # What is compressed has to have rows.
-                compression = self.compression if len(features) else None
-                group = file.create_group(name)
-                arrays = features.keypoints, features.scores, features.descriptors.T
-                for field, values in zip(FIELDS, arrays, strict=True):
-                    group.create_dataset(field, data=np.float32(values), compression=compression)
-                group.create_dataset(SIZE, data=np.array(size, np.int64))
+            yield file
+
+    def _write(self, file: h5py.File, name: str, features: Features, size: tuple[int, int]) -> None:
+        arrays = features.keypoints, features.scores, features.descriptors.T
+        arrays = [np.ascontiguousarray(values, np.float32) for values in arrays]
+        fields = dict(zip(FIELDS, arrays, strict=True)) | {SIZE: np.array(size, np.int64)}
+        if self.compression and len(features):  # what is compressed has to have rows
+            group = file.create_group(name)
+            for field, values in fields.items():
+                compression = None if field == SIZE else self.compression
+                group.create_dataset(field, data=values, compression=compression)
+            return
+        # By HDF5's own functions: h5py's take as long again as all the rest.
+        group = h5py.h5g.create(file.id, name.encode(), lcpl=_links())
+        for field, values in fields.items():
+            space = h5py.h5s.create_simple(values.shape)
+            kind = h5py.h5t.py_create(values.dtype)
+            dataset = h5py.h5d.create(group, field.encode(), kind, space, _plain())
+            dataset.write(h5py.h5s.ALL, h5py.h5s.ALL, values)
 
     def _read(self, name: str) -> tuple[Features, tuple[int, int]]:
         if name in self._pending:
@@ -170,6 +189,45 @@ class FeatureStore:
                 raise ValueError(f"there is NaN or infinity in {name}")
         features = Features(keypoints, scores, np.ascontiguousarray(descriptors.T))
         return features, (int(size[0]), int(size[1]))
+
+
+@functools.cache
+def _links() -> h5py.h5p.PropLCID:
+    """A link with a name in UTF-8, below groups that are made with it."""
+    links = h5py.h5p.create(h5py.h5p.LINK_CREATE)
+    links.set_create_intermediate_group(True)
+    links.set_char_encoding(h5py.h5t.CSET_UTF8)
+    return links
+
+
+@functools.cache
+def _plain() -> h5py.h5p.PropDCID:
+    """A dataset without the time at which it was made."""
+    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    properties.set_obj_track_times(False)
+    return properties
+
+
+class _Sources:
+    """Files to be copied from, the last ones kept open."""
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[Path, h5py.File] = OrderedDict()
+
+    def __getitem__(self, path: Path) -> h5py.File:
+        if path not in self._open:
+            while len(self._open) >= MAX_OPEN:
+                self._open.popitem(last=False)[1].close()
+            self._open[path] = h5py.File(path, "r")
+        self._open.move_to_end(path)
+        return self._open[path]
+
+    def __enter__(self) -> "_Sources":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for file in self._open.values():
+            file.close()
 
 
 class _Disk:

@@ -139,13 +139,13 @@ def rate_of(call: Callable[[], object], wait: Callable[[], None], images: int) -
         call()
     wait()
     started, calls = time.perf_counter(), 0
-    while (elapsed := time.perf_counter() - started) < SECONDS:
+    while time.perf_counter() - started < SECONDS:
         call()
         calls += 1
         if calls % 10 == 0:
             wait()
     wait()
-    return images * calls / max(elapsed, time.perf_counter() - started)
+    return images * calls / (time.perf_counter() - started)
 
 
 def batch_of(job: Job) -> np.ndarray:
