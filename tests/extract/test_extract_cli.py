@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import cv2
 import h5py
 import pytest
 
@@ -256,3 +257,19 @@ def test_a_cluster_that_does_not_answer_is_refused(tmp_path, photos):
     pytest.importorskip("ray.data", reason="ray's data library is not installed")
     with pytest.raises(InputError, match="no Ray cluster answers at"):
         extract(photos, "--output", tmp_path / "f.h5", "--ray", "nowhere")
+
+
+def test_a_video_becomes_a_database_too(tmp_path, extractor):
+    pycolmap = pytest.importorskip("pycolmap", reason="pycolmap is not installed")
+    clip = tmp_path / "clip.avi"
+    writer = cv2.VideoWriter(str(clip), cv2.VideoWriter_fourcc(*"MJPG"), 10, (64, 48))
+    for i in range(6):
+        writer.write(noise(i))
+    writer.release()
+    database = tmp_path / "d.db"
+    options = ("--match", "sequential", "--overlap", 1, "--camera_mode", "single")
+    extract(clip, "--colmap", database, "--every", 2, *options)
+    with pycolmap.Database.open(database) as db:
+        names = [image.name for image in db.read_all_images()]
+        assert names == [f"clip.avi/{i:06}" for i in (0, 2, 4)]
+        assert len(db.read_all_cameras()) == 1 and len(db.read_all_matches()[0]) == 2
