@@ -28,6 +28,9 @@ class Command:
 COMMANDS = {
     "doctor": Command("aliked.doctor", "", "what is installed, and what runs on this machine"),
     "match": Command("aliked.commands.match", "demo_pair.py", "match images and draw the matches"),
+    "extract": Command(
+        "aliked.commands.extract", "extract.py", "features of many images, for hloc and COLMAP"
+    ),
     "export": Command(
         "aliked.commands.export", "convert_pytorch_to_onnx.py", "write an .onnx file and prove it"
     ),

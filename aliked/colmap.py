@@ -1,0 +1,389 @@
+"""A COLMAP database of extracted features: cameras, keypoints, descriptors and matches.
+
+Written as COLMAP's own ALIKED extractor and matcher write it, image by image and pair by pair, each
+of them whole or not at all. A run that was killed goes on where it was.
+"""
+
+import contextlib
+import itertools
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from aliked.errors import InputError, missing_package
+from aliked.extraction import TURNS
+from aliked.features import Features
+from aliked.images import natural
+from aliked.matching import match_mutual
+from aliked.store import FeatureStore
+
+TYPES = {"aliked-n16rot": "ALIKED_N16ROT", "aliked-n32": "ALIKED_N32"}  # of COLMAP's own models
+MIN_SIMILARITY = 0.75  # of a match; COLMAP's 0.85 leaves small models few matches to map with
+CAMERA_MODES = ("auto", "single", "folder", "image")
+FOCAL_FACTOR = 1.2  # times the longer side: COLMAP's guess where EXIF says nothing
+BLOCK = 50  # images a side of a block of pairs, whose descriptors stay in memory
+CACHE_BYTES = 2**30  # of descriptors that are kept for the next pairs
+TRANSACTION = 500  # pairs that are written at once: what a kill can lose
+
+MAKE, MODEL, EXIF, GPS = 0x10F, 0x110, 0x8769, 0x8825
+FOCAL, FOCAL_35MM, ORIENTATION = 0x920A, 0xA405, 0x112
+GRAVITY = {0: (0.0, 1.0, 0.0), 1: (-1.0, 0.0, 0.0), 2: (0.0, -1.0, 0.0), 3: (1.0, 0.0, 0.0)}
+
+
+def pycolmap() -> Any:
+    """The module; `InputError` where it is missing."""
+    try:
+        import pycolmap
+    except ModuleNotFoundError as error:
+        raise InputError(f"a COLMAP database needs it: {missing_package(error)}") from error
+    return pycolmap
+
+
+@dataclass(frozen=True)
+class Cameras:
+    """How images share cameras, and of which of COLMAP's camera models these are."""
+
+    mode: str = "auto"  # one for each model in EXIF, or "single", "folder", "image"
+    model: str = "SIMPLE_RADIAL"
+
+    def __post_init__(self) -> None:
+        """Raise `InputError` for a mode or a camera model that does not exist."""
+        if self.mode not in CAMERA_MODES:
+            raise InputError(
+                f"unknown camera mode {self.mode!r}; choose one of {', '.join(CAMERA_MODES)}"
+            )
+        models = pycolmap().CameraModelId.__members__
+        if self.model not in models or self.model == "INVALID":
+            names = ", ".join(name for name in models if name != "INVALID")
+            raise InputError(f"COLMAP has no camera model {self.model!r}; choose one of {names}")
+
+
+@contextlib.contextmanager
+def open_database(path: Path) -> Iterator[Any]:
+    """A COLMAP database, made if it is missing; `InputError` where it is no such file."""
+    colmap = pycolmap()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        level, colmap.logging.minloglevel = colmap.logging.minloglevel, 4  # it is said below
+        try:
+            database = colmap.Database.open(path)
+        finally:
+            colmap.logging.minloglevel = level
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(
+            f"{path} cannot be opened as a COLMAP database; name another file"
+        ) from error
+    with database:
+        yield database
+
+
+def write_features(
+    path: Path,
+    store: FeatureStore,
+    folder: Path,
+    model: str,
+    cameras: Cameras,
+    report: Callable[[], None] = lambda: None,
+) -> None:
+    """Put all images of `store`, which are below `folder`, and their features into the database.
+
+    Images that are in the database already are compared. `InputError` where it has other images or
+    other features than `store`, or images that should share a camera have other sizes.
+    """
+    type_name = TYPES.get(model, "UNDEFINED")
+    with open_database(path) as database:
+        writer = ImageWriter(database, store, folder, type_name, cameras)
+        _refuse_others(path, database, store)
+        for name in store.names():
+            writer.write(path, name)
+            report()
+
+
+def _refuse_others(path: Path, database: Any, store: FeatureStore) -> None:
+    for image in database.read_all_images():
+        if image.name not in store:
+            raise InputError(
+                f"{path} has an image {image.name} that is not among those extracted; name another "
+                "database"
+            )
+
+
+class ImageWriter:
+    """Puts images with their cameras and features into one database, in COLMAP's form."""
+
+    def __init__(
+        self, database: Any, store: FeatureStore, folder: Path, type_name: str, cameras: Cameras
+    ):
+        self.database, self.store, self.folder, self.cameras = database, store, folder, cameras
+        self.colmap = pycolmap()
+        self.type = self.colmap.FeatureExtractorType.__members__[type_name]
+        self.shared: dict[Any, tuple[Any, int]] = {}  # camera and rig, by what images share
+
+    def write(self, path: Path, name: str) -> None:
+        """Add an image, or compare it where it is there."""
+        features, size = self.store.read(name), self.store.size(name)
+        exif = read_exif(self.folder / name)
+        shared = self._shares(name, exif, size)
+        found = self.database.read_image_with_name(name)
+        with self.colmap.DatabaseTransaction(self.database):
+            if found is not None:
+                self._compare(path, found, features)
+                if shared is not None:
+                    camera = self.database.read_camera(found.camera_id)
+                    rig = self.database.read_rig_with_sensor(camera.sensor_id)
+                    self.shared.setdefault(shared, (camera, rig.rig_id))
+                return
+            camera, rig_id = self._camera(name, shared, exif, size)
+            image = self.colmap.Image(name=name, camera_id=camera.camera_id)
+            image.image_id = self.database.write_image(image)
+            frame = self.colmap.Frame()
+            frame.rig_id = rig_id
+            frame.add_data_id(image.data_id)
+            self.database.write_frame(frame)
+            prior = self._prior(exif)
+            if prior is not None:
+                prior.corr_data_id = image.data_id
+                self.database.write_pose_prior(prior)
+            self.database.write_keypoints(image.image_id, in_colmap(features))
+            self.database.write_descriptors(image.image_id, self._descriptors(features))
+
+    def _compare(self, path: Path, image: Any, features: Features) -> None:
+        keypoints = self.database.read_keypoints(image.image_id)
+        descriptors = self.database.read_descriptors(image.image_id)
+        same = (
+            np.array_equal(keypoints, in_colmap(features))
+            and descriptors.type == self.type
+            and np.array_equal(descriptors.data, self._descriptors(features).data)
+        )
+        if not same:
+            raise InputError(f"{path} has other features of {image.name}; name another database")
+
+    def _descriptors(self, features: Features) -> Any:
+        """Rows of float32 as bytes, as COLMAP keeps them."""
+        rows = np.ascontiguousarray(features.descriptors, np.float32)
+        data = rows.view(np.uint8).reshape(len(rows), -1)
+        return self.colmap.FeatureDescriptors(self.type, data)
+
+    def _shares(self, name: str, exif: dict, size: tuple[int, int]) -> Any:
+        """What all images of one camera have in common, or None for a camera of its own."""
+        if self.cameras.mode == "single":
+            return "single"
+        if self.cameras.mode == "folder":
+            return name.rpartition("/")[0]
+        focal = exif.get(FOCAL_35MM) or exif.get(FOCAL)
+        if self.cameras.mode == "image" or not (exif.get(MAKE) and exif.get(MODEL) and focal):
+            return None
+        return exif[MAKE], exif[MODEL], float(focal), size
+
+    def _camera(self, name: str, shared: Any, exif: dict, size: tuple[int, int]) -> tuple[Any, int]:
+        """The camera of an image and its rig's number, new or shared."""
+        if shared is not None and shared in self.shared:
+            camera, rig_id = self.shared[shared]
+            if (camera.width, camera.height) != size:
+                raise InputError(
+                    f"{name} has {size[0]}x{size[1]} pixels, but its camera {camera.width}x"
+                    f"{camera.height}; pass --camera_mode auto or image"
+                )
+            return camera, rig_id
+        camera = self._guess(name, exif, size)
+        camera.camera_id = self.database.write_camera(camera)
+        rig = self.colmap.Rig()
+        rig.add_ref_sensor(camera.sensor_id)
+        rig_id = self.database.write_rig(rig)
+        if shared is not None:
+            self.shared[shared] = camera, rig_id
+        return camera, rig_id
+
+    def _guess(self, name: str, exif: dict, size: tuple[int, int]) -> Any:
+        """What COLMAP takes an image's camera for."""
+        if exif.get(FOCAL_35MM) or exif.get(FOCAL):  # COLMAP knows the sensors of many cameras
+            options = self.colmap.ImageReaderOptions(camera_model=self.cameras.model)
+            with contextlib.suppress(ValueError, RuntimeError):  # its library reads fewer formats
+                return self.colmap.infer_camera_from_image(self.folder / name, options)
+        return self.colmap.Camera.create_from_model_name(
+            0, self.cameras.model, FOCAL_FACTOR * max(size), *size
+        )
+
+    def _prior(self, exif: dict) -> Any:
+        """The place and the direction down that EXIF gives, or None."""
+        if ORIENTATION not in exif and GPS not in exif:
+            return None
+        prior = self.colmap.PosePrior()
+        orientation = exif.get(ORIENTATION)
+        if orientation == 1 or orientation in TURNS:
+            prior.gravity = np.array(GRAVITY[TURNS.get(orientation, 0)])
+        if GPS in exif:
+            prior.position = np.array(exif[GPS])
+            prior.coordinate_system = self.colmap.PosePriorCoordinateSystem.WGS84
+        return prior if prior.has_gravity() or prior.has_position() else None
+
+
+def in_colmap(features: Features) -> np.ndarray:
+    """Keypoints as COLMAP stores them, float32 [N, 6]: x, y and an affine shape, here none.
+
+    COLMAP's origin is the corner of the top-left pixel, ours its centre.
+    """
+    rows = np.tile(np.array([0, 0, 1, 0, 0, 1], np.float32), (len(features), 1))
+    rows[:, :2] = features.keypoints + np.float32(0.5)
+    return rows
+
+
+def read_exif(path: Path) -> dict[int, Any]:
+    """An image's EXIF by tag, and under `GPS` (latitude, longitude, altitude) where all are there.
+
+    Empty where there is none that can be read.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+            tags = image.getexif()
+            found = dict(tags) | dict(tags.get_ifd(EXIF))
+            position = _position(tags.get_ifd(GPS))
+    except Exception:  # EXIF is whatever a camera's maker took it for, and a help only
+        return {}
+    found.pop(GPS, None)
+    return found if position is None else found | {GPS: position}
+
+
+def _position(gps: dict[int, Any]) -> tuple[float, float, float] | None:
+    if not {2, 4, 6} <= gps.keys():
+        return None
+    latitude, longitude = (
+        float(np.dot([1, 1 / 60, 1 / 3600], [*map(float, gps[t])])) for t in (2, 4)
+    )
+    south, west = (str(gps.get(t, "")).upper() in ("S", "W") for t in (1, 3))
+    below = gps.get(5) in (1, b"\x01")
+    return (
+        -latitude if south else latitude,
+        -longitude if west else longitude,
+        -float(gps[6]) if below else float(gps[6]),
+    )
+
+
+Pairs = Iterable[tuple[str, str]]
+
+
+def exhaustive_pairs(names: Sequence[str]) -> Pairs:
+    """All pairs, block by block, so that a few images at a time are needed."""
+    blocks = [names[at : at + BLOCK] for at in range(0, len(names), BLOCK)]
+    for i, rows in enumerate(blocks):
+        yield from itertools.combinations(rows, 2)
+        for columns in blocks[i + 1 :]:
+            yield from itertools.product(rows, columns)
+
+
+def sequential_pairs(names: Iterable[str], overlap: int) -> list[tuple[str, str]]:
+    """Each image with the `overlap` ones after it, in natural order."""
+    ordered = sorted(names, key=natural)
+    return [
+        (first, second)
+        for i, first in enumerate(ordered)
+        for second in ordered[i + 1 : i + 1 + overlap]
+    ]
+
+
+def read_pairs(path: Path, names: Container[str]) -> list[tuple[str, str]]:
+    """Pairs of `names` from a file with two in a line, as COLMAP and hloc write them."""
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the pairs in {path}; give a text file") from error
+    pairs: dict[frozenset[str], tuple[str, str]] = {}
+    for number, line in enumerate(lines, 1):
+        pair = line.split()
+        if not pair or line.startswith("#"):
+            continue
+        if len(pair) != 2 or pair[0] == pair[1]:
+            raise InputError(f"line {number} of {path} is not two names of images; correct it")
+        for name in pair:
+            if name not in names:
+                raise InputError(
+                    f"line {number} of {path} names {name}, which is not among the images; give "
+                    "names as paths below the folder"
+                )
+        pairs.setdefault(frozenset(pair), (pair[0], pair[1]))
+    if not pairs:
+        raise InputError(f"there is no pair in {path}; give two names of images in a line")
+    return list(pairs.values())
+
+
+class MutualMatcher:
+    """Mutual nearest neighbours in descriptors, on the GPU where one is given."""
+
+    def __init__(self, min_similarity: float, device: str = "cpu"):
+        self.min_similarity, self.device = min_similarity, device
+
+    def prepare(self, features: Features) -> Any:
+        """What is kept of an image for its pairs."""
+        if self.device == "cpu":
+            return features.descriptors
+        import torch
+
+        return torch.from_numpy(features.descriptors).to(self.device)
+
+    def __call__(self, first: Any, second: Any) -> np.ndarray:
+        """Indices [P, 2] of what `prepare` made of two images, ascending in the first."""
+        if self.device == "cpu":
+            return match_mutual(first, second, self.min_similarity)
+        return mutual_on_device(first, second, self.min_similarity)
+
+
+def mutual_on_device(first: Any, second: Any, min_similarity: float) -> np.ndarray:
+    """`match_mutual` of two tensors, [N, D] and [M, D], computed where they are."""
+    import torch
+
+    from aliked.model import plain_float32
+
+    if not len(first) or not len(second):
+        return np.empty((0, 2), np.int64)
+    with plain_float32():
+        similarity = first @ second.T
+    value, best = similarity.max(1)
+    rows = torch.arange(len(first), device=first.device)
+    kept = (similarity.argmax(0)[best] == rows) & (value >= min_similarity)
+    return torch.stack([rows[kept], best[kept]], 1).cpu().numpy()
+
+
+def write_matches(
+    path: Path,
+    store: FeatureStore,
+    pairs: Pairs,
+    matcher: MutualMatcher,
+    report: Callable[[], None] = lambda: None,
+) -> None:
+    """Match those pairs that the database has no matches of yet."""
+    cache = Cache(lambda name: matcher.prepare(store.read(name)))
+    pairs = iter(pairs)
+    with open_database(path) as database:
+        numbers = {image.name: image.image_id for image in database.read_all_images()}
+        while some := list(itertools.islice(pairs, TRANSACTION)):
+            with pycolmap().DatabaseTransaction(database):
+                for first, second in some:
+                    ids = [numbers.get(name) for name in (first, second)]
+                    # A file that was skipped is in no pair.
+                    if None not in ids and not database.exists_matches(*ids):
+                        found = matcher(cache[first], cache[second])
+                        database.write_matches(*ids, found.astype(np.uint32))
+                    report()
+
+
+class Cache:
+    """What was made last of images' names, up to `CACHE_BYTES`."""
+
+    def __init__(self, make: Callable[[str], Any]):
+        self._make, self._kept, self._bytes = make, OrderedDict(), 0
+
+    def __getitem__(self, name: str) -> Any:
+        """What was, or is now, made of `name`."""
+        if name not in self._kept:
+            self._kept[name] = self._make(name)
+            self._bytes += self._kept[name].nbytes
+            while len(self._kept) > 2 and self._bytes > CACHE_BYTES:
+                self._bytes -= self._kept.popitem(last=False)[1].nbytes
+        self._kept.move_to_end(name)
+        return self._kept[name]

@@ -1,0 +1,346 @@
+"""Features of a folder of photographs, a video or a camera, for hloc (HDF5) and COLMAP."""
+
+import argparse
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from aliked.backends import BACKENDS, get_backend
+from aliked.cli import add_extractor_options, extractor_spec
+from aliked.colmap import (
+    CAMERA_MODES,
+    MIN_SIMILARITY,
+    TYPES,
+    Cameras,
+    MutualMatcher,
+    exhaustive_pairs,
+    read_pairs,
+    sequential_pairs,
+    write_features,
+    write_matches,
+)
+from aliked.errors import InputError
+from aliked.extraction import Job, Report, Tally, extract
+from aliked.files import writable_folder
+from aliked.images import find_images
+from aliked.store import FeatureStore
+from aliked.video import is_video
+from aliked.workers import extract_in_processes, extract_with_ray
+
+OVERLAP = 10  # images that each is matched with in a sequence, as in COLMAP
+TWO_LANES = ("fused", "tensorrt", "tensorrt-cudagraph")  # keep a GPU busier than one extractor
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="FOLDER is searched with all folders below; a video file, or the number of a "
+        "camera, takes its place. At least one of --output and --colmap is needed.",
+    )
+    add_extractor_options(parser)
+    parser.set_defaults(backend="auto")
+    parser.add_argument("--precision", choices=("fp32", "fp16"), default="fp32")
+    _add_image_options(parser.add_argument_group("images"))
+    _add_output_options(parser.add_argument_group("output"))
+    _add_colmap_options(parser.add_argument_group("COLMAP"))
+    _add_speed_options(parser.add_argument_group("speed"))
+    return parser
+
+
+def _add_image_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--max_size",
+        type=_positive,
+        metavar="PIXELS",
+        help="make images smaller whose longer side is longer; keypoints stay in the original",
+    )
+    group.add_argument(
+        "--masks",
+        type=Path,
+        metavar="FOLDER",
+        help="a mask NAME.png for every image, as COLMAP has it: no keypoint where it is black",
+    )
+    group.add_argument("--every", type=_positive, metavar="N", help="each N-th frame of a video")
+    group.add_argument(
+        "--frames", type=_positive, metavar="N", help="at most N frames of a video or a camera"
+    )
+    group.add_argument(
+        "--strict", action="store_true", help="stop at the first file that cannot be used"
+    )
+
+
+def _add_output_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="HDF5 file, as hloc reads it (with --colmap alone: DATABASE.h5)",
+    )
+    group.add_argument("--colmap", type=Path, metavar="DATABASE", help="COLMAP database")
+    group.add_argument(
+        "--resume", action="store_true", help="go on with what an interrupted run left"
+    )
+
+
+def _add_colmap_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--camera_mode",
+        choices=CAMERA_MODES,
+        help="images with one camera: those of one model in EXIF (auto, the default), all, those "
+        "of a folder, none",
+    )
+    group.add_argument(
+        "--camera_model", metavar="NAME", help=f"of COLMAP's (default: {Cameras.model})"
+    )
+    group.add_argument(
+        "--match",
+        nargs="+",
+        metavar=("ORDER", "FILE"),
+        help="match images too: exhaustive, sequential, or pairs FILE (two names in a line)",
+    )
+    group.add_argument(
+        "--overlap",
+        type=_positive,
+        metavar="N",
+        help=f"with --match sequential: images that each is matched with (default: {OVERLAP})",
+    )
+    group.add_argument(
+        "--min_similarity",
+        type=float,
+        metavar="COSINE",
+        help=f"lowest similarity of a match, -1 to 1 (default: {MIN_SIMILARITY})",
+    )
+
+
+def _add_speed_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--batch_size", type=_positive, metavar="N", help="images at a time")
+    group.add_argument(
+        "--threads", type=_positive, metavar="N", help="that decode (default: one a core)"
+    )
+    group.add_argument(
+        "--processes",
+        type=_positive,
+        metavar="N",
+        help="on this machine, or in a Ray cluster (default: one for each GPU)",
+    )
+    group.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="use a Ray cluster: its address, auto, or local for one of this machine",
+    )
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not 1 or more")
+    return number
+
+
+def main(args: argparse.Namespace) -> None:
+    """Extract into the store of features, then write the database and the matches."""
+    check_options(args)
+    job = job_of(args)
+    cameras = args.colmap and cameras_of(args)
+    output = args.output or args.colmap.with_suffix(".h5")
+    check_outputs(output, args.colmap, args.resume)
+    names = [] if is_video(args.images) else find_images(args.images)
+    if args.match and names:
+        pairs_of(args, names)  # whose file should be good before the work, not after
+    try:
+        with FeatureStore.open(output, job.key()) as store:
+            done = len(store)
+            with progress("features", len(names) or args.frames, done) as bar:
+                tally = run(args, job, output, store, counting(bar))
+        store = FeatureStore.open(output, job.key())
+        summarize(args, tally, store)
+        if args.colmap is not None:
+            write_colmap(args, store, names, cameras)
+    except OSError as error:
+        raise InputError(
+            f"cannot write {error.filename or output} ({error.strerror or error}); what was "
+            "extracted is kept: make room, and pass --resume"
+        ) from error
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Raise `InputError` where options are missing, or would be without effect."""
+    if args.output is None and args.colmap is None:
+        raise InputError("there is nothing to write; pass --output FILE.h5 or --colmap DATABASE")
+    order = args.match[0] if args.match else None
+    video, camera = is_video(args.images), str(args.images).isdigit()
+    without = (
+        (args.colmap is None, "--colmap", ("match", "camera_mode", "camera_model")),
+        (order != "sequential", "--match sequential", ("overlap",)),
+        (order is None, "--match", ("min_similarity",)),
+        (not video, "a video or a camera", ("every", "frames")),
+        (video, "a folder of images", ("masks", "processes", "ray")),
+    )
+    for absent, needed, names in without:
+        for name in names:
+            if absent and getattr(args, name) is not None:
+                raise InputError(f"--{name} needs {needed}; leave it out, or give that as well")
+    if camera and args.frames is None:
+        raise InputError(f"camera {args.images} has no end; pass --frames N")
+    orders = (["exhaustive"], ["sequential"])
+    if args.match and args.match not in orders and not (order == "pairs" and len(args.match) == 2):
+        raise InputError(
+            f"unknown --match {' '.join(args.match)}; give exhaustive, sequential or pairs FILE"
+        )
+
+
+def job_of(args: argparse.Namespace) -> Job:
+    """The options as a `Job`."""
+    if args.backend == "auto":
+        args.backend = choose_backend(args)
+    return Job(
+        images=args.images,
+        backend=args.backend,
+        spec=replace(extractor_spec(args), precision=args.precision),
+        max_size=args.max_size,
+        masks=args.masks,
+        batch_size=args.batch_size,
+        threads=args.threads,
+        lanes=2 if args.backend in TWO_LANES else 1,
+        every=args.every or 1,
+        max_frames=args.frames,
+        strict=args.strict,
+    )
+
+
+def choose_backend(args: argparse.Namespace) -> str:
+    """The backend that runs the model file; without one the fused kernels, or else PyTorch."""
+    if args.model_path is None:
+        on_gpu = args.device != "cpu" and get_backend("fused").unavailable() is None
+        return "fused" if on_gpu else "pytorch"
+    suffix = args.model_path.suffix
+    for name, backend in BACKENDS.items():
+        if backend.suffix == suffix:
+            return name
+    raise InputError(f"no backend runs {args.model_path}; give an .onnx, .trt or .pt2 file")
+
+
+def cameras_of(args: argparse.Namespace) -> Cameras:
+    """How the images of the database share cameras."""
+    given = {"mode": args.camera_mode, "model": args.camera_model}
+    return Cameras(**{name: value for name, value in given.items() if value is not None})
+
+
+def check_outputs(output: Path, database: Path | None, resume: bool) -> None:
+    """Raise `InputError` where an output is there already, or cannot be written."""
+    parts = output.with_name(f"{output.name}.parts")
+    for path in filter(None, (output, parts, database)):
+        if path.exists() and not resume:
+            raise InputError(f"{path} exists; pass --resume to go on with it, or name another file")
+        writable_folder(path.parent)
+    if database == output:
+        raise InputError(f"{output} cannot be both files; give --output and --colmap two names")
+
+
+def run(
+    args: argparse.Namespace, job: Job, output: Path, store: FeatureStore, report: Report
+) -> Tally:
+    """Extract what is missing: in this process, in one for each GPU, or by Ray."""
+    if args.ray is not None:
+        return extract_with_ray(job, output, args.ray, args.processes, report)
+    devices = devices_of(args)
+    if len(devices) > 1:
+        return extract_in_processes(job, output, devices, report)
+    return extract(job, store, report)
+
+
+def devices_of(args: argparse.Namespace) -> list[str]:
+    """The device of each process."""
+    import torch
+
+    gpus = torch.cuda.device_count() if args.device == "auto" and not is_video(args.images) else 0
+    count = args.processes or max(1, gpus)
+    return [f"cuda:{i % gpus}" if gpus > 1 else args.device for i in range(count)]
+
+
+@contextlib.contextmanager
+def progress(what: str, total: int | None, done: int = 0) -> Iterator[tqdm]:
+    """A bar, where there is a terminal."""
+    unit = "pair" if what == "matches" else "image"
+    with tqdm(desc=what, total=total, initial=done, unit=unit, disable=None) as bar:
+        yield bar
+
+
+def counting(bar: tqdm) -> Report:
+    """Move the bar on with a run, and say which stage is busy."""
+    before = 0
+
+    def report(tally: Tally) -> None:
+        nonlocal before
+        count = tally.images + len(tally.skipped)
+        bar.set_postfix_str(f"busy: {tally.shares()}", refresh=False)
+        bar.update(count - before)
+        before = count
+
+    return report
+
+
+def summarize(args: argparse.Namespace, tally: Tally, store: FeatureStore) -> None:
+    """Say what was done; `InputError` where there is nothing."""
+    for sentence in tally.skipped:
+        print(f"skipped: {sentence}")
+    if not len(store):
+        raise InputError(
+            f"no image of {args.images} could be used ({len(tally.skipped)} files); see above"
+        )
+    if tally.images:
+        print(
+            f"{tally.images} images in {tally.wall:.1f} s, {tally.rate:.1f} images/s; busy: "
+            f"{tally.shares()}; {tally.keypoints / tally.images:.0f} keypoints per image"
+        )
+    skipped = f", {len(tally.skipped)} files skipped" if tally.skipped else ""
+    print(f"{store.path}: {len(store)} images by {args.model} on {args.backend}{skipped}")
+
+
+def write_colmap(
+    args: argparse.Namespace, store: FeatureStore, names: list[str], cameras: Cameras
+) -> None:
+    """Write the database, and the matches that are asked for."""
+    with progress("database", len(store)) as bar:
+        write_features(args.colmap, store, args.images, args.model, cameras, bar.update)
+    print(f"{args.colmap}: {len(store)} images")
+    if args.model not in TYPES:
+        print(
+            f"COLMAP has no type for {args.model}: it maps these matches, but cannot match itself"
+        )
+    if not args.match:
+        return
+    pairs, count = pairs_of(args, names or store.names())
+    matcher = MutualMatcher(
+        MIN_SIMILARITY if args.min_similarity is None else args.min_similarity,
+        matching_device(args.device),
+    )
+    with progress("matches", count) as bar:
+        write_matches(args.colmap, store, pairs, matcher, bar.update)
+    print(f"{args.colmap}: {count} pairs matched")
+
+
+def pairs_of(
+    args: argparse.Namespace, names: Sequence[str]
+) -> tuple[Iterable[tuple[str, str]], int]:
+    """The pairs of these images to match, and how many there are."""
+    if args.match[0] == "exhaustive":
+        return exhaustive_pairs(names), len(names) * (len(names) - 1) // 2
+    if args.match[0] == "sequential":
+        pairs = sequential_pairs(names, args.overlap or OVERLAP)
+    else:
+        pairs = read_pairs(Path(args.match[1]), names)
+    return pairs, len(pairs)
+
+
+def matching_device(device: str) -> str:
+    """Where descriptors are compared."""
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device

@@ -1,0 +1,413 @@
+"""From a folder of photographs to a store of features: decoding, kernels and writing overlap.
+
+Images of one size make a batch. Which images share one depends on the folder alone, not on which
+thread is first nor on what an earlier run has done: a run that was killed and resumed, or shared by
+several processes, gives the same features to the last bit.
+"""
+
+import contextlib
+import functools
+import os
+import queue
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from aliked.backends import Spec, create_extractor
+from aliked.errors import InputError
+from aliked.features import MIN_SIDE, Extractor, Features
+from aliked.files import sha256
+from aliked.images import find_images, load_image, quiet_opencv, read_header
+from aliked.store import FeatureStore
+from aliked.video import frames, is_video
+from aliked.weights import find_weights
+
+BATCH_PIXELS = 32 * 640 * 480  # of a batch where no size is asked for: enough to do for any GPU
+MAX_BATCH = 32
+FLUSH_SECONDS = 10  # between two writes of what is new: what a kill can lose
+TURNS = {3: 2, 6: 3, 8: 1}  # EXIF orientation to quarter turns, as in COLMAP; mirrored ones stay
+
+
+@dataclass(frozen=True)
+class Photo:
+    """One image to be extracted, its pixels not in memory yet."""
+
+    name: str
+    size: tuple[int, int]  # width and height as stored
+    load: Callable[[], np.ndarray]  # uint8 [height, width, 3] RGB as stored
+    turns: int = 0  # quarter turns, counter-clockwise, that make it upright
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to extract and how: all that another process needs to do a part of it."""
+
+    images: Path  # a folder, a video, or the number of a camera
+    backend: str = "pytorch"
+    spec: Spec = field(default_factory=Spec)
+    max_size: int | None = None  # longest side in pixels; larger images are made smaller
+    masks: Path | None = None  # a folder with a mask for every image, as COLMAP has it
+    batch_size: int | None = None
+    threads: int | None = None  # that decode
+    lanes: int = 1  # extractors that take turns, so that one computes while another copies
+    every: int = 1  # frame of a video
+    max_frames: int | None = None
+    strict: bool = False  # the first bad file ends it
+
+    def key(self) -> dict:
+        """What the features depend on besides the image, as a store of features keeps it."""
+        spec = self.spec
+        mode = {"top_k": spec.top_k}
+        if spec.top_k <= 0:
+            mode = {"scores_th": spec.scores_th, "n_limit": spec.n_limit}
+        if spec.model_path is None:
+            file = {"weights": sha256(find_weights(spec.model, spec.weights))}
+        else:
+            file = {"model_path": sha256(spec.model_path)}
+        return {
+            "model": spec.model,
+            "backend": self.backend,
+            "precision": spec.precision,
+            "max_size": self.max_size,
+            "masks": self.masks and str(self.masks.resolve()),
+        } | (mode | file)
+
+    def extracted_size(self, photo: Photo) -> tuple[int, int]:
+        """Width and height of what the extractor sees: upright, at most `max_size` long."""
+        width, height = photo.size if photo.turns % 2 == 0 else photo.size[::-1]
+        scale = self.max_size / max(width, height) if self.max_size else 1
+        if scale >= 1:
+            return width, height
+        return max(1, round(width * scale)), max(1, round(height * scale))
+
+    def batches(self, bad: Callable[[InputError], None]) -> Iterator[list[Photo]]:
+        """All images in batches of one size, in the order in which the batches get full."""
+        waiting: dict[tuple[int, int], list[Photo]] = {}
+        for photo in self._photos(bad):
+            size = self.extracted_size(photo)
+            batch = waiting.setdefault(size, [])
+            batch.append(photo)
+            if len(batch) >= self._batch_size(size):
+                yield waiting.pop(size)
+        yield from waiting.values()
+
+    def _batch_size(self, size: tuple[int, int]) -> int:
+        if self.batch_size:
+            return self.batch_size
+        if self.spec.model_path is not None:  # it may be made for one image
+            return 1
+        return max(1, min(MAX_BATCH, BATCH_PIXELS // (size[0] * size[1])))
+
+    def _photos(self, bad: Callable[[InputError], None]) -> Iterator[Photo]:
+        if is_video(self.images):
+            for name, image in frames(self.images, self.every, self.max_frames):
+                yield Photo(name, image.shape[1::-1], lambda image=image: image)
+            return
+        for name in find_images(self.images):
+            try:
+                yield _photo(self.images, name)
+            except InputError as error:
+                bad(error)
+
+
+def _photo(folder: Path, name: str) -> Photo:
+    path = folder / name
+    if name.encode(errors="replace").decode() != name:
+        raise InputError(f"the name of {str(path)!r} is not UTF-8; rename it")
+    width, height, orientation = read_header(path)
+    load = functools.partial(load_image, path, orientation)  # which other processes can be sent
+    return Photo(name, (width, height), load, TURNS.get(orientation, 0))
+
+
+@dataclass
+class Tally:
+    """How far a run is, and where its time went."""
+
+    images: int = 0
+    keypoints: int = 0
+    skipped: list[str] = field(default_factory=list)  # a sentence for each bad file
+    wall: float = 0.0  # seconds
+    busy: Counter = field(default_factory=Counter)  # seconds of each stage, of all its threads
+    threads: Counter = field(default_factory=Counter)  # of each stage
+
+    def __add__(self, other: "Tally") -> "Tally":
+        """Both runs as one, side by side."""
+        return Tally(
+            self.images + other.images,
+            self.keypoints + other.keypoints,
+            self.skipped + other.skipped,
+            max(self.wall, other.wall),
+            self.busy + other.busy,
+            self.threads + other.threads,
+        )
+
+    @property
+    def rate(self) -> float:
+        """Images per second."""
+        return self.images / self.wall if self.wall else 0.0
+
+    def shares(self) -> str:
+        """How busy each stage is, in percent of the time that its threads have."""
+        time = {stage: max(self.wall * count, 1e-9) for stage, count in self.threads.items()}
+        return ", ".join(f"{s} {min(1, self.busy[s] / time[s]):.0%}" for s in time)
+
+
+Report = Callable[[Tally], None]
+Part = tuple[int, int]  # (i, n): every n-th batch, beginning with the i-th
+
+
+def extract(
+    job: Job, store: FeatureStore, report: Report = lambda tally: None, part: Part = (0, 1)
+) -> Tally:
+    """Extract the images that `store` does not have yet into it, and leave it open.
+
+    `report` is called as it goes on. `InputError` where there is no image at all, the extractor
+    cannot run, or a file is bad and the job strict.
+    """
+    pipeline = Pipeline(job, store, report)
+    tally = pipeline.begin()
+    pipeline.run_batches(missing(job, store, tally, part))
+    return tally
+
+
+def missing(
+    job: Job, store: FeatureStore, tally: Tally, part: Part = (0, 1)
+) -> Iterator[list[Photo]]:
+    """The batches with an image that `store` does not have; bad files go into `tally`."""
+
+    def bad(error: InputError) -> None:
+        if job.strict:
+            raise error
+        if part[0] == 0:  # every part comes across it, and one tells
+            tally.skipped.append(str(error))
+
+    for index, batch in enumerate(job.batches(bad)):
+        if index % part[1] == part[0] and any(photo.name not in store for photo in batch):
+            yield batch
+
+
+class Pipeline:
+    """One process's work: threads that decode, extractors, and a thread that writes."""
+
+    def __init__(self, job: Job, store: FeatureStore, report: Report = lambda tally: None):
+        """Raise `InputError` where the extractor cannot run."""
+        self.job, self.store, self.report = job, store, report
+        self._lock = threading.Lock()  # of the tally
+        self._lanes: queue.SimpleQueue[Lane] = queue.SimpleQueue()
+        for _ in range(job.lanes):
+            self._lanes.put(Lane(create_extractor(job.backend, job.spec)))
+        self._flushed = time.monotonic()
+        self.begin()
+
+    def begin(self) -> Tally:
+        """Count from nothing; what is counted from now on."""
+        decode = self.job.threads or available_cores()
+        self.tally = Tally(threads=Counter(decode=decode, extract=self.job.lanes, write=1))
+        return self.tally
+
+    def run_batches(self, batches: Iterable[list[Photo]]) -> None:
+        """Extract these batches; the features are in the store when it returns."""
+        started = time.perf_counter()
+        counts = self.tally.threads
+        under_way: deque[tuple[int, Future]] = deque()  # images, and their writing
+        with quiet_opencv(), _one_opencv_thread(), _pools(counts) as (readers, lanes, writer):
+            for batch in batches:
+                width, height = self.job.extracted_size(batch[0])
+                pixels = np.empty((len(batch), height, width, 3), np.uint8)
+                decoded = [
+                    readers.submit(self._decode, *one) for one in zip(batch, pixels, strict=True)
+                ]
+                extracted = lanes.submit(self._extract, batch, pixels, decoded)
+                under_way.append((len(batch), writer.submit(self._write, extracted)))
+                most = 2 * counts["decode"] + (counts["extract"] + 1) * len(batch)
+                while sum(images for images, _ in under_way) > most:
+                    self._settle(under_way, started)
+            while under_way:
+                self._settle(under_way, started)
+
+    def _settle(self, under_way: deque[tuple[int, Future]], started: float) -> None:
+        """Wait for the oldest batch; its errors come up here."""
+        under_way.popleft()[1].result()
+        self.tally.wall = time.perf_counter() - started
+        self.report(self.tally)
+
+    def _decode(self, photo: Photo, slot: np.ndarray) -> np.ndarray | None:
+        """Put the pixels that the extractor sees into `slot` [h, w, 3]; the mask, if any."""
+        with self._timed("decode"):
+            pixels = photo.load()
+            if pixels.shape[1::-1] != photo.size:
+                raise InputError(
+                    f"{photo.name} has {pixels.shape[1]}x{pixels.shape[0]} pixels, and "
+                    f"{photo.size[0]}x{photo.size[1]} in its header; replace or remove it"
+                )
+            if min(slot.shape[:2]) < MIN_SIDE:
+                raise InputError(
+                    f"{photo.name} is {slot.shape[1]}x{slot.shape[0]} pixels at --max_size "
+                    f"{self.job.max_size}, and needs {MIN_SIDE}x{MIN_SIDE}; pass a larger one"
+                )
+            upright = np.rot90(pixels, photo.turns)
+            if upright.shape == slot.shape:
+                np.copyto(slot, upright)
+            else:
+                size = slot.shape[1::-1]
+                cv2.resize(np.ascontiguousarray(upright), size, slot, interpolation=cv2.INTER_AREA)
+            return None if self.job.masks is None else read_mask(self.job.masks, photo)
+
+    def _extract(
+        self, batch: list[Photo], pixels: np.ndarray, decoded: list[Future]
+    ) -> list[tuple[Photo, Features, np.ndarray | None]]:
+        masks = {}
+        for index, future in enumerate(decoded):
+            try:
+                masks[index] = future.result()
+            except InputError as error:
+                self._bad(error)
+        if not masks:
+            return []
+        good = list(masks)
+        lane = self._lanes.get()
+        try:
+            with self._timed("extract"):
+                found = lane.extract(pixels if len(good) == len(batch) else pixels[good])
+        finally:
+            self._lanes.put(lane)
+        return [(batch[i], found[at], masks[i]) for at, i in enumerate(good)]
+
+    def _write(self, extracted: Future) -> None:
+        images = extracted.result()
+        with self._timed("write"):
+            if time.monotonic() - self._flushed > FLUSH_SECONDS:
+                self.store.flush()
+                self._flushed = time.monotonic()
+            for photo, features, mask in images:
+                features = as_stored(features, photo, self.job.extracted_size(photo))
+                if mask is not None:
+                    features = unmasked(features, mask)
+                self.store.write(photo.name, features, photo.size)
+                self.tally.keypoints += len(features)
+        self.tally.images += len(images)
+
+    def _bad(self, error: InputError) -> None:
+        if self.job.strict:
+            raise error
+        with self._lock:
+            self.tally.skipped.append(str(error))
+
+    @contextlib.contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.tally.busy[stage] += time.perf_counter() - started
+
+
+class Lane:
+    """An extractor with a CUDA stream of its own, where there is a GPU."""
+
+    def __init__(self, extractor: Extractor):
+        self.extractor = extractor
+        self._stream = contextlib.nullcontext
+        device = str(getattr(extractor, "device", "cpu"))
+        if device.startswith("cuda"):
+            import torch
+
+            stream = torch.cuda.Stream(device)
+            self._stream = lambda: torch.cuda.stream(stream)
+
+    def extract(self, pixels: np.ndarray) -> list[Features]:
+        """The features of uint8 [B, H, W, 3]; `InputError` where memory is short."""
+        try:
+            with self._stream():
+                return self.extractor.extract_batch(pixels)
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError) and "out of memory" not in str(error).lower():
+                raise
+            count, height, width = pixels.shape[:3]
+            raise InputError(
+                f"there is not enough memory for {count} images of {width}x{height} pixels at a "
+                "time; pass a smaller --batch_size or --max_size"
+            ) from error
+
+
+def as_stored(features: Features, photo: Photo, extracted: tuple[int, int]) -> Features:
+    """Features of the upright, perhaps smaller image, with keypoints in the image as stored.
+
+    The centre of the top-left pixel is (0, 0) before and after: x' = (x + 0.5) s - 0.5.
+    """
+    width, height = photo.size
+    upright = photo.size if photo.turns % 2 == 0 else (height, width)
+    points = features.keypoints
+    if upright != extracted:
+        scale = np.array(upright, np.float32) / np.array(extracted, np.float32)
+        points = (points + np.float32(0.5)) * scale - np.float32(0.5)
+    x, y = points.T
+    if photo.turns == 1:
+        x, y = width - 1 - y, x
+    elif photo.turns == 2:
+        x, y = width - 1 - x, height - 1 - y
+    elif photo.turns == 3:
+        x, y = y, height - 1 - x
+    return Features(np.stack([x, y], axis=1), features.scores, features.descriptors)
+
+
+def read_mask(folder: Path, photo: Photo) -> np.ndarray:
+    """The mask of an image, uint8 [height, width] as stored: NAME.png, or the suffix replaced.
+
+    The same names as COLMAP's. `InputError` where there is none, or it has another size.
+    """
+    paths = [folder / f"{photo.name}.png", (folder / photo.name).with_suffix(".png")]
+    found = next((path for path in paths if path.is_file()), None)
+    if found is None:
+        raise InputError(f"{photo.name} has no mask {paths[0]}; add one, white where all counts")
+    mask = load_image(found, stored=1)
+    if mask.shape[1::-1] != photo.size:
+        raise InputError(
+            f"the mask {found} has {mask.shape[1]}x{mask.shape[0]} pixels, and {photo.name} "
+            f"{photo.size[0]}x{photo.size[1]} as stored; make them the same"
+        )
+    return mask.max(axis=2)
+
+
+def unmasked(features: Features, mask: np.ndarray) -> Features:
+    """The features whose keypoints lie in pixels of `mask` [H, W] that are not black."""
+    x, y = np.floor(features.keypoints + 0.5).astype(int).T
+    inside = (x >= 0) & (y >= 0) & (x < mask.shape[1]) & (y < mask.shape[0])
+    kept = np.flatnonzero(inside)[mask[y[inside], x[inside]] > 0]
+    return Features(*(rows[kept] for rows in vars(features).values()))
+
+
+def available_cores() -> int:
+    """The processor cores that this process may use."""
+    allowed = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+    return len(allowed(0))
+
+
+@contextlib.contextmanager
+def _pools(threads: Counter) -> Iterator[list[ThreadPoolExecutor]]:
+    """A pool for each stage; after an error nothing that has not begun is begun."""
+    pools = [ThreadPoolExecutor(threads[stage], f"aliked-{stage}") for stage in threads]
+    try:
+        yield pools
+    finally:
+        for pool in pools:
+            pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _one_opencv_thread() -> Iterator[None]:
+    """Keep OpenCV from starting threads of its own: every image has one already."""
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    try:
+        yield
+    finally:
+        cv2.setNumThreads(threads)

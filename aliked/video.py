@@ -1,0 +1,58 @@
+"""Frames of a video file or a camera, as `aliked.images` gives photographs."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from aliked.errors import InputError
+from aliked.images import quiet_opencv
+
+VIDEO_SUFFIXES = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
+
+
+def is_video(source: str | Path) -> bool:
+    """Whether this names a video file, or a camera by its number ("0")."""
+    return str(source).isdigit() or str(source).lower().endswith(VIDEO_SUFFIXES)
+
+
+def frames(
+    source: str | Path, every: int = 1, limit: int | None = None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Each `every`-th frame of a video file or a camera, at most `limit` of them.
+
+    Yields a name ("clip.mp4/000012", "camera0/000012", counted from 0 over all frames) and uint8
+    [H, W, 3] RGB. `InputError` where there is no such camera, or the file is no video that OpenCV
+    can read. A camera goes on until `limit` or an interrupt.
+    """
+    camera = str(source).isdigit()
+    if not camera and not Path(source).is_file():
+        raise InputError(f"there is no video {source}; give a file, or the number of a camera")
+    with quiet_opencv():
+        capture = cv2.VideoCapture(int(str(source)) if camera else str(source))
+    folder = f"camera{source}" if camera else Path(source).name
+    try:
+        first, image = capture.read()
+        if not first:
+            raise InputError(
+                f"camera {source} gives no image; connect it, or give another number"
+                if camera
+                else f"{source} is damaged or no video that OpenCV can read; convert it to MP4"
+            )
+        index = count = 0
+        while image is not None and count != limit:
+            yield f"{folder}/{index:06}", cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+            count += 1
+            index += every
+            image = _skip_to(capture, every)
+    finally:
+        capture.release()
+
+
+def _skip_to(capture: cv2.VideoCapture, steps: int) -> np.ndarray | None:
+    """The frame that many `steps` on; the ones between are not converted to pixels."""
+    for _ in range(steps - 1):
+        if not capture.grab():
+            return None
+    return capture.read()[1]

@@ -1,0 +1,243 @@
+"""The file that features are kept in: what comes back, what a kill leaves, what is refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from aliked import store as module
+from aliked.errors import InputError
+from aliked.features import Features
+from aliked.store import FeatureStore
+
+KEY = {"model": "aliked-n16", "weights": "12ab", "top_k": 50}
+SIZE = (640, 480)
+
+
+def features(seed: int, keypoints: int = 50) -> Features:
+    random = np.random.default_rng(seed)
+    shapes = (keypoints, 2), keypoints, (keypoints, 8)
+    return Features(*(random.random(shape, np.float32) for shape in shapes))
+
+
+def assert_same(found: Features, expected: Features) -> None:
+    for name, values in vars(expected).items():
+        assert np.array_equal(getattr(found, name), values)
+        assert getattr(found, name).dtype == np.float32
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    """A store of three images."""
+    path = tmp_path / "features.h5"
+    with FeatureStore.open(path, KEY) as store:
+        for i in range(3):
+            store.write(f"day/{i}.jpg", features(i), SIZE)
+    return path
+
+
+@pytest.mark.parametrize("compression", [None, "lzf", "gzip"])
+@pytest.mark.parametrize("keypoints", [0, 50])
+def test_features_come_back_as_they_were(tmp_path, compression, keypoints):
+    path = tmp_path / "features.h5"
+    with FeatureStore.open(path, KEY, compression) as store:
+        store.write("a/b.jpg", features(1, keypoints), SIZE)
+        assert_same(store.read("a/b.jpg"), features(1, keypoints))  # still in memory
+        store.flush()
+        assert_same(store.read("a/b.jpg"), features(1, keypoints))  # in a part
+    again = FeatureStore.open(path, KEY)
+    assert_same(again.read("a/b.jpg"), features(1, keypoints))
+    assert again.size("a/b.jpg") == SIZE
+    assert again.names() == ["a/b.jpg"] and "a/b.jpg" in again and "b.jpg" not in again
+    assert [file.name for file in tmp_path.iterdir()] == ["features.h5"]
+
+
+def test_the_layout_is_the_one_that_hloc_reads(path):
+    """What hloc/utils/io.py and match_features.py ask of a file of features."""
+    names = []
+    with h5py.File(path, "r", libver="latest") as file:
+        file.visititems(
+            lambda _, item: (
+                names.append(item.parent.name.strip("/"))
+                if isinstance(item, h5py.Dataset)
+                else None
+            )
+        )
+        assert set(names) == {"day/0.jpg", "day/1.jpg", "day/2.jpg"}
+        group = file["day/1.jpg"]
+        assert group["descriptors"].shape == (8, 50)  # [D, N]
+        np.testing.assert_array_equal(group["descriptors"][()].T, features(1).descriptors)
+        np.testing.assert_array_equal(group["keypoints"][()], features(1).keypoints)
+        np.testing.assert_array_equal(group["scores"][()], features(1).scores)
+        assert group["image_size"][()].tolist() == [640, 480]
+
+
+def test_what_is_written_again_replaces_the_older(path):
+    with FeatureStore.open(path, KEY) as store:
+        store.write("day/1.jpg", features(8), SIZE)
+        store.write("day/1.jpg", features(9), SIZE)
+    store = FeatureStore.open(path, KEY)
+    assert_same(store.read("day/1.jpg"), features(9))
+    assert_same(store.read("day/2.jpg"), features(2))
+    assert len(store) == 3
+
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from aliked import store
+from tests.aliked.test_store import KEY, SIZE, features
+store.PART_BYTES = 4000  # two images
+s = store.FeatureStore.open(Path(sys.argv[1]), KEY)
+for i in range(int(sys.argv[2]), 9):
+    if f"{i}.jpg" not in s:
+        s.write(f"{i}.jpg", features(i), SIZE)
+        print(i, flush=True)
+    if i == int(sys.argv[3]):
+        time.sleep(60)
+s.close()
+"""
+
+
+def writer(path: Path, first: int, stop: int) -> subprocess.Popen:
+    command = [sys.executable, "-c", WRITER, str(path), str(first), str(stop)]
+    root = Path(__file__).resolve().parents[2]
+    return subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True)
+
+
+def test_a_killed_run_goes_on_and_gives_the_bytes_of_one_that_was_not(tmp_path):
+    whole, killed = tmp_path / "whole.h5", tmp_path / "killed.h5"
+    assert writer(whole, 0, -1).wait() == 0
+    process = writer(killed, 0, 6)
+    while process.stdout.readline() != "6\n":
+        pass
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not killed.exists()
+    assert FeatureStore.open(killed, KEY).names() == [f"{i}.jpg" for i in range(6)]  # whole parts
+    again = writer(killed, 0, -1)
+    assert again.communicate()[0].split() == ["6", "7", "8"]
+    assert killed.read_bytes() == whole.read_bytes()
+    assert {file.name for file in tmp_path.iterdir()} == {"whole.h5", "killed.h5"}
+
+
+def test_two_processes_fill_one_store(tmp_path):
+    path = tmp_path / "features.h5"
+    first, second = (FeatureStore.open(path, KEY) for _ in range(2))
+    first.write("a.jpg", features(1), SIZE)
+    second.write("b.jpg", features(2), SIZE)
+    second.flush()
+    first.close()
+    assert FeatureStore.open(path, KEY).names() == ["a.jpg", "b.jpg"]
+
+
+def test_an_error_keeps_what_was_written(tmp_path):
+    path = tmp_path / "features.h5"
+    with pytest.raises(KeyboardInterrupt), FeatureStore.open(path, KEY) as store:
+        store.write("a.jpg", features(1), SIZE)
+        raise KeyboardInterrupt
+    assert not path.exists()
+    assert_same(FeatureStore.open(path, KEY).read("a.jpg"), features(1))
+
+
+def test_features_of_another_key_are_refused(path):
+    with pytest.raises(InputError, match=r"another top_k \(50, not 60\)"):
+        FeatureStore.open(path, KEY | {"top_k": 60})
+    with FeatureStore.open(path.with_name("other.h5"), KEY) as store:
+        store.write("a.jpg", features(1), SIZE)
+        store.flush()
+        with pytest.raises(InputError, match=r"another weights \(12ab, not 34\)"):
+            FeatureStore.open(path.with_name("other.h5"), KEY | {"weights": "34"})
+
+
+@pytest.mark.parametrize("length", [0, 1, 500, 5000, -1, -300])
+def test_a_truncated_file_is_refused(path, length):
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(InputError, match=r"cannot read the features in .*features\.h5"):
+        FeatureStore.open(path, KEY)
+
+
+def test_a_foreign_file_is_refused(tmp_path):
+    foreign = tmp_path / "foreign.h5"
+    with h5py.File(foreign, "w") as file:
+        file["day/1.jpg/keypoints"] = np.zeros((3, 2))
+    with pytest.raises(InputError, match="is no file of ALIKED features"):
+        FeatureStore.open(foreign, KEY)
+    for attribute in (3, np.zeros(4), b"aliked", h5py.Empty("f")):
+        with h5py.File(foreign, "a") as file:
+            file.attrs["format"] = attribute
+        with pytest.raises(InputError, match="is no file of ALIKED features"):
+            FeatureStore.open(foreign, KEY)
+    (tmp_path / "text.h5").write_text("no HDF5")
+    (tmp_path / "folder.h5").mkdir()
+    for name in ("text.h5", "folder.h5"):
+        with pytest.raises(InputError, match="cannot read the features in"):
+            FeatureStore.open(tmp_path / name, KEY)
+
+
+DAMAGE = {
+    "shorter scores": ("scores", np.zeros(49, np.float32)),
+    "keypoints of three numbers": ("keypoints", np.zeros((50, 3), np.float32)),
+    "descriptors of more keypoints": ("descriptors", np.zeros((8, 51), np.float32)),
+    "flat descriptors": ("descriptors", np.zeros(50, np.float32)),
+    "a single number": ("scores", np.float32(1)),
+    "text": ("scores", np.array([b"x"] * 50)),
+    "whole numbers": ("keypoints", np.zeros((50, 2), np.int64)),
+    "NaN": ("descriptors", np.full((8, 50), np.nan, np.float32)),
+    "a size of one number": ("image_size", np.zeros(1, np.int64)),
+    "a size of fractions": ("image_size", np.zeros(2)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_arrays_that_are_no_features_are_refused(path, damage):
+    field, values = DAMAGE[damage]
+    with h5py.File(path, "a") as file:
+        del file[f"day/1.jpg/{field}"]
+        file[f"day/1.jpg/{field}"] = values
+    store = FeatureStore.open(path, KEY)
+    with pytest.raises(InputError, match=r"cannot read the features in .*features\.h5"):
+        store.read("day/1.jpg")
+    assert_same(store.read("day/2.jpg"), features(2))
+
+
+def test_a_file_that_claims_more_than_it_has_takes_no_memory(path):
+    with h5py.File(path, "a") as file:
+        del file["day/1.jpg/scores"]
+        file["day/1.jpg"].create_dataset("scores", (2**40,), np.float32, chunks=(1024,))
+    with pytest.raises(InputError, match="claims 1099511627776 values"):
+        FeatureStore.open(path, KEY).read("day/1.jpg")
+
+
+def test_a_link_to_another_file_is_not_followed(path, tmp_path):
+    with h5py.File(path, "a") as file:
+        file["linked.jpg"] = h5py.ExternalLink(str(tmp_path / "elsewhere.h5"), "/day")
+    assert FeatureStore.open(path, KEY).names() == ["day/0.jpg", "day/1.jpg", "day/2.jpg"]
+
+
+@pytest.mark.parametrize(
+    "name", ["", "/etc/1.jpg", "../1.jpg", "a//b", "a/./b", "a\0b", "\udce9.jpg"]
+)
+def test_a_name_that_is_no_relative_path_is_refused(tmp_path, name):
+    with pytest.raises(InputError, match="cannot name an image"):
+        FeatureStore.open(tmp_path / "f.h5", KEY).write(name, features(1), SIZE)
+
+
+def test_an_image_in_a_folder_with_the_name_of_a_field(tmp_path):
+    path = tmp_path / "features.h5"
+    with FeatureStore.open(path, KEY) as store:
+        store.write("day/keypoints/1.jpg", features(1), SIZE)
+        store.write("image_size/scores.jpg", features(2), SIZE)
+    assert FeatureStore.open(path, KEY).names() == ["day/keypoints/1.jpg", "image_size/scores.jpg"]
+
+
+def test_the_key_is_kept_as_json(path):
+    with h5py.File(path) as file:
+        assert json.loads(file.attrs["key"]) == KEY
+        assert file.attrs["format"] == module.FORMAT

@@ -1,0 +1,275 @@
+"""`extract.py` as users run it: killed, resumed, shared by processes, given what cannot be used."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import h5py
+import pytest
+
+import extract as script
+from aliked import extraction
+from aliked.errors import InputError
+from tests.helpers.photos import Brightest, noise, write_photo
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def extractor(monkeypatch) -> Brightest:
+    """In place of every backend."""
+    extractor = Brightest()
+    monkeypatch.setattr(extraction, "create_extractor", lambda name, spec: extractor)
+    return extractor
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """Nine photographs of two sizes in two folders."""
+    for i in range(9):
+        name, size = (f"a/{i}.png", (64, 48)) if i % 2 else (f"b/{i}.jpg", (48, 64))
+        write_photo(tmp_path / "photos" / name, noise(i, *size))
+    return tmp_path / "photos"
+
+
+def extract(*args) -> None:
+    """Run it in this process."""
+    script.main(script.parser().parse_args([*map(str, args), "--device", "cpu"]))
+
+
+SMALL_PARTS = """
+import runpy, sys
+from aliked import extraction, store
+from aliked.features import Extractor
+store.PART_BYTES = 40_000
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def start(*args, code=SMALL_PARTS, **options) -> subprocess.Popen:
+    """Run it in a process of its own, by a network; parts of few images."""
+    return subprocess.Popen(
+        [sys.executable, "-c", code, "extract.py", *map(str, args), "--device", "cpu"],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def test_a_killed_run_is_resumed_and_gives_what_an_uninterrupted_one_gives(tmp_path, photos):
+    options = ("--top_k", 50, "--batch_size", 2, "--threads", 2)
+    extract(photos, "--output", tmp_path / "whole.h5", *options)
+    killed = tmp_path / "killed.h5"
+    process = start(photos, "--output", killed, *options)
+    parts = tmp_path / "killed.h5.parts"
+    while not list(parts.glob("*.h5")) and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not killed.exists()
+    with pytest.raises(InputError, match=r"killed\.h5\.parts exists; pass --resume"):
+        extract(photos, "--output", killed, *options)
+    extract(photos, "--output", killed, "--resume", *options)
+    assert killed.read_bytes() == (tmp_path / "whole.h5").read_bytes()
+    assert not parts.exists()
+
+
+def test_processes_share_the_work_and_replace_one_that_is_killed(tmp_path, photos):
+    """Killed at its first batch: another begins, and the file is that of one process."""
+    options = ("--top_k", 50, "--batch_size", 1)
+    extract(photos, "--output", tmp_path / "whole.h5", *options)
+    code = """
+import os, signal, sys
+from pathlib import Path
+from aliked import extraction
+original = extraction.Pipeline._extract
+def _extract(self, *args):
+    mark = Path(os.environ["MARK"])
+    if not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(self, *args)
+extraction.Pipeline._extract = _extract
+if __name__ == "__main__":
+    import extract
+    from aliked import cli
+    cli.run(extract.main, extract.parser())
+"""
+    main = tmp_path / "main.py"  # which spawned processes import as well
+    main.write_text(code)
+    command = [sys.executable, main, photos, "--output", tmp_path / "f.h5", *options]
+    result = subprocess.run(
+        [*map(str, command), "--device", "cpu", "--processes", "2"],
+        env=os.environ
+        | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MARK": str(tmp_path / "killed")},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "killed").exists()
+    assert (tmp_path / "f.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
+
+
+def test_a_full_disk_is_one_sentence_and_what_was_extracted_is_kept(tmp_path, photos):
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
+    options = ("--output", tmp_path / "f.h5", "--top_k", 50)
+    process = start(photos, *options, "--batch_size", 1, preexec_fn=limit)
+    _, errors = process.communicate()
+    assert process.returncode == 2, errors
+    (sentence,) = [line for line in errors.splitlines() if "error:" in line]
+    assert "cannot write" in sentence and "pass --resume" in sentence
+    assert "Traceback" not in errors and not (tmp_path / "f.h5").exists()
+    assert len(list((tmp_path / "f.h5.parts").glob("*.h5"))) >= 1
+    extract(photos, *options, "--batch_size", 1, "--resume")
+    extract(photos, "--output", tmp_path / "whole.h5", "--top_k", 50, "--batch_size", 1)
+    assert (tmp_path / "f.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
+
+
+def test_the_report_counts_images_and_names_bad_files(tmp_path, photos, extractor, capsys):
+    (photos / "a/bad.jpg").write_text("no image")
+    extract(photos, "--output", tmp_path / "f.h5")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"skipped: {photos}/a/bad.jpg is truncated")
+    assert lines[1].startswith("9 images in ") and "images/s; busy: decode " in lines[1]
+    assert lines[2].endswith("9 images by aliked-t16-homography on pytorch, 1 files skipped")
+    with pytest.raises(InputError, match=r"bad\.jpg is truncated"):
+        extract(photos, "--output", tmp_path / "strict.h5", "--strict")
+    extract(photos, "--output", tmp_path / "f.h5", "--resume")
+    assert len(extractor.seen) > 0
+
+
+def test_a_folder_without_a_single_image_that_can_be_read_is_refused(tmp_path, extractor):
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(InputError, match="no image in"):
+        extract(tmp_path / "photos", "--output", tmp_path / "f.h5")
+    (tmp_path / "photos/a.jpg").touch()
+    with pytest.raises(InputError, match=r"no image of .* could be used \(1 files\)"):
+        extract(tmp_path / "photos", "--output", tmp_path / "f.h5")
+    assert not (tmp_path / "f.h5").exists()
+
+
+def test_features_of_another_model_are_refused_and_left(tmp_path, photos, extractor):
+    output = tmp_path / "f.h5"
+    extract(photos, "--output", output)
+    before = output.read_bytes()
+    with pytest.raises(InputError, match="exists; pass --resume to go on"):
+        extract(photos, "--output", output)
+    with pytest.raises(InputError, match=r"another top_k \(1000, not 500\)"):
+        extract(photos, "--output", output, "--resume", "--top_k", 500)
+    with pytest.raises(InputError, match="another max_size"):
+        extract(photos, "--output", output, "--resume", "--max_size", 500)
+    assert output.read_bytes() == before
+
+
+def test_a_database_with_its_features_and_matches(tmp_path, photos, extractor):
+    pycolmap = pytest.importorskip("pycolmap", reason="pycolmap is not installed")
+    database = tmp_path / "d.db"
+    options = (photos, "--colmap", database, "--match", "sequential", "--overlap", 2)
+    extract(*options)
+    with pycolmap.Database.open(database) as db:
+        assert db.num_images() == 9 and db.num_keypoints() == 9 * 20
+        assert len(db.read_all_matches()[0]) == 8 + 7
+    with h5py.File(tmp_path / "d.h5") as file:
+        assert len(file["a"]) + len(file["b"]) == 9
+    with pytest.raises(InputError, match="exists; pass --resume"):
+        extract(*options)
+    extract(*options, "--resume")
+    pairs = tmp_path / "pairs.txt"
+    pairs.write_text("a/1.png nowhere.png\n")
+    with pytest.raises(InputError, match=r"names nowhere\.png, which is not among"):
+        extract(photos, "--colmap", tmp_path / "e.db", "--match", "pairs", pairs)
+    assert not (tmp_path / "e.h5").exists()
+
+
+REFUSED = {
+    "nothing to write": (),
+    "--match needs --colmap": ("--output", "f.h5", "--match", "exhaustive"),
+    "--camera_mode needs --colmap": ("--output", "f.h5", "--camera_mode", "single"),
+    "--overlap needs --match sequential": ("--colmap", "d.db", "--overlap", "3"),
+    "--min_similarity needs --match": ("--colmap", "d.db", "--min_similarity", "0.5"),
+    "--every needs a video": ("--output", "f.h5", "--every", "3"),
+    "unknown --match nearest": ("--colmap", "d.db", "--match", "nearest"),
+    "unknown --match pairs": ("--colmap", "d.db", "--match", "pairs"),
+    "cannot be both": ("--output", "d.db", "--colmap", "d.db"),
+    "unknown backend": ("--output", "f.h5", "--backend", "none"),
+    "no backend runs": ("--output", "f.h5", "--model_path", "model.xyz"),
+    "cannot write into": ("--output", "/proc/nowhere/f.h5"),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_options_that_do_not_go_together_are_refused(tmp_path, photos, monkeypatch, reason):
+    if "--colmap" in REFUSED[reason]:
+        pytest.importorskip("pycolmap", reason="pycolmap is not installed")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=reason):
+        extract(photos, *REFUSED[reason])
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"]
+
+
+@pytest.mark.parametrize("option", ["--masks", "--processes", "--ray"])
+def test_options_of_a_folder_are_refused_for_a_video(tmp_path, option):
+    with pytest.raises(InputError, match=f"{option} needs a folder of images"):
+        extract("clip.mp4", "--output", tmp_path / "f.h5", option, 2)
+    with pytest.raises(InputError, match="camera 0 has no end; pass --frames N"):
+        extract("0", "--output", tmp_path / "f.h5")
+
+
+def test_ray_loses_nothing_when_a_worker_is_killed(tmp_path, photos, monkeypatch):
+    """Two local actors; one kills itself in the middle of its first shard."""
+    pytest.importorskip("ray", reason="ray is not installed")
+    pytest.importorskip("ray.data", reason="ray's data library is not installed")
+    from aliked import workers
+
+    options = ("--top_k", 50, "--batch_size", 1)
+    extract(photos, "--output", tmp_path / "whole.h5", *options)
+    mark = tmp_path / "killed"
+
+    class Dying(workers.ShardWorker):
+        def __call__(self, rows):
+            if not mark.exists():
+                mark.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().__call__(rows)
+
+    monkeypatch.setattr(workers, "ShardWorker", Dying)
+    monkeypatch.setattr(workers, "SHARD_BATCHES", 2)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    extract(photos, "--output", tmp_path / "f.h5", *options, "--ray", "local", "--processes", 2)
+    assert mark.exists()
+    assert (tmp_path / "f.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
+
+
+def test_a_cluster_that_does_not_answer_is_refused(tmp_path, photos):
+    pytest.importorskip("ray.data", reason="ray's data library is not installed")
+    with pytest.raises(InputError, match="no Ray cluster answers at"):
+        extract(photos, "--output", tmp_path / "f.h5", "--ray", "nowhere")
+
+
+def test_a_video_becomes_a_database_too(tmp_path, extractor):
+    pycolmap = pytest.importorskip("pycolmap", reason="pycolmap is not installed")
+    clip = tmp_path / "clip.avi"
+    writer = cv2.VideoWriter(str(clip), cv2.VideoWriter_fourcc(*"MJPG"), 10, (64, 48))
+    for i in range(6):
+        writer.write(noise(i))
+    writer.release()
+    database = tmp_path / "d.db"
+    options = ("--match", "sequential", "--overlap", 1, "--camera_mode", "single")
+    extract(clip, "--colmap", database, "--every", 2, *options)
+    with pycolmap.Database.open(database) as db:
+        names = [image.name for image in db.read_all_images()]
+        assert names == [f"clip.avi/{i:06}" for i in (0, 2, 4)]
+        assert len(db.read_all_cameras()) == 1 and len(db.read_all_matches()[0]) == 2
