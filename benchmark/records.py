@@ -352,12 +352,6 @@ def only_writer(path: Path) -> Iterator[None]:
         ) from error
 
 
-def write_records(path: Path, records: Iterable[AnyRecord | dict]) -> None:
-    """Write a file of records, whole or not at all."""
-    with whole_file(path) as partial:
-        partial.write_bytes(b"".join(msgspec.json.encode(r) + b"\n" for r in records))
-
-
 def keep_lines(path: Path, numbers: Iterable[int]) -> None:
     """Rewrite a file with these of its lines, as they are; whole or not at all."""
     lines = read_file(path).split(b"\n")

@@ -187,14 +187,14 @@ USERS_ROWS = {
 def small_table(records: list[AnyRecord]) -> str:
     """Return one table of single images by the compute clock, of two models and two K.
 
-    It is of the device on which most of these rows were measured, of the two models, K and the
-    precision that `USERS_ROWS` names; "" where there is none of them.
+    It is of the models, K and precision that `USERS_ROWS` names, on the device with most of them
+    (the first such); "" where there is none.
     """
     chosen = [
         [r for r in section if r.measured and r.row.batch == 1 and _is_users(r.row)]
         for section in sections(records)
     ]
-    most = max(chosen, key=len, default=[])
+    most = max(chosen, key=lambda own: len({case(r.row) for r in own}), default=[])
     if not most:
         return ""
     title = f"**{most[0].device_name}, {USERS_ROWS['precision'].upper()}: ms, MiB**"

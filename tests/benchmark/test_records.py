@@ -21,10 +21,9 @@ from benchmark.records import (
     read_lines,
     read_records,
     resume,
-    write_records,
 )
 from benchmark.report import report_text
-from tests.helpers.timing_records import CONFIGURATION, ROW, measured, outcome
+from tests.helpers.timing_records import CONFIGURATION, ROW, measured, outcome, write_records
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ import draw_report as report
 from aliked.backends import BACKENDS
 from aliked.errors import InputError
 from benchmark import plots
-from benchmark.records import load_records, pair_runs, write_records
+from benchmark.records import load_records, pair_runs
 from benchmark.report import report_text, summary_table
-from tests.helpers.timing_records import CONFIGURATION, ROW, clock, measured, outcome
+from tests.helpers.timing_records import CONFIGURATION, ROW, clock, measured, outcome, write_records
 
 GPU = CONFIGURATION | {
     "machine": CONFIGURATION["machine"] | {"gpu": "Some GPU", "driver": "600.1"},

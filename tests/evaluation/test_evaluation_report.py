@@ -8,12 +8,12 @@ from msgspec.structs import replace
 
 import draw_report as report
 from aliked.errors import InputError
-from benchmark.records import load_records, write_records
+from benchmark.records import load_records
 from evaluation.report import frontier, report_text
 from evaluation.scores import Score, load_outcomes, paired_difference
 from tests.helpers import timing_records
 from tests.helpers.evaluation_records import FP16, FP32, SIFT, record
-from tests.helpers.timing_records import ROW, measured
+from tests.helpers.timing_records import ROW, measured, write_records
 
 ERRORS = [0.5, 0.7, 1.5, 2.0, 4.0, None]
 MEAN = Score("mean", lambda pair: pair["value"])

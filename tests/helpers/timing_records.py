@@ -1,5 +1,8 @@
 """Records as a benchmark writes them, made up, for the tests of what reads them."""
 
+import json
+from pathlib import Path
+
 from msgspec.structs import asdict
 
 from benchmark.records import SCHEMA
@@ -95,3 +98,8 @@ def measured(row: Row, ms: float, in_common: float = 1.0, mib: float = 500.0, **
         model_file=None,
         **changes,
     )
+
+
+def write_records(path: Path, records: list[dict]) -> None:
+    """Write a file of records."""
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
