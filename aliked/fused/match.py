@@ -4,7 +4,7 @@ import torch
 
 from aliked.errors import InputError
 from aliked.fused import cuda_source, launches
-from aliked.fused.common import check_same_device, float_bits
+from aliked.fused.common import float_bits
 
 SOURCE = "match.cu"
 DEPTH = 16  # channels that the kernel takes at a time
@@ -43,8 +43,11 @@ def nearest(
     if descriptors0.shape[1] != descriptors1.shape[1]:
         lengths = descriptors0.shape[1], descriptors1.shape[1]
         raise InputError("descriptors of length {} and {} cannot be compared".format(*lengths))
+    if descriptors0.device != descriptors1.device:  # a kernel would read the other's as its own
+        devices = descriptors0.device, descriptors1.device
+        raise InputError("the descriptors are on two devices, {} and {}".format(*devices))
     a, b = descriptors0.contiguous(), descriptors1.contiguous()
-    device, rows, columns = check_same_device(a, b), len(a), len(b)
+    device, rows, columns = a.device, len(a), len(b)
     best = torch.zeros(rows + columns, dtype=torch.int64, device=device)
     index = torch.full((rows,), -1, dtype=torch.int32, device=device)
     similarities = torch.zeros(rows, device=device)

@@ -158,7 +158,7 @@ def test_every_build_of_the_table_is_one_that_python_would_compile(monkeypatch):
     monkeypatch.setattr(cuda_source, "compiled", compiled)
     for name in ("aliked-t16", "aliked-n16", "aliked-n32"):
         for top_k in (100, 20000):
-            for size, clusters in [((64, 96), True), ((64, 96), False), ((640, 960), True)]:
+            for size, clusters in [((64, 96), True), ((64, 96), False), ((1280, 1920), True)]:
                 monkeypatch.setattr(
                     "aliked.fused.deform.has_clusters", lambda device, c=clusters: c
                 )

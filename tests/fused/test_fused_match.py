@@ -86,6 +86,7 @@ def test_no_descriptors_have_no_matches():
         (torch.zeros(3, 32), torch.zeros(3, 16)),
         (torch.zeros(3, 16, dtype=torch.float64), torch.zeros(3, 16)),
         (torch.zeros(16), torch.zeros(3, 16)),
+        (torch.zeros(3, 16), torch.zeros(3, 16, device="meta")),
     ],
 )
 def test_what_cannot_be_matched_is_refused(a, b):
