@@ -18,7 +18,7 @@ from aliked.files import whole_file
 from aliked.matching import match_mutual, mutual_nearest_keypoints
 
 PRECISIONS = ("fp32", "fp16")
-RUNNERS = {".onnx": "onnxruntime", ".trt": "tensorrt"}  # of a file that comes without a backend
+ENGINES = (".trt", ".rtx")  # whose manifest says which backend runs them
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,11 @@ def _runner(role: str, path: Path | None) -> str:
     """The backend that runs a file without being named."""
     if path is None:
         return "pytorch"
-    if path.suffix not in RUNNERS:
-        raise InputError(f"{path} may be of any backend; say which one runs it: --{role} BACKEND")
-    return RUNNERS[path.suffix]
+    if path.suffix == ".onnx":
+        return "onnxruntime"
+    if path.suffix in ENGINES:
+        return read_manifest(path)["library"]
+    raise InputError(f"{path} may be of any backend; say which one runs it: --{role} BACKEND")
 
 
 def _check_file(role: str, backend: str, path: Path | None) -> None:
@@ -119,7 +121,7 @@ def _check_file(role: str, backend: str, path: Path | None) -> None:
 
 def _read_file(backend: str, path: Path) -> tuple[dict, str | None]:
     """What a file was exported with, and its precision; what it does not say is missing."""
-    if backend == "tensorrt":
+    if backend.startswith("tensorrt"):
         manifest = read_manifest(path)
         return manifest["source"]["export"], manifest["precision"].lower()
     if backend.startswith("onnxruntime"):

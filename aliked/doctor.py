@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from aliked import cli, gpu
 from aliked.backends import BACKENDS
+from aliked.backends.tensorrt_library import RTX, RTX_GPUS
 from aliked.errors import missing_package
 
 
@@ -45,7 +46,12 @@ PACKAGES = (
     "tensorrt-cu12",
     "tensorrt-cu13",
     "tensorrt-lean",
+    "tensorrt-rtx-cu12",
     "tensorrt-rtx-cu13",
+    "torch-tensorrt",
+    "torch-tensorrt-rtx",
+    "onnxruntime-ep-nv-tensorrt-rtx-cu12",
+    "onnxruntime-ep-nv-tensorrt-rtx-cu13",
     "pycuda",
     "nvidia-ml-py",
 )
@@ -77,6 +83,17 @@ def backends() -> dict[str, str]:
     return {name: backend.unavailable() or "available" for name, backend in BACKENDS.items()}
 
 
+def tensorrt_for_rtx() -> dict[str, str]:
+    """Return which version of TensorRT for RTX runs on which GPU, and what is so here."""
+    rows = {f"compute capability {gpus}": text for gpus, text in RTX_GPUS.items()}
+    here = RTX.not_installed()
+    if here or gpu.unavailable():
+        return rows | {"here": here or f"version {RTX.version} builds, but runs nothing: no GPU"}
+    for index, device in enumerate(gpu.devices()):
+        rows[f"cuda:{index}"] = RTX.refuses(device) or f"version {RTX.version} may run"
+    return rows
+
+
 def custom_operators() -> dict[str, str]:
     """Every operator that can be compiled: which form of it is in use."""
     try:
@@ -98,6 +115,7 @@ def main(args: argparse.Namespace | None = None) -> None:
         "Installed": packages(),
         "Devices": graphics_cards(),
         "Backends": backends(),
+        "TensorRT for RTX": tensorrt_for_rtx(),
         "Operators": custom_operators(),
     }
     for title, rows in sections.items():

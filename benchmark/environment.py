@@ -20,7 +20,6 @@ import torch
 from aliked import gpu
 from aliked.backends import get_backend
 from aliked.backends.pytorch import choose_device
-from aliked.backends.tensorrt import manifest_path, read_manifest
 from aliked.doctor import PACKAGES, installed_versions
 from aliked.features import Extractor
 from benchmark.timing import Progress
@@ -222,15 +221,15 @@ def observed(extractor: Extractor) -> Iterator[dict[str, bool]]:
         extractor.forward = forward
 
 
-def tf32_of(extractor: Extractor, model_path: Path | None) -> bool | None:
+def tf32_of(extractor: Extractor) -> bool | None:
     """Return whether a runtime other than PyTorch may round to TF32; None if it does not say."""
-    if model_path and manifest_path(model_path).exists():
-        return read_manifest(model_path).get("tf32")
+    if manifest := getattr(extractor, "manifest", None):  # of an engine
+        return manifest["tf32"]
     session = getattr(extractor, "session", None)
     if not hasattr(session, "get_provider_options"):
         return None
     options = session.get_provider_options()
-    if any(name.lower().startswith(("tensorrt", "nvtensorrt")) for name in options):
+    if any("tensorrt" in name.lower() for name in options):
         return None
     return any(own.get("use_tf32", "0") == "1" for own in options.values())
 

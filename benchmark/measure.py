@@ -229,7 +229,7 @@ def measure(
         "per_image": per_image(subject, compute, end_to_end),
         "matches": matches(subject, min_similarity),
         "settings": {
-            "tf32": environment.tf32_of(subject.extractor, spec.model_path),
+            "tf32": environment.tf32_of(subject.extractor),
             "garbage_collector": monitor.collects_garbage,
             "get_patches": form_in_use(),
             **inside,

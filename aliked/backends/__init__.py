@@ -40,7 +40,7 @@ class Backend:
     options: Mapping[str, Any] = field(default_factory=dict)
     devices: tuple[str, ...] = ("cuda",)  # of "cpu" and "cuda"
     precisions: tuple[str, ...] = ("fp32", "fp16")
-    suffix: str | None = None  # of the model file that it runs
+    suffix: str | None = None  # of the model files that are made for it
     compiles: bool = False  # when it first runs, and keeps the result
 
     def load(self) -> type[Extractor]:
@@ -72,14 +72,28 @@ BACKENDS = {
     "onnxruntime-tensorrt": Backend(
         "onnxruntime", "ONNXRuntimeExtractor", {"provider": "tensorrt"}, suffix=".onnx"
     ),
-    "tensorrt": Backend("tensorrt", "TensorRTExtractor", suffix=".trt"),
+    "onnxruntime-tensorrt-rtx": Backend(
+        "onnxruntime", "ONNXRuntimeExtractor", {"provider": "tensorrt-rtx"}, suffix=".onnx"
+    ),
+    "tensorrt": Backend("tensorrt", "TensorRTExtractor", {"library": "tensorrt"}, suffix=".trt"),
     "tensorrt-cudagraph": Backend(
-        "tensorrt", "TensorRTExtractor", {"cuda_graph": True}, suffix=".trt"
+        "tensorrt", "TensorRTExtractor", {"library": "tensorrt", "cuda_graph": True}, suffix=".trt"
     ),
     "tensorrt-pycuda": Backend(
-        "tensorrt", "TensorRTExtractor", {"memory": "pycuda"}, suffix=".trt"
+        "tensorrt", "TensorRTExtractor", {"library": "tensorrt", "memory": "pycuda"}, suffix=".trt"
     ),
-    "tensorrt-lean": Backend("tensorrt", "TensorRTExtractor", {"lean": True}, suffix=".trt"),
+    "tensorrt-lean": Backend(
+        "tensorrt", "TensorRTExtractor", {"library": "tensorrt-lean"}, suffix=".trt"
+    ),
+    "tensorrt-rtx": Backend(
+        "tensorrt", "TensorRTExtractor", {"library": "tensorrt-rtx"}, suffix=".rtx"
+    ),
+    "tensorrt-rtx-cudagraph": Backend(
+        "tensorrt",
+        "TensorRTExtractor",
+        {"library": "tensorrt-rtx", "cuda_graph": True},
+        suffix=".rtx",
+    ),
     "torch-tensorrt": Backend("pytorch", "TorchTensorRTExtractor"),
     "fused": Backend("fused", "FusedExtractor", compiles=True),
 }

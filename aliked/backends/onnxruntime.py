@@ -1,22 +1,29 @@
-"""ONNX Runtime on an exported `.onnx` file, on the CPU or through its CUDA provider."""
+"""ONNX Runtime on an exported `.onnx` file: on the CPU, or through a provider for a GPU."""
 
 import contextlib
 import ctypes.util
+import functools
 import importlib.util
 import io
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
 
+from aliked import gpu
 from aliked.backends import Spec
+from aliked.backends.tensorrt_library import HOPPER, numbers
 from aliked.errors import InputError, how_to_install
 from aliked.features import OUTPUTS, Extractor, Features, features_of_batch
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 TENSORRT = "TensorrtExecutionProvider"
+TENSORRT_RTX = "nv_tensorrt_rtx"  # the name that its plugin registers
+PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
+PLUGIN_PACKAGES = ("onnxruntime-ep-nv-tensorrt-rtx-cu13", "onnxruntime-ep-nv-tensorrt-rtx-cu12")
 Providers = Sequence[tuple[str, dict[str, str]]]  # names and options, the preferred one first
 
 
@@ -85,8 +92,12 @@ def open_session(path: Path, provider: str, options: dict[str, str], others: Pro
         raise InputError(f"{path} does not exist; export it with convert_pytorch_to_onnx.py")
     if provider != CPU:
         load_cuda_libraries()
+    if provider == TENSORRT_RTX:  # a plugin: it is given to the settings by device
+        chosen = plugin_device(int(options["device_id"]))
+        settings.add_provider_for_devices([chosen], {})
+    named = None if provider == TENSORRT_RTX else [(provider, options), *others]
     try:
-        session = onnxruntime.InferenceSession(str(path), settings, [(provider, options), *others])
+        session = onnxruntime.InferenceSession(str(path), settings, named)
     except Exception as error:  # ONNX Runtime raises a class of its own for every status code
         raise InputError(
             f"{path} cannot be loaded by ONNX Runtime ({str(error).strip().splitlines()[0]}); "
@@ -132,12 +143,77 @@ def tensorrt_providers(spec: Spec) -> Providers:
     return [(TENSORRT, options), cuda_provider(spec.device)]
 
 
+def tensorrt_rtx_missing() -> str | None:
+    """Return why the plugin with TensorRT for RTX inside cannot run here, or None."""
+    reason = provider_missing(CPU)
+    if reason:
+        return reason
+    import onnxruntime
+
+    if not hasattr(onnxruntime, "register_execution_provider_library"):
+        return (
+            f"ONNX Runtime {onnxruntime.__version__} takes no plugins; pip install "
+            '"onnxruntime>=1.24"'
+        )
+    if importlib.util.find_spec(PLUGIN) is None:
+        return f"the package {PLUGIN} is not installed; pip install {PLUGIN_PACKAGES[0]}"
+    return gpu.unavailable() or _plugin_refuses()
+
+
+def _plugin_refuses() -> str | None:
+    """Version 0.4 bundles TensorRT for RTX 1.6.1, which runs on Hopper, 0.5 one that does not."""
+    for package in PLUGIN_PACKAGES:
+        try:
+            installed = version(package)
+        except PackageNotFoundError:
+            continue
+        hopper = all(numbers(device.compute_capability) == HOPPER for device in gpu.devices())
+        if hopper and numbers(installed) >= (0, 5):
+            return f'{package} {installed} refuses this GPU; pip install "{package}==0.4.0"'
+    return None
+
+
+@functools.cache
+def plugin_devices() -> list:
+    """Return what the plugin can run on; `InputError` where it does not load."""
+    import onnxruntime
+
+    plugin = importlib.import_module(PLUGIN)  # loads the libraries that it bundles
+    name = plugin.get_ep_name()
+    try:
+        onnxruntime.register_execution_provider_library(name, plugin.get_library_path())
+    except Exception as error:  # of a class of ONNX Runtime's own
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"{PLUGIN} does not load into ONNX Runtime {onnxruntime.__version__} ({reason}); "
+            "install versions of both that go together"
+        ) from error
+    return [device for device in onnxruntime.get_ep_devices() if device.ep_name == name]
+
+
+def plugin_device(index: int):
+    """Return the plugin's device of that number; `InputError` where there is none."""
+    devices = plugin_devices()
+    if index >= len(devices):
+        raise InputError(
+            f"device cuda:{index} was asked for, but {PLUGIN} sees {len(devices)} GPUs; give "
+            "another --device"
+        )
+    return devices[index]
+
+
+def tensorrt_rtx_providers(spec: Spec) -> Providers:
+    """TensorRT for RTX, whose engine is built when the file is opened; precision is the file's."""
+    return [(TENSORRT_RTX, {"device_id": cuda_device(spec.device)})]
+
+
 # By the option `provider`: why it cannot run here, and what a session is opened with.
 PROVIDERS: dict[str | None, tuple[Callable[[], str | None], Callable[[Spec], Providers]]] = {
     None: (lambda: provider_missing(CPU), lambda spec: choose_providers(spec.device)),
     "cpu": (lambda: provider_missing(CPU), lambda spec: [(CPU, {})]),
     "cuda": (lambda: provider_missing(CUDA), lambda spec: [cuda_provider(spec.device)]),
     "tensorrt": (tensorrt_missing, tensorrt_providers),
+    "tensorrt-rtx": (tensorrt_rtx_missing, tensorrt_rtx_providers),
 }
 
 
@@ -152,8 +228,8 @@ class ONNXRuntimeExtractor(Extractor):
     def __init__(self, spec: Spec, name: str = "onnxruntime", provider: str | None = None):
         """Open `spec.model_path` on a provider, by default the one that `spec.device` means.
 
-        `provider` is "cpu", "cuda" or "tensorrt". `InputError` where it does not load, and for a
-        file that is no export of this project or not of `spec`.
+        `provider` is "cpu", "cuda", "tensorrt" or "tensorrt-rtx". `InputError` where it does not
+        load, and for a file that is no export of this project or not of `spec`.
         """
         if spec.model_path is None:
             raise InputError(

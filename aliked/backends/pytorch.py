@@ -1,15 +1,19 @@
 """The PyTorch model itself, and what PyTorch's compilers and CUDA graphs make of it."""
 
+import importlib
 import importlib.util
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from aliked.backends import Spec
+from aliked.backends.tensorrt_library import RTX, TENSORRT, numbers
 from aliked.errors import InputError
 from aliked.features import OUTPUTS, Extractor, Features, features_of_batch
 from aliked.model import ALIKED, Output, plain_float32, to_tensor
@@ -229,6 +233,40 @@ class CapturedExtractor(ForwardExtractor):
         super().__init__(name, device, CapturedForward(load_model(spec, device), device))
 
 
+def torch_tensorrt_refuses() -> str | None:
+    """Return why the installed Torch-TensorRT does not go with this PyTorch or GPU, or None."""
+    for package, library in (("torch-tensorrt-rtx", RTX), ("torch-tensorrt", TENSORRT)):
+        try:
+            installed = version(package)
+        except PackageNotFoundError:
+            continue
+        ours = torch.__version__.split("+")[0]
+        if numbers(installed)[:2] != numbers(ours)[:2]:
+            series = ".".join(ours.split(".")[:2])
+            return (
+                f"{package} {installed} is not for PyTorch {ours}; "
+                f'pip install "{package}=={series}.*"'
+            )
+        return library.unavailable()
+    return None
+
+
+def import_torch_tensorrt() -> ModuleType:
+    """Return Torch-TensorRT's module; `InputError` where it does not load."""
+    if importlib.util.find_spec("tensorrt_rtx") is not None:
+        # Torch-TensorRT-RTX 2.11 names this class in an annotation; version 1.5 dropped it.
+        library = RTX.load()
+        if not hasattr(library, "IAlgorithmSelector"):
+            library.IAlgorithmSelector = object
+    try:
+        return importlib.import_module("torch_tensorrt")
+    except Exception as error:  # it raises Exception itself where its library is missing
+        raise InputError(
+            f"torch_tensorrt does not load ({error}); install the version of it and of its "
+            "library that belong to this PyTorch"
+        ) from error
+
+
 class EngineForward:
     """The forward pass, compiled at the first call of each input shape."""
 
@@ -243,8 +281,7 @@ class EngineForward:
         return self.compiled[batch.shape](batch)
 
     def _compile(self, batch: torch.Tensor) -> torch.nn.Module:
-        import torch_tensorrt
-
+        torch_tensorrt = import_torch_tensorrt()
         program = torch.export.export(self.model, (batch,))
         # The model's own types are the precision, as in the other runtimes; TF32 is neither.
         return torch_tensorrt.dynamo.compile(
@@ -253,14 +290,17 @@ class EngineForward:
 
 
 class TorchTensorRTExtractor(ForwardExtractor):
-    """Torch-TensorRT: what TensorRT takes of the model as engines, the rest in PyTorch."""
+    """Torch-TensorRT, or Torch-TensorRT-RTX: what the library takes as engines, the rest eager."""
 
     @classmethod
     def unavailable(cls) -> str | None:
         """Return why Torch-TensorRT cannot run here, or None."""
         if importlib.util.find_spec("torch_tensorrt") is None:
-            return "the package torch_tensorrt is not installed; pip install torch-tensorrt"
-        return no_cuda()
+            return (
+                "the package torch_tensorrt is not installed; pip install torch-tensorrt, or "
+                "torch-tensorrt-rtx for an RTX GPU, of the version of PyTorch"
+            )
+        return no_cuda() or torch_tensorrt_refuses()
 
     def __init__(self, spec: Spec, name: str = "torch-tensorrt"):
         """Raise `InputError` on another device than CUDA."""

@@ -1,13 +1,16 @@
-"""Opening a TensorRT engine safely: everything that can be known is checked before the runtime.
+"""Engines of TensorRT and of TensorRT for RTX: read the manifest, check, load, run.
 
-The runtime itself cannot be asked: without a driver it ends the process, and an engine of another
-version or GPU is an error in its log at best."""
+Everything that can be known about an engine is checked before the runtime sees it. The runtime
+itself cannot be asked: without a driver it ends the process, and an engine of another version or
+GPU is an error in its log at best.
+"""
 
 import functools
+import hashlib
 import importlib.util
 import json
+import re
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -16,247 +19,442 @@ import numpy as np
 
 from aliked import gpu
 from aliked.backends import Spec
-from aliked.backends.cuda_memory import ALIGNMENT, CudaGraph, Memory, create_memory
+from aliked.backends.cuda_memory import ALIGNMENT, CudaGraph, create_memory
+from aliked.backends.tensorrt_library import (
+    AMPERE,
+    LEAN,
+    LIBRARIES,
+    RTX,
+    TENSORRT,
+    Library,
+    journal,
+    logger,
+    numbers,
+    register_plugins,
+)
 from aliked.errors import InputError, how_to_install
 from aliked.features import OUTPUTS, Extractor, Features, features_of_batch
-from aliked.files import sha256
+from aliked.files import sha256, whole_file
 from aliked.threads import copied_parts
 
 if TYPE_CHECKING:
     import tensorrt as trt
+    import tensorrt_rtx as rtx
 
+INPUT = "image"
+Shape = tuple[int, ...]
 
-SEVERITIES = ("internal_error", "error", "warning", "info", "verbose")
-
-
-def unavailable(lean: bool = False) -> str | None:
-    """Why TensorRT cannot run here and what to do, or None. Loads nothing of it."""
-    package = "tensorrt_lean" if lean else "tensorrt"
-    if importlib.util.find_spec(package) is None:
-        return f"the package {package} is not installed; {how_to_install(package)}"
-    return gpu.unavailable()
-
-
-def runtime_module(lean: bool) -> ModuleType:
-    """The bindings: of the whole of TensorRT, or of the lean runtime."""
-    if lean:
-        import tensorrt_lean as trt
-    else:
-        import tensorrt as trt
-    return trt
-
-
-@dataclass
-class Journal:
-    """What TensorRT says: its errors since they were last cleared, the rest on the terminal."""
-
-    errors: list[str] = field(default_factory=list)
-    least: str = "warning"  # the least severe level that is printed
-
-    def write(self, level: str, message: str) -> None:
-        """Take one message of TensorRT's logger."""
-        if level in ("internal_error", "error"):
-            self.errors.append(message)
-        if SEVERITIES.index(level) <= SEVERITIES.index(self.least):
-            print(f"TensorRT {level}: {message}", file=sys.stderr)
-
-    def last_words(self) -> str:
-        """What went wrong, for the end of a sentence."""
-        return "; ".join(self.errors) or "TensorRT gave no reason"
-
-
-@functools.cache
-def journal() -> Journal:
-    """The journal of this process."""
-    return Journal()
-
-
-@functools.cache
-def logger(lean: bool = False) -> "trt.ILogger":
-    """The one logger of these bindings, since TensorRT keeps the first that it is given."""
-    trt = runtime_module(lean)
-
-    class Log(trt.ILogger):
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: "trt.ILogger.Severity", msg: str) -> None:
-            journal().write(severity.name.lower(), msg)
-
-    return Log()
-
-
-def register_plugins(lean: bool = False) -> None:
-    """Make the standard plugins known, DeformConv's among them; the lean runtime has none."""
-    trt = runtime_module(lean)
-    if not hasattr(trt, "init_libnvinfer_plugins"):
-        return
-    if not trt.init_libnvinfer_plugins(logger(lean), ""):
-        raise InputError(
-            f"TensorRT's standard plugins do not load ({journal().last_words()}); install "
-            "TensorRT again"
-        )
+# The manifest
 
 
 def manifest_path(engine: Path) -> Path:
-    """Where the manifest of an engine lies."""
+    """Return where the manifest of an engine lies."""
     return engine.with_name(engine.name + ".json")
 
 
+MANIFEST_TYPES = {  # what running an engine reads
+    "sha256": str,
+    "library": str,
+    "version": str,
+    "gpu": (dict, type(None)),
+    "compute_capabilities": list,
+    "precision": str,
+    "tf32": bool,
+    "version_compatible": bool,
+    "hardware_compatible": bool,
+    "max_workspace_size_mib": (int, type(None)),
+    "detailed": bool,
+    "source": dict,
+    "verified": (dict, type(None)),
+}
+
+
 def read_manifest(engine: Path) -> dict:
-    """The manifest of an engine; `InputError` where it is missing or not readable."""
+    """Return the manifest of an engine; `InputError` where it is missing, damaged or another's."""
+    if not engine.is_file():
+        raise InputError(f"{engine} does not exist; build it with convert_onnx_to_trt.py")
     path = manifest_path(engine)
     try:
-        return json.loads(path.read_text())
+        manifest = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise InputError(
             f"{path} is missing, and without it nobody knows for which GPU and TensorRT version "
             f"{engine.name} is; copy it there, or build the engine with convert_onnx_to_trt.py"
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({error}); build the engine again") from error
-
-
-def mismatch(manifest: dict, version: str, device: gpu.Device, lean: bool) -> str | None:
-    """Why an engine with this manifest cannot run on this TensorRT version and GPU, or None."""
-    built, built_gpu = manifest["tensorrt"], manifest["gpu"]
-    portable = manifest["version_compatible"]
-    if lean and not portable:
-        return "the lean runtime runs only engines built with --version_compatible"
-    if built != version and not portable:
-        return f"it was built by TensorRT {built} and this is {version}"
-    if portable and not _reads(version, built):
-        return (
-            f"it was built by TensorRT {built}, and this older or much newer {version} does not "
-            "read it"
+    if not _is_manifest(manifest):
+        raise InputError(
+            f"{path} is not the manifest of an engine; build the engine with convert_onnx_to_trt.py"
         )
-    capability = built_gpu["compute_capability"]
+    return manifest
+
+
+EXPORT_TYPES = {"model": str, "top_k": int, "scores_th": (int, float), "n_limit": int}
+
+
+def is_export(export: Any) -> bool:
+    """Whether what an export wrote about itself, none of which it has to, has the right types."""
+    return isinstance(export, dict) and all(
+        isinstance(export[key], kind) for key, kind in EXPORT_TYPES.items() if key in export
+    )
+
+
+def _is_manifest(manifest: Any) -> bool:
+    if not isinstance(manifest, dict):
+        return False
+    typed = all(
+        key in manifest and isinstance(manifest[key], kind) for key, kind in MANIFEST_TYPES.items()
+    )
+    return typed and manifest["library"] in LIBRARIES and _has_known_parts(manifest)
+
+
+def _has_known_parts(manifest: dict) -> bool:
+    """Whether the GPUs and what the export wrote have the form that is read below."""
+    built_on = manifest["gpu"]
+    named = built_on is None or all(
+        isinstance(built_on.get(key), str) for key in ("name", "compute_capability")
+    )
+    targets = manifest["compute_capabilities"]
+    spelled = all(
+        isinstance(target, str) and re.fullmatch(r"SM\d{2,3}", target) for target in targets
+    )
+    source = manifest["source"]
+    found = isinstance(source.get("images"), (str, type(None))) and is_export(source.get("export"))
+    return named and spelled and found
+
+
+def mismatch(manifest: dict, library: Library, device: gpu.Device) -> str | None:
+    """Return why the engine of this manifest cannot run in `library` on `device`, or None."""
+    built, portable = LIBRARIES[manifest["library"]], manifest["version_compatible"]
+    if library is LEAN and built is TENSORRT and not portable:
+        return "the lean runtime runs only engines built with --version_compatible"
+    if built is not (TENSORRT if library is LEAN else library):
+        return f"it was built by {built}; run it with --backend {built.name}"
+    refusal = _other_version(manifest["version"], library, portable) or library.refuses(device)
+    if refusal:
+        return refusal
+    return _other_gpu(manifest, device) if built is TENSORRT else _other_target(manifest, device)
+
+
+def _other_version(built: str, library: Library, portable: bool) -> str | None:
+    """Version-compatible engines run on newer versions too, at most one major version up."""
+    here = library.version
+    if built == here:
+        return None
+    again = "build it again on this machine"
+    if not portable:
+        return f"it was built by {library} {built} and this is {here}; {again}"
+    ours, theirs = numbers(here), numbers(built)
+    if ours >= theirs and ours[0] - theirs[0] <= 1:
+        return None
+    return (
+        f"it was built by TensorRT {built}, and this older or much newer {here} does not read it; "
+        f"{again}"
+    )
+
+
+def _other_gpu(manifest: dict, device: gpu.Device) -> str | None:
+    built = manifest["gpu"] or {"name": "GPU", "compute_capability": "?"}
+    again = "build it again on this machine"
     if manifest["hardware_compatible"]:
-        if _numbers(device.compute_capability) >= (8, 0):
+        if numbers(device.compute_capability) >= AMPERE:
             return None
         return (
-            f"it needs compute capability 8.0, this {device.name} has {device.compute_capability}"
+            f"it needs compute capability 8.0, this {device.name} has "
+            f"{device.compute_capability}; {again}"
         )
-    if (built_gpu["name"], capability) != (device.name, device.compute_capability):
+    if (built["name"], built["compute_capability"]) != (device.name, device.compute_capability):
         return (
-            f"it was built on a {built_gpu['name']} ({capability}) and this is a {device.name} "
-            f"({device.compute_capability})"
+            f"it was built on a {built['name']} ({built['compute_capability']}) and this is a "
+            f"{device.name} ({device.compute_capability}); {again}"
         )
     return None
 
 
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".") if part.isdigit())
+def _other_target(manifest: dict, device: gpu.Device) -> str | None:
+    """TensorRT for RTX builds for the GPUs that were named, by default for Ampere and later."""
+    targets = manifest["compute_capabilities"]
+    here = numbers(device.compute_capability)
+    if here in map(capability_of, targets) if targets else here >= AMPERE:
+        return None
+    return (
+        f"it was built for {describe_targets(targets)} and this is a {device.name} "
+        f"({device.compute_capability}); build it again with --compute_capability "
+        f"SM{''.join(map(str, here))}"
+    )
 
 
-def _reads(runtime: str, built: str) -> bool:
-    """Version-compatible engines run on newer runtimes, at most one major version up."""
-    ours, theirs = _numbers(runtime), _numbers(built)
-    return ours >= theirs and ours[0] - theirs[0] <= 1
+def capability_of(target: str) -> tuple[int, int]:
+    """Return the compute capability that a target names: (12, 0) of "SM120"."""
+    return int(target[2:-1]), int(target[-1])
+
+
+def describe_targets(targets: list[str] | tuple[str, ...]) -> str:
+    """Return for which GPUs TensorRT for RTX builds an engine, in words."""
+    if not targets:
+        return "compute capability 8.0 and later"
+    return "compute capability " + " and ".join(
+        ".".join(map(str, capability_of(target))) for target in targets
+    )
+
+
+# Opening
 
 
 def open_engine(
-    path: Path, device: gpu.Device, lean: bool = False
-) -> tuple["trt.ICudaEngine", dict]:
-    """Deserialize an engine for `device`, which is current; also its manifest.
+    path: Path, manifest: dict, library: Library, device: gpu.Device
+) -> "trt.ICudaEngine":
+    """Deserialize an engine for `device`, which is current.
 
-    `InputError` for an engine that is missing, truncated, of another TensorRT version, of
-    another GPU, or that TensorRT refuses.
+    `InputError` for an engine that is truncated, of another library, version or GPU, or that the
+    library refuses. Says once where the engine has not been verified.
     """
-    if not path.is_file():
-        raise InputError(f"{path} does not exist; build it with convert_onnx_to_trt.py")
-    manifest, trt = read_manifest(path), runtime_module(lean)
-    try:
-        reason = mismatch(manifest, trt.__version__, device, lean)
-        whole = manifest["sha256"] == sha256(path)
-    except (KeyError, TypeError) as error:
-        raise InputError(
-            f"{manifest_path(path)} is not the manifest of an engine; build the engine with "
-            "convert_onnx_to_trt.py"
-        ) from error
+    reason = mismatch(manifest, library, device)
     if reason:
-        raise InputError(f"{path} cannot run here: {reason}; build it again on this machine")
-    if not whole:
+        raise InputError(f"{path} cannot run here: {reason}")
+    if manifest["sha256"] != sha256(path):
         raise InputError(
             f"{path} is truncated or not the file that {manifest_path(path).name} describes; "
             "copy both again, or build the engine again"
         )
-    return deserialize(path, manifest["version_compatible"], lean), manifest
+    if manifest["verified"] is None and manifest.get("verify_with"):
+        _say_unverified(path, manifest["verify_with"])
+    return deserialize(path, manifest["version_compatible"], library)
 
 
-def deserialize(path: Path, version_compatible: bool, lean: bool = False) -> "trt.ICudaEngine":
-    """The engine in a file; `InputError` where TensorRT refuses it."""
-    trt = runtime_module(lean)
+@functools.cache
+def _say_unverified(path: Path, command: str) -> None:
+    print(f"{path} has not been compared with the model yet: {command}", file=sys.stderr)
+
+
+def deserialize(path: Path, version_compatible: bool, library: Library) -> "trt.ICudaEngine":
+    """Return the engine in a file; `InputError` where the library refuses it."""
+    trt = library.load()
     journal().errors.clear()
-    register_plugins(lean)
-    runtime = trt.Runtime(logger(lean))
-    runtime.engine_host_code_allowed = version_compatible  # such a file carries its own runtime
+    register_plugins(library)
+    runtime = trt.Runtime(logger(library))
+    if library is not RTX:
+        runtime.engine_host_code_allowed = version_compatible  # such a file carries a runtime
     engine = runtime.deserialize_cuda_engine(path.read_bytes())
     if engine is None:
         raise InputError(
-            f"TensorRT {trt.__version__} cannot load {path} ({journal().last_words()}); build it "
-            "again on this machine"
+            f"{library} {trt.__version__} cannot load {path} ({journal().last_words(library)}); "
+            "build it again on this machine"
         )
     return engine
 
 
-class Session:
-    """Runs an engine of one input. Calls belong inside `memory.active()`; not thread-safe.
+class RuntimeCache:
+    """What TensorRT for RTX has compiled of an engine for this GPU, kept beside the engine.
 
-    Device buffers and pinned arrays, by tensor name, are made for one input shape at a time and
-    used again with every run.
+    The file is one line of JSON, which says what the rest belongs to, and the library's own
+    bytes. One that belongs to another engine, version or GPU, or is damaged, counts as missing
+    and is written anew.
     """
 
     def __init__(
-        self, path: Path, device: gpu.Device, memory: Memory, cuda_graph: bool, lean: bool
+        self,
+        config: "rtx.IRuntimeConfig",
+        path: Path,
+        engine: str,
+        version: str,
+        device: gpu.Device,
     ) -> None:
-        self.path, self.device, self.memory = path, device, memory
-        self.cuda_graph, self.lean = cuda_graph, lean
-        self.engine, self.manifest = open_engine(path, device, lean)
-        trt = runtime_module(lean)
-        self.inputs = self._tensors(trt.TensorIOMode.INPUT)
-        self.outputs = self._tensors(trt.TensorIOMode.OUTPUT)
-        self.shape: tuple[int, ...] | None = None  # of the input, for which all below is made
+        """Read what was kept and have `config` use it; `engine` is the SHA-256 of the engine."""
+        self.path = runtime_cache_path(path, version, device)
+        self._owner = {"engine": engine, "version": version, "gpu": device.name}
+        self._cache = config.create_runtime_cache()
+        self._written = ""  # SHA-256 of the bytes in the file
+        kept = self._read()
+        self.used = kept is not None and self._cache.deserialize(kept)
+        config.set_runtime_cache(self._cache)
+
+    def _read(self) -> bytes | None:
+        try:
+            line, _, kept = self.path.read_bytes().partition(b"\n")
+            header = json.loads(line)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, RecursionError):
+            header, kept = None, b""
+        digest = hashlib.sha256(kept).hexdigest()
+        if header != self._owner | {"sha256": digest}:
+            print(f"{self.path} is damaged or another engine's: compiling again", file=sys.stderr)
+            return None
+        self._written = digest
+        return kept
+
+    def save(self) -> None:
+        """Write what has been compiled since, whole or not at all; say where that cannot be."""
+        compiled = bytes(self._cache.serialize())
+        digest = hashlib.sha256(compiled).hexdigest()
+        if digest == self._written:
+            return
+        self._written = digest
+        header = json.dumps(self._owner | {"sha256": digest}).encode()
+        try:
+            with whole_file(self.path) as partial:
+                partial.write_bytes(header + b"\n" + compiled)
+        except (InputError, OSError) as error:
+            print(f"every load compiles the engine again: {error}", file=sys.stderr)
+
+
+def runtime_config(
+    rtx: ModuleType, engine: "rtx.ICudaEngine", cuda_graph: bool
+) -> "rtx.IRuntimeConfig":
+    """Return how TensorRT for RTX compiles an engine for this GPU."""
+    config = engine.create_runtime_config()
+    if cuda_graph:  # otherwise the graph keeps the kernels that run until better ones are compiled
+        strategies = rtx.DynamicShapesKernelSpecializationStrategy
+        config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
+    return config
+
+
+def runtime_cache_path(engine: Path, version: str, device: gpu.Device) -> Path:
+    """Return where the compiled kernels of an engine are kept, by library version and GPU."""
+    card = re.sub(r"[^A-Za-z0-9]+", "-", device.name).strip("-")
+    return engine.with_name(f"{engine.name}.{version}-{card}.cache")
+
+
+# Running
+
+
+class TensorRTExtractor(Extractor):
+    """One engine on a stream of its own; not for several threads at once.
+
+    Device buffers and pinned arrays, by tensor name, are made for one input shape at a time and
+    used again with every run: what `infer` returns is overwritten by the next call.
+    """
+
+    @classmethod
+    def unavailable(cls, library: str = "tensorrt", memory: str = "torch", **_: Any) -> str | None:
+        """Return why engines, or this form of running them, cannot run here, or None."""
+        if memory == "pycuda" and importlib.util.find_spec("pycuda") is None:
+            return f"the package pycuda is not installed; {how_to_install('pycuda')}"
+        return LIBRARIES[library].unavailable()
+
+    @classmethod
+    def from_spec(cls, spec: Spec, name: str, **options: Any) -> "TensorRTExtractor":
+        """Return the engine `spec.model_path`; `InputError` where it is not of `spec`."""
+        if spec.model_path is None:
+            raise InputError(
+                f"backend {name} needs an engine; pass --model_path FILE.trt, as written by "
+                "convert_onnx_to_trt.py"
+            )
+        manifest = read_manifest(Path(spec.model_path))
+        _check_export(spec, manifest["source"]["export"])
+        return cls(
+            spec.model_path, spec.top_k, spec.device, name=name, manifest=manifest, **options
+        )
+
+    def __init__(
+        self,
+        path: Path,
+        top_k: int = 0,
+        device: str = "auto",
+        library: str | None = None,
+        memory: str = "torch",
+        cuda_graph: bool = False,
+        name: str = "tensorrt",
+        manifest: dict | None = None,
+    ) -> None:
+        """Load the engine at `path`.
+
+        `top_k` > 0 keeps the first `top_k` keypoints. `library` is "tensorrt", "tensorrt-lean"
+        or "tensorrt-rtx", by default the one that built the engine. `memory` is "torch" or
+        "pycuda". `cuda_graph` records the engine's work once per input size. `manifest` is the
+        engine's, where the caller has read it. `InputError` for an engine that cannot run here.
+        """
+        self.name, self.path, self.cuda_graph = name, Path(path), cuda_graph
+        self.manifest = manifest or read_manifest(self.path)
+        self.library = LIBRARIES[library or self.manifest["library"]]
+        index, self.device = gpu.device(device)  # first: without a driver the library crashes
+        reason = self.library.not_installed()
+        if reason:
+            raise InputError(f"{self.path} cannot run here: {reason}")
+        self._trt = self.library.load()
+        self.memory = create_memory(memory, index)
+        self.cache: RuntimeCache | None = None
+        self.shape: Shape | None = None  # of the input, for which all below is made
+        self._new_shape = True  # nothing has run in this shape yet
         self.buffers: dict[str, Any] = {}
         self.pinned: dict[str, np.ndarray] = {}
-        self.context = self._create_context()
         self._batch: Any = None
         self._graph: CudaGraph | None = None
+        with self.memory.active():
+            self.engine = open_engine(self.path, self.manifest, self.library, self.device)
+            self._check_contract()
+            self.context = self._create_context()
+        self.dtype = self._dtype(INPUT)
+        self.top_k = self._check_top_k(top_k)
 
-    def _tensors(self, mode: "trt.TensorIOMode") -> list[str]:
-        names = map(self.engine.get_tensor_name, range(self.engine.num_io_tensors))
-        return [name for name in names if self.engine.get_tensor_mode(name) == mode]
+    def _check_contract(self) -> None:
+        """The engine is one of this project's: its tensors have the names and live on the GPU."""
+        names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
+        is_input = self._trt.TensorIOMode.INPUT
+        inputs = [name for name in names if self.engine.get_tensor_mode(name) == is_input]
+        self.outputs = [name for name in names if name not in inputs]
+        if inputs != [INPUT] or not set(OUTPUTS) <= set(self.outputs):
+            raise InputError(
+                f"{self.path} has inputs {inputs} and outputs {self.outputs}, not "
+                f"{INPUT} and {', '.join(OUTPUTS)}; build it from a file that "
+                "convert_pytorch_to_onnx.py wrote with its default --io"
+            )
+        for name in names:
+            if self.engine.get_tensor_location(name) != self._trt.TensorLocation.DEVICE:
+                raise InputError(f"{self.path} wants {name} in host memory; export it again")
 
     def _create_context(self) -> "trt.IExecutionContext":
         journal().errors.clear()
-        context = self.engine.create_execution_context()
+        if self.library is RTX:  # compiles the engine for this GPU, or takes what was kept
+            config = runtime_config(self._trt, self.engine, self.cuda_graph)
+            facts = (self.manifest["sha256"], self._trt.__version__, self.device)
+            self.cache = RuntimeCache(config, self.path, *facts)
+            context = self.engine.create_execution_context(config)
+        else:
+            context = self.engine.create_execution_context()
         if context is None:
-            raise self.out_of_memory(journal().last_words())
+            why = journal().last_words(self.library)
+            if self.library is RTX and "memory" not in why.lower():
+                raise InputError(f"{self.library} cannot compile {self.path} for this GPU: {why}")
+            raise self._out_of_memory(why)
+        if self.cache:
+            self.cache.save()
         if self.manifest["detailed"]:  # what the inspector shows is not to cost time here
-            verbosity = runtime_module(self.lean).ProfilingVerbosity
-            context.nvtx_verbosity = verbosity.LAYER_NAMES_ONLY
+            context.nvtx_verbosity = self._trt.ProfilingVerbosity.LAYER_NAMES_ONLY
         return context
 
-    def dtype(self, name: str) -> np.dtype:
+    def _dtype(self, name: str) -> np.dtype:
         """Element type of a tensor; `InputError` where NumPy does not have it."""
-        trt, dtype = runtime_module(self.lean), self.engine.get_tensor_dtype(name)
+        dtype = self.engine.get_tensor_dtype(name)
         try:
-            return np.dtype(trt.nptype(dtype))
+            return np.dtype(self._trt.nptype(dtype))
         except TypeError as error:
             raise InputError(
                 f"{name} of {self.path} is {dtype.name}; export it with float32 inputs and outputs"
             ) from error
 
-    def limits(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Smallest and largest shape that the input takes."""
-        (name,) = self.inputs
-        fixed = tuple(self.engine.get_tensor_shape(name))
+    def _check_top_k(self, top_k: int) -> int | None:
+        rows = self.engine.get_tensor_shape("scores")[1]
+        if 0 < rows < top_k:
+            raise InputError(
+                f"top_k {top_k} was asked for, but {self.path} gives {rows} keypoints; "
+                f"ask for at most {rows}, or export and build with --top_k {top_k}"
+            )
+        return top_k if top_k > 0 else None
+
+    def limits(self) -> tuple[Shape, Shape]:
+        """Return the smallest and the largest shape that the input takes."""
+        fixed = tuple(self.engine.get_tensor_shape(INPUT))
         if -1 not in fixed:
             return fixed, fixed
-        smallest, _, largest = self.engine.get_tensor_profile_shape(name, 0)
+        smallest, _, largest = self.engine.get_tensor_profile_shape(INPUT, 0)
         return tuple(smallest), tuple(largest)
 
-    def prepare(self, shape: tuple[int, ...]) -> None:
+    # One input shape
+
+    def _prepare(self, shape: Shape) -> None:
         """Set the input's shape and make the buffers that go with it, once per shape.
 
         `InputError` for a shape outside the engine's limits, for outputs whose size depends on
@@ -268,12 +466,11 @@ class Session:
         self.memory.synchronize()  # the old buffers may still be written to
         self.shape, self._graph = None, None
         journal().errors.clear()
-        (name,) = self.inputs
-        self._require(self.context.set_input_shape(name, shape), f"the input shape {list(shape)}")
-        self._make_buffers({name: shape, **self._output_shapes()})
-        self.shape = shape
+        self._require(self.context.set_input_shape(INPUT, shape), f"the input shape {list(shape)}")
+        self._make_buffers({INPUT: shape, **self._output_shapes()})
+        self.shape, self._new_shape = shape, True
 
-    def _check_shape(self, shape: tuple[int, ...]) -> None:
+    def _check_shape(self, shape: Shape) -> None:
         smallest, largest = self.limits()
         inside = len(shape) == len(smallest) and all(
             low <= size <= high for low, size, high in zip(smallest, shape, largest, strict=True)
@@ -286,7 +483,7 @@ class Session:
             "size, or build an engine for this one"
         )
 
-    def _output_shapes(self) -> dict[str, tuple[int, ...]]:
+    def _output_shapes(self) -> dict[str, Shape]:
         missing = self.context.infer_shapes()
         if missing:
             raise InputError(f"{self.path} needs values for {missing} first; export it again")
@@ -299,20 +496,20 @@ class Session:
                 )
         return shapes
 
-    def _make_buffers(self, shapes: dict[str, tuple[int, ...]]) -> None:
+    def _make_buffers(self, shapes: dict[str, Shape]) -> None:
         self.buffers.clear()
         self.pinned.clear()
         for name, shape in shapes.items():
-            self.buffers[name] = self.empty(shape, self.dtype(name))
-            self.pinned[name] = self.memory.pinned(shape, self.dtype(name))
+            self.buffers[name] = self._empty(shape, self._dtype(name))
+            self.pinned[name] = self.memory.pinned(shape, self._dtype(name))
             self._set_address(name, self.buffers[name])
 
-    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Any:
+    def _empty(self, shape: Shape, dtype: np.dtype) -> Any:
         """A device buffer; `InputError` where the device has no room."""
         try:
             return self.memory.empty(shape, dtype)
         except MemoryError as error:
-            raise self.out_of_memory(str(error), shape[0]) from error
+            raise self._out_of_memory(str(error), shape[0]) from error
 
     def _set_address(self, name: str, buffer: Any) -> None:
         address = self.memory.address(buffer)
@@ -321,12 +518,12 @@ class Session:
     def _require(self, done: bool, what: str) -> None:
         if done:
             return
-        why = journal().last_words()
+        why = journal().last_words(self.library)
         if "memory" in why.lower():
-            raise self.out_of_memory(why)
-        raise InputError(f"TensorRT refuses {what} of {self.path} ({why}); build it again")
+            raise self._out_of_memory(why)
+        raise InputError(f"{self.library} refuses {what} of {self.path} ({why}); build it again")
 
-    def out_of_memory(self, why: str, batch: int | None = None) -> InputError:
+    def _out_of_memory(self, why: str, batch: int | None = None) -> InputError:
         """What to do where the device has no room for `batch` images (by default the most)."""
         workspace = self.manifest["max_workspace_size_mib"]
         limit = f"a workspace of {workspace} MiB" if workspace else "no limit on its workspace"
@@ -336,12 +533,13 @@ class Session:
             "smaller --max_workspace_size or a smaller batch, or free the GPU"
         )
 
-    def run(self, batch: Any) -> None:
+    # One batch
+
+    def _run(self, batch: Any) -> None:
         """Enqueue the engine on `batch`, a device buffer of the prepared shape."""
         journal().errors.clear()
         self._batch = batch  # the caller may let go of it before the stream has read it
-        (name,) = self.inputs
-        mine = self.buffers[name]
+        mine = self.buffers[INPUT]
         # A recorded graph reads where it was recorded; TensorRT wants aligned addresses.
         if batch is not mine and (self.cuda_graph or self.memory.address(batch) % ALIGNMENT):
             self.memory.copy(batch, mine)
@@ -349,8 +547,12 @@ class Session:
         if self._graph:
             self._graph.launch()
             return
-        self._set_address(name, batch)
+        self._set_address(INPUT, batch)
         self._enqueue()
+        if self.cache and self._new_shape:  # kernels may have been compiled for it
+            self.memory.synchronize()
+            self.cache.save()
+        self._new_shape = False
         if self.cuda_graph:  # the run above has settled what the engine allocates late
             self._record()
 
@@ -366,91 +568,12 @@ class Session:
                 f"{self.path} cannot be recorded as a CUDA graph ({error}); run it without"
             ) from error
 
-
-INPUT = "image"
-
-
-class TensorRTExtractor(Extractor):
-    """One engine on a stream of its own; not for several threads at once.
-
-    What `infer` returns belongs to the extractor: its next call overwrites it.
-    """
-
-    @classmethod
-    def unavailable(cls, lean: bool = False, memory: str = "torch", **_: Any) -> str | None:
-        """Return why TensorRT, or this form of it, cannot run here and what to do, or None."""
-        if memory == "pycuda" and importlib.util.find_spec("pycuda") is None:
-            return f"the package pycuda is not installed; {how_to_install('pycuda')}"
-        return unavailable(lean)
-
-    @classmethod
-    def from_spec(cls, spec: Spec, name: str, **options: Any) -> "TensorRTExtractor":
-        """Return the engine `spec.model_path`; `InputError` where it is not of `spec`."""
-        if spec.model_path is None:
-            raise InputError(
-                f"backend {name} needs an engine; pass --model_path FILE.trt, as written by "
-                "convert_onnx_to_trt.py"
-            )
-        _check_export(spec, read_manifest(spec.model_path)["source"]["export"])
-        return cls(spec.model_path, spec.top_k, spec.device, name=name, **options)
-
-    def __init__(
-        self,
-        path: Path,
-        top_k: int = 0,
-        device: str = "auto",
-        memory: str = "torch",
-        cuda_graph: bool = False,
-        lean: bool = False,
-        name: str = "tensorrt",
-    ) -> None:
-        """Load the engine at `path`.
-
-        `top_k` > 0 keeps the first `top_k` keypoints. `memory` is "torch" or "pycuda".
-        `cuda_graph` records the engine's work once per input size. `lean` takes the package
-        tensorrt_lean, for version-compatible engines. `InputError` for an engine that cannot run
-        here.
-        """
-        reason = unavailable(lean)
-        if reason:
-            raise InputError(f"TensorRT cannot run here: {reason}")
-        self.name, self.path = name, Path(path)
-        index, chosen = gpu.device(device)
-        self.memory = create_memory(memory, index)
-        with self.memory.active():
-            self.session = Session(self.path, chosen, self.memory, cuda_graph, lean)
-        self._check_contract()
-        self.dtype = self.session.dtype(INPUT)
-        self.top_k = self._check_top_k(top_k)
-
-    def _check_contract(self) -> None:
-        """The engine is one of this project's: its tensors have the names and live on the GPU."""
-        session, trt = self.session, runtime_module(self.session.lean)
-        if session.inputs != [INPUT] or not set(OUTPUTS) <= set(session.outputs):
-            raise InputError(
-                f"{session.path} has inputs {session.inputs} and outputs {session.outputs}, not "
-                f"{INPUT} and {', '.join(OUTPUTS)}; build it from a file that "
-                "convert_pytorch_to_onnx.py wrote with its default --io"
-            )
-        for name in (*session.inputs, *session.outputs):
-            if session.engine.get_tensor_location(name) != trt.TensorLocation.DEVICE:
-                raise InputError(f"{session.path} wants {name} in host memory; export it again")
-
-    def _check_top_k(self, top_k: int) -> int | None:
-        rows = self.session.engine.get_tensor_shape("scores")[1]
-        if 0 < rows < top_k:
-            raise InputError(
-                f"top_k {top_k} was asked for, but {self.session.path} gives {rows} keypoints; "
-                f"ask for at most {rows}, or export and build with --top_k {top_k}"
-            )
-        return top_k if top_k > 0 else None
-
     def _stage(self, images: np.ndarray) -> None:
         """Write uint8 [B, H, W, 3] into the pinned input, in the engine's type and layout."""
         uint8 = self.dtype == np.uint8
         values = images if uint8 else images.transpose(0, 3, 1, 2)
-        self.session.prepare(values.shape)
-        pinned = self.session.pinned[INPUT]
+        self._prepare(values.shape)
+        pinned = self.pinned[INPUT]
         if uint8:
             list(copied_parts(pinned, values))
         else:
@@ -460,8 +583,8 @@ class TensorRTExtractor(Extractor):
         """uint8 [B, H, W, 3] RGB to a new buffer of the engine's input type and layout."""
         with self.memory.active():
             self._stage(images)
-            buffer = self.session.empty(self.session.shape, self.dtype)
-            self.memory.upload(self.session.pinned[INPUT], buffer)
+            buffer = self._empty(self.shape, self.dtype)
+            self.memory.upload(self.pinned[INPUT], buffer)
             self.memory.synchronize()  # the pinned array is used again
         return buffer
 
@@ -473,21 +596,22 @@ class TensorRTExtractor(Extractor):
                 "memory; make it with to_device"
             )
         with self.memory.active():
-            self.session.prepare(tuple(batch.shape))
-            self.session.run(batch)
-        return {name: self.session.buffers[name] for name in OUTPUTS}
+            self._prepare(tuple(batch.shape))
+            self._run(batch)
+        return {name: self.buffers[name] for name in OUTPUTS}
 
     def extract_batch(self, images: np.ndarray) -> list[Features]:
         """uint8 [B, H, W, 3] RGB to each image's `Features`, copies included."""
-        buffers, pinned = self.session.buffers, self.session.pinned
         with self.memory.active():
             self._stage(images)
-            self.memory.upload(pinned[INPUT], buffers[INPUT])
-            self.session.run(buffers[INPUT])
+            self.memory.upload(self.pinned[INPUT], self.buffers[INPUT])
+            self._run(self.buffers[INPUT])
             for name in OUTPUTS:
-                self.memory.download(buffers[name], pinned[name])
+                self.memory.download(self.buffers[name], self.pinned[name])
             self.memory.synchronize()
-        rows = (pinned[name][:, : self.top_k].astype(np.float32, copy=False) for name in OUTPUTS)
+        rows = (
+            self.pinned[name][:, : self.top_k].astype(np.float32, copy=False) for name in OUTPUTS
+        )
         return features_of_batch(*rows)
 
     def synchronize(self) -> None:

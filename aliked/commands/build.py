@@ -1,11 +1,18 @@
-"""Stage 2: build a TensorRT engine and prove on real images that it is still the model."""
+"""Stage 2: build a TensorRT engine and prove on real images that it is still the model.
+
+With TensorRT, on the GPU that is to run the engine, or with TensorRT for RTX, which builds on any
+machine for every RTX GPU; such an engine is compared later, with --verify, where there is a GPU.
+"""
 
 import argparse
 from pathlib import Path
 
-from aliked.backends.tensorrt import SEVERITIES
-from aliked.export.builder import BuildOptions, Shape
-from aliked.export.onnx_checks import Target, check_file
+from aliked.backends.tensorrt_library import BUILDERS, LIBRARIES, SEVERITIES, Library
+from aliked.errors import InputError
+from aliked.export.builder import COMPUTE_CAPABILITIES, BuildOptions, Shape, parse_file
+from aliked.export.engine import Request, convert, verify
+from aliked.export.onnx_checks import check_file
+from aliked.export.onnx_graph import Target
 
 
 def shape(text: str) -> Shape:
@@ -37,10 +44,25 @@ def parser() -> argparse.ArgumentParser:
         "--check_only",
         type=Path,
         metavar="MODEL",
-        help="only say what TensorRT would refuse or misread in this ONNX file; needs no TensorRT",
+        help="only say what TensorRT would refuse or misread in this ONNX file: what is known of "
+        "it, and what the parsers of the installed libraries say",
+    )
+    task.add_argument(
+        "--verify",
+        type=Path,
+        metavar="ENGINE",
+        help="compare an engine that exists, such as one built without a GPU",
     )
     parser.add_argument(
-        "--model_trt_path", type=Path, help="engine to write (default: the ONNX path with .trt)"
+        "--model_trt_path",
+        type=Path,
+        help="engine to write (default: the ONNX path, ending in .trt or, by TensorRT for RTX, "
+        ".rtx)",
+    )
+    parser.add_argument(
+        "--builder",
+        choices=BUILDERS,
+        help="default: TensorRT where it is installed and finds a GPU, else TensorRT for RTX",
     )
     parser.add_argument(
         "--precision_mode",
@@ -54,8 +76,18 @@ def parser() -> argparse.ArgumentParser:
 
 
 def add_build_options(parser: argparse.ArgumentParser) -> None:
-    """What TensorRT is told."""
+    """What the builder is told."""
     group = parser.add_argument_group("build")
+    group.add_argument(
+        "--compute_capability",
+        nargs="+",
+        choices=COMPUTE_CAPABILITIES,
+        default=[],
+        metavar="SM",
+        help="GPUs of an engine by TensorRT for RTX, of "
+        f"{', '.join(COMPUTE_CAPABILITIES)}; Turing, SM75, only on its own (default: Ampere and "
+        "later)",
+    )
     group.add_argument(
         "--optimization_level",
         type=int,
@@ -115,7 +147,12 @@ def add_build_options(parser: argparse.ArgumentParser) -> None:
 def add_verification_options(parser: argparse.ArgumentParser) -> None:
     """How the engine is judged."""
     group = parser.add_argument_group("verification against PyTorch in float32")
-    group.add_argument("--images", type=Path, metavar="FOLDER", help="photographs to compare on")
+    group.add_argument(
+        "--images",
+        type=Path,
+        metavar="FOLDER",
+        help="photographs to compare on (default: those of the export, by its manifest)",
+    )
     group.add_argument(
         "--num_images",
         type=positive,
@@ -135,19 +172,50 @@ def add_verification_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check(path: Path, target: Target) -> int:
-    """Print what TensorRT would refuse or misread; status 1 where there are errors."""
-    findings = check_file(path, target)
+def check(path: Path, args: argparse.Namespace) -> int:
+    """Print what a library would misread or refuse, and what its parser says; 1 if it is refused.
+
+    A parser that is not installed, or that needs a GPU where there is none, is not asked.
+    """
+    libraries = [LIBRARIES[name] for name in ([args.builder] if args.builder else BUILDERS)]
+    batch = args.max_shape[0] if args.max_shape else None
+    findings = check_file(path, Target(libraries[0].title, args.version_compatible, batch))
     for finding in findings:
         print(finding)
     errors = sum(finding.severity == "error" for finding in findings)
     print(f"{path}: {errors} errors, {len(findings) - errors} warnings")
-    return 1 if errors else 0
+    verdicts = [parser_verdict(library, path) for library in libraries]
+    return 1 if errors or not all(verdicts) else 0
+
+
+def parser_verdict(library: Library, path: Path) -> bool:
+    """Print what the parser of `library` says of a file; whether it did not refuse it."""
+    reason = library.cannot_build()
+    if reason:
+        print(f"the parser of {library} was not asked: {reason}")
+        return True
+    try:
+        parse_file(library, path, BuildOptions())
+    except InputError as refusal:
+        print(refusal)
+        return False
+    print(f"the parser of {library} {library.version} takes it")
+    return True
+
+
+def refuse_ignored(args: argparse.Namespace, task: str, used: set[str]) -> None:
+    """`InputError` for an option, other than those `used`, that `task` would do nothing with."""
+    default = parser().get_default
+    given = {name for name, value in vars(args).items() if value != default(name)}
+    ignored = given - used - {task}
+    if ignored:
+        raise InputError(f"--{task} does not use --{min(ignored)}; leave it out")
 
 
 def build_options(args: argparse.Namespace) -> BuildOptions:
-    """The command line's part of what TensorRT is told."""
+    """The command line's part of what the builder is told."""
     return BuildOptions(
+        compute_capabilities=tuple(dict.fromkeys(args.compute_capability)),
         optimization_level=args.optimization_level,
         max_workspace_size_mib=args.max_workspace_size,
         timing_cache=args.timing_cache,
@@ -161,16 +229,19 @@ def build_options(args: argparse.Namespace) -> BuildOptions:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Check the file; then build, verify and keep the engine."""
+    """Check the file, or compare an engine, or build, compare and keep one."""
     if args.check_only:
-        max_batch = args.max_shape[0] if args.max_shape else None
-        return check(args.check_only, Target(args.version_compatible, max_batch))
-    from aliked.export.engine import Request, convert
-
+        refuse_ignored(args, "check_only", {"builder", "version_compatible", "max_shape"})
+        return check(args.check_only, args)
+    if args.verify:
+        refuse_ignored(args, "verify", {"images", "num_images", "weights", "memory"})
+        judged = verify(args.verify, args.images, args.num_images, args.weights, args.memory)
+        return 0 if judged else 1
     request = Request(
         onnx_path=args.model_onnx_path,
-        engine_path=args.model_trt_path or args.model_onnx_path.with_suffix(".trt"),
+        engine_path=args.model_trt_path,
         options=build_options(args),
+        builder=args.builder,
         precision=args.precision_mode,
         shapes=(args.min_shape, args.opt_shape, args.max_shape),
         verify=not args.no_verify,

@@ -227,6 +227,7 @@ def make_manifest(
         "n_limit": args.n_limit,
         "sampling": args.sampling,
         **asdict(options),
+        "images": str(args.images),
         "weights": {"file": weights.name, "sha256": sha256(weights)},
         "verdict": {"passed": verdict.passed, "text": verdict.text.splitlines()},
         "versions": installed_versions(PACKAGES),

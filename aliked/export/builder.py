@@ -1,10 +1,11 @@
-"""TensorRT's builder: an ONNX file in, an engine's bytes out."""
+"""The builder of TensorRT, or of TensorRT for RTX: an ONNX file in, an engine's bytes out."""
 
 import contextlib
 import json
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -12,21 +13,26 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from aliked.backends.tensorrt import journal, logger, register_plugins
+from aliked.backends.tensorrt_library import RTX, Library, journal, logger, register_plugins
 from aliked.errors import InputError
 from aliked.files import whole_file
 
 if TYPE_CHECKING:
     import tensorrt as trt
+    import tensorrt_rtx as rtx
 
 
 Shape = tuple[int, ...]
 
 
+COMPUTE_CAPABILITIES = ("SM75", "SM80", "SM86", "SM89", "SM120", "SM121")
+
+
 @dataclass(frozen=True)
 class BuildOptions:
-    """What TensorRT's builder is told."""
+    """What the builder is told."""
 
+    compute_capabilities: tuple[str, ...] = ()  # TensorRT for RTX: "SM75", ...; (): its default
     optimization_level: int = 3  # 0 takes the first kernel that works, 5 compares all
     max_workspace_size_mib: int | None = None  # None: no limit
     timing_cache: Path | None = None
@@ -40,6 +46,26 @@ class BuildOptions:
     log_level: str = "warning"
 
 
+# What only one of the libraries has: the option, and whether it is in use.
+ONLY_TENSORRT: dict[str, Callable[[BuildOptions], bool]] = {
+    "--timing_cache": lambda options: options.timing_cache is not None,
+    "--version_compatible": lambda options: options.version_compatible,
+    "--hardware_compatible": lambda options: options.hardware_compatible,
+    # Seen with 1.5.0 on an H100: products in TF32, the flag cleared or not.
+    "--no_tf32": lambda options: not options.tf32,
+}
+ONLY_RTX: dict[str, Callable[[BuildOptions], bool]] = {
+    "--compute_capability": lambda options: bool(options.compute_capabilities),
+}
+
+
+def check_options(library: Library, options: BuildOptions) -> None:
+    """`InputError` for an option that `library` would ignore or cannot follow."""
+    for name, in_use in (ONLY_TENSORRT if library is RTX else ONLY_RTX).items():
+        if in_use(options):
+            raise InputError(f"{library} has no {name}; leave it out or choose another --builder")
+
+
 class Progress:
     """One bar per phase of a build, and whether the build is to stop."""
 
@@ -49,8 +75,11 @@ class Progress:
 
     def start(self, phase: str, parent: str | None, steps: int) -> None:
         """Show the bar of a phase, which is inside another one or not."""
-        place = len(self._bars)
-        self._bars[phase] = tqdm(total=steps, desc=phase, position=place, leave=parent is None)
+        place, outermost = len(self._bars), parent is None
+        hidden = not outermost and not sys.stderr.isatty()  # bars in bars would fill a log
+        self._bars[phase] = tqdm(
+            total=steps, desc=phase, position=place, leave=outermost, disable=hidden
+        )
 
     def complete(self, phase: str, step: int) -> bool:
         """Move the bar behind step number `step`; False cancels the build."""
@@ -104,22 +133,17 @@ def has_weak_fp16(trt: ModuleType) -> bool:
     return hasattr(trt.BuilderFlag, "FP16")
 
 
-def build_plan(trt: ModuleType, onnx_path: Path, options: BuildOptions) -> bytes:
+def build_plan(library: Library, onnx_path: Path, options: BuildOptions) -> bytes:
     """Build the engine of an ONNX file.
 
-    `InputError` with TensorRT's own words where it refuses the file or an option, or finds no
+    `InputError` with the library's own words where it refuses the file or an option, or finds no
     kernel in the memory that it may use.
     """
-    journal().errors.clear()
-    journal().least = options.log_level
-    register_plugins()
-    builder = trt.Builder(logger())
-    network = create_network(trt, builder, options)
-    parser = trt.OnnxParser(network, logger())  # it owns the weights: it must outlive the build
-    parse(parser, onnx_path)
+    trt = library.load()
+    builder, network, parser = parse_file(library, onnx_path, options)
     config = create_config(trt, builder, options)
     if options.shapes:
-        add_profile(builder, config, network.get_input(0).name, options.shapes)
+        add_profile(library, builder, config, network.get_input(0).name, options.shapes)
     if options.version_compatible:
         config.plugins_to_serialize = parser.get_used_vc_plugin_libraries()
     progress = Progress()
@@ -130,10 +154,30 @@ def build_plan(trt: ModuleType, onnx_path: Path, options: BuildOptions) -> bytes
     if progress.cancelled:
         raise KeyboardInterrupt
     if plan is None:
-        raise build_failure(onnx_path, options, journal().last_words())
+        raise build_failure(library, onnx_path, options, journal().last_words(library))
     if options.timing_cache:
         save_timing_cache(config, options.timing_cache)
     return bytes(plan)
+
+
+def parse_file(
+    library: Library, onnx_path: Path, options: BuildOptions
+) -> tuple["trt.Builder", "trt.INetworkDefinition", "trt.OnnxParser"]:
+    """Parse an ONNX file; the parser owns the weights, so it has to outlive the build.
+
+    `InputError` with every error of the parser, whole, where it refuses the file.
+    """
+    trt = library.load()
+    journal().errors.clear()
+    journal().least = options.log_level
+    register_plugins(library)
+    builder = trt.Builder(logger(library))
+    network = create_network(trt, builder, options)
+    parser = trt.OnnxParser(network, logger(library))
+    if parser.parse_from_file(str(onnx_path)):
+        return builder, network, parser
+    errors = "\n".join(f"  {parser.get_error(index)}" for index in range(parser.num_errors))
+    raise InputError(f"{library} {trt.__version__} cannot parse {onnx_path}:\n{errors}")
 
 
 def create_network(
@@ -145,21 +189,13 @@ def create_network(
     return builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
 
 
-def parse(parser: "trt.OnnxParser", onnx_path: Path) -> None:
-    """Fill the parser's network; `InputError` with every error of the parser, whole."""
-    if parser.parse_from_file(str(onnx_path)):
-        return
-    errors = "\n".join(f"  {parser.get_error(index)}" for index in range(parser.num_errors))
-    raise InputError(
-        f"TensorRT cannot parse {onnx_path}; see --check_only for what it cannot read:\n{errors}"
-    )
-
-
 def create_config(
     trt: ModuleType, builder: "trt.Builder", options: BuildOptions
 ) -> "trt.IBuilderConfig":
     """The builder's settings, but for what depends on the network."""
     config = builder.create_builder_config()
+    if options.compute_capabilities:
+        set_compute_capabilities(trt, config, options.compute_capabilities)
     config.builder_optimization_level = options.optimization_level
     if options.max_workspace_size_mib is not None:
         size = options.max_workspace_size_mib * 2**20
@@ -181,7 +217,22 @@ def create_config(
     return config
 
 
+def set_compute_capabilities(
+    rtx: ModuleType, config: "rtx.IBuilderConfig", names: tuple[str, ...]
+) -> None:
+    """Build for the GPUs of these names; `InputError` where the library does not know one."""
+    known = rtx.ComputeCapability.__members__
+    config.num_compute_capabilities = len(names)
+    for index, name in enumerate(names):
+        if name not in known or not config.set_compute_capability(known[name], index):
+            raise InputError(
+                f"TensorRT for RTX {rtx.__version__} builds for no {name}; choose another "
+                "--compute_capability"
+            )
+
+
 def add_profile(
+    library: Library,
     builder: "trt.Builder",
     config: "trt.IBuilderConfig",
     name: str,
@@ -192,8 +243,8 @@ def add_profile(
     profile.set_shape(name, *shapes)
     if config.add_optimization_profile(profile) < 0:
         raise InputError(
-            f"TensorRT refuses the shapes {', '.join(map(str, shapes))} for {name} "
-            f"({journal().last_words()}); give others"
+            f"{library} refuses the shapes {', '.join(map(str, shapes))} for {name} "
+            f"({journal().last_words(library)}); give others"
         )
 
 
@@ -214,15 +265,15 @@ def save_timing_cache(config: "trt.IBuilderConfig", path: Path) -> None:
         partial.write_bytes(bytes(config.get_timing_cache().serialize()))
 
 
-def build_failure(onnx_path: Path, options: BuildOptions, why: str) -> InputError:
+def build_failure(library: Library, onnx_path: Path, options: BuildOptions, why: str) -> InputError:
     """Why there is no engine; of memory, with the two numbers that decide over it."""
-    if "memory" not in why.lower():
-        return InputError(f"TensorRT builds no engine of {onnx_path}: {why}")
+    if not any(word in why.lower() for word in ("memory", "workspace")):
+        return InputError(f"{library} builds no engine of {onnx_path}: {why}")
     workspace = options.max_workspace_size_mib
     limit = f"{workspace} MiB" if workspace is not None else "no limit"
     batch = options.shapes[2][0] if options.shapes else "the batch of the file"
     return InputError(
-        f"out of device memory while building {onnx_path} ({why}); workspace: {limit}, batch: "
+        f"out of memory while building {onnx_path} ({why}); workspace: {limit}, batch: "
         f"{batch}; give another --max_workspace_size, a smaller batch, or free the GPU"
     )
 

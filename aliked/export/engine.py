@@ -1,11 +1,18 @@
-"""From an ONNX file to an engine that was compared with PyTorch before it gets its name."""
+"""From an ONNX file to an engine, which is compared with PyTorch before it gets its name.
+
+TensorRT for RTX builds without a GPU. Such an engine is kept as not yet verified, and `verify`
+compares it later, on a machine with a GPU.
+"""
 
 import dataclasses
+import functools
+import glob
 import json
 import os
+import shlex
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,22 +21,33 @@ import onnx
 from aliked import gpu
 from aliked.backends.cuda_memory import create_memory
 from aliked.backends.tensorrt import (
+    INPUT,
+    TensorRTExtractor,
+    describe_targets,
     deserialize,
+    is_export,
     manifest_path,
+    mismatch,
     read_manifest,
-    runtime_module,
-    unavailable,
 )
+from aliked.backends.tensorrt_library import BUILDERS, LIBRARIES, RTX, Library
 from aliked.errors import InputError
-from aliked.export.builder import BuildOptions, Shape, build_plan, has_weak_fp16, layer_information
-from aliked.export.onnx_checks import Target, check_model, graph_precision, load_model
+from aliked.export.builder import (
+    BuildOptions,
+    Shape,
+    build_plan,
+    check_options,
+    has_weak_fp16,
+    layer_information,
+)
+from aliked.export.onnx_checks import check_model
+from aliked.export.onnx_graph import Target, graph_precision, load_model
+from aliked.features import OUTPUTS
 from aliked.files import sha256, writable_folder, write_json
 
 if TYPE_CHECKING:
     from aliked.backends.pytorch import PyTorchExtractor
-
-
-INPUT, OUTPUTS = "image", ("keypoints", "descriptors", "scores")
+    from aliked.export.verify import NamedImages
 
 
 @dataclass(frozen=True)
@@ -41,6 +59,15 @@ class Source:
     export: dict  # what the export wrote into it: model, top_k, ...; empty where it is not there
     shape: Shape  # of the input `image`, -1 for each dynamic size
     precision: str  # "FP32" or "FP16"
+
+    @property
+    def images(self) -> Path | None:
+        """The folder of images that the export was checked on, where its manifest says."""
+        try:
+            named = json.loads(manifest_path(self.path).read_text())["images"]
+            return Path(named)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     @property
     def uint8(self) -> bool:
@@ -63,16 +90,22 @@ def read_source(path: Path) -> Source:
         )
     dims = inputs[0].type.tensor_type.shape.dim
     shape = tuple(dim.dim_value if dim.HasField("dim_value") else -1 for dim in dims)
-    return Source(path, model, _export_metadata(model), shape, graph_precision(model))
+    return Source(path, model, _export_metadata(path, model), shape, graph_precision(model))
 
 
-def _export_metadata(model: onnx.ModelProto) -> dict:
+def _export_metadata(path: Path, model: onnx.ModelProto) -> dict:
     prefix = "aliked."
-    return {
-        entry.key.removeprefix(prefix): json.loads(entry.value)
-        for entry in model.metadata_props
-        if entry.key.startswith(prefix)
-    }
+    try:
+        export = {
+            entry.key.removeprefix(prefix): json.loads(entry.value)
+            for entry in model.metadata_props
+            if entry.key.startswith(prefix)
+        }
+    except (ValueError, RecursionError):
+        export = None
+    if not is_export(export):
+        raise InputError(f"the metadata of {path} are not this project's; export it again")
+    return export
 
 
 def check_source(source: Source, target: Target) -> str:
@@ -80,7 +113,7 @@ def check_source(source: Source, target: Target) -> str:
     findings = check_model(source.model, target)
     text = "\n".join(map(str, findings))
     if any(finding.severity == "error" for finding in findings):
-        raise InputError(f"TensorRT would refuse or misread {source.path}:\n{text}")
+        raise InputError(f"{target.library} would refuse or misread {source.path}:\n{text}")
     return text
 
 
@@ -194,6 +227,7 @@ def _describe(tensor: dict) -> str:
 
 
 LAYER_SUFFIXES = (".layers.json", ".layers.txt")
+SCRIPT = "python convert_onnx_to_trt.py"
 
 
 @dataclass(frozen=True)
@@ -201,74 +235,168 @@ class Request:
     """What to build, and on which images to judge it."""
 
     onnx_path: Path
-    engine_path: Path
-    options: BuildOptions  # `shapes` and `weak_fp16` follow from the file
+    engine_path: Path | None = None  # None: the ONNX path, ending in .trt or .rtx
+    options: BuildOptions = field(
+        default_factory=BuildOptions
+    )  # `shapes` and `weak_fp16` follow from the file
+    builder: str | None = None  # "tensorrt" or "tensorrt-rtx"; None: the first that can
     precision: str | None = None  # "FP32" or "FP16"; None: as the file is
     shapes: tuple[Shape | None, ...] = (None, None, None)  # min, opt, max
     verify: bool = True
-    images: Path | None = None
+    judged_by: str | None = None  # who compares an engine that is not verified here
+    images: Path | None = None  # None: those of the export
     num_images: int = 10  # of that folder
     weights: Path | None = None  # of the PyTorch reference
     memory: str = "torch"  # of the verification
 
 
+def choose_library(builder: str | None) -> tuple[Library, str]:
+    """Return the library that builds here, and why it and not another one.
+
+    By default TensorRT, where it is installed and finds a GPU, or else TensorRT for RTX, which
+    needs none. `InputError` where the library, or all of them, cannot build.
+    """
+    wanted = [LIBRARIES[name] for name in ([builder] if builder else BUILDERS)]
+    reasons = {library: library.cannot_build() for library in wanted}
+    for library in wanted:
+        if reasons[library] is None:
+            passed_over = wanted[: wanted.index(library)]
+            why = "; ".join(f"{other} cannot: {reasons[other]}" for other in passed_over)
+            return library, why or ("as asked for" if builder else "the first choice")
+    why = "; ".join(f"{library}: {reasons[library]}" for library in wanted)
+    raise InputError(f"no engine can be built here: {why}")
+
+
 def convert(request: Request) -> bool:
     """Build an engine, compare it with PyTorch, and keep it under its name or as `.rejected`.
 
-    Everything that can be wrong with the request is found before the build, which takes minutes:
-    `InputError`. Writes the engine, its manifest and, with `options.detailed`, its layers, all or
-    none; what was there before stays until then. Returns whether the engine was accepted.
+    Everything that can be wrong with the request is found before the build, which can take
+    minutes: `InputError`. Where there is no GPU to compare it on, it is kept as not yet verified.
+    Writes the engine, its manifest and, with `options.detailed`, its layers, all or none; what
+    was there before stays until then. Returns whether the engine was accepted.
     """
     source = read_source(request.onnx_path)
     shapes = check_shapes(source, request.shapes)
-    max_batch = shapes[2][0] if shapes else None
-    findings = check_source(source, Target(request.options.version_compatible, max_batch))
-    if findings:
+    library, why = choose_library(request.builder)
+    request = _named(request, library)
+    check_options(library, request.options)
+    target = Target(library.title, request.options.version_compatible, _batch(shapes))
+    if findings := check_source(source, target):
         print(findings)
-    reason = unavailable()
-    if reason:
-        raise InputError(f"no engine can be built here: {reason}")
-    judge = _prepare_verification(request, source, shapes) if request.verify else None
-    options = dataclasses.replace(
-        request.options, shapes=shapes, weak_fp16=_weak_fp16(source, request.precision)
-    )
+    weak_fp16 = _weak_fp16(library, source, request.precision)
+    options = dataclasses.replace(request.options, shapes=shapes, weak_fp16=weak_fp16)
+    manifest = _manifest(request, source, options, library)
+    print(f"building with {library} {library.version} ({why}) for {_gpus(manifest)}")
+    unverified = _unverifiable(manifest, library) if request.verify else "--no_verify"
+    judge = None if unverified else _prepare_verification(request, source, shapes)
+    if unverified and not request.judged_by:
+        manifest["verify_with"] = _verify_command(request.engine_path, manifest)
+    if options.detailed and (reason := library.unavailable()):
+        raise InputError(f"--inspect needs a GPU to ask the engine on, and {reason}; leave it out")
     writable_folder(request.engine_path.parent)
     with tempfile.TemporaryDirectory(dir=request.engine_path.parent, prefix=".build-") as folder:
         draft = Path(folder) / request.engine_path.name
-        _build(source, options, draft, request.precision or source.precision)
+        _build(source, options, library, manifest, draft)
         try:
             passed = judge is None or judge(draft)
         except InputError:  # an engine that does not even run
             _keep(draft, request.engine_path, passed=False)
             raise
         _keep(draft, request.engine_path, passed)
+    if manifest["verify_with"]:
+        print(f"NOT YET VERIFIED ({unverified}); where there is a GPU: {manifest['verify_with']}")
     return passed
+
+
+def _named(request: Request, library: Library) -> Request:
+    """The request with its engine's path, by default of the suffix that benchmarks use."""
+    suffix = ".rtx" if library is RTX else ".trt"
+    path = request.engine_path or request.onnx_path.with_suffix(suffix)
+    return dataclasses.replace(request, engine_path=path)
+
+
+def _batch(shapes: tuple[Shape, ...] | None) -> int | None:
+    return shapes[2][0] if shapes else None
+
+
+def _gpus(manifest: dict) -> str:
+    if manifest["gpu"]:
+        return "{name} ({compute_capability})".format(**manifest["gpu"])
+    return describe_targets(manifest["compute_capabilities"])
+
+
+def _unverifiable(manifest: dict, library: Library) -> str | None:
+    """Why the engine that this manifest describes cannot be run on this machine, or None."""
+    return library.unavailable() or mismatch(manifest, library, gpu.devices()[0])
 
 
 def _prepare_verification(
     request: Request, source: Source, shapes: tuple[Shape, ...] | None
 ) -> Callable[[Path], bool]:
-    """What judges a draft, after checking that everything is there that the judgement needs."""
-    from aliked.export.verify import create_reference, load_fitting_images
+    """Return what judges a draft, after checking that all is there that the judgement needs."""
+    from aliked.export.verify import create_reference, load_fitting_images  # they load PyTorch
 
-    if request.images is None:
+    folder = request.images or source.images
+    if folder is None:
         raise InputError(
-            "an engine is verified on photographs; pass --images FOLDER, or --no_verify"
+            f"an engine is verified on photographs, and the manifest of {source.path} names none; "
+            "pass --images FOLDER, or --no_verify"
         )
     smallest, _, largest = shapes or (source.shape,) * 3
-    images = load_fitting_images(
-        request.images, request.num_images, source.uint8, smallest, largest
-    )
+    images = load_fitting_images(folder, request.num_images, source.uint8, smallest, largest)
     create_memory(request.memory, index=0)
     reference = create_reference(source.path, source.export, request.weights)
-    return lambda draft: _verify(request, reference, images, draft)
+    open_draft = functools.partial(TensorRTExtractor, memory=request.memory)
+    return lambda draft: _judge(open_draft(draft), folder, images, reference)
 
 
-def _weak_fp16(source: Source, precision: str | None) -> bool:
+def verify(
+    engine: Path, images: Path | None, num_images: int, weights: Path | None, memory: str
+) -> bool:
+    """Compare an engine that exists with PyTorch and write the verdict into its manifest.
 
-    weak = needs_weak_fp16(
-        source, precision or source.precision, has_weak_fp16(runtime_module(lean=False))
-    )
+    `images` is a folder, by default that of the export. A wrong engine is renamed to
+    `.rejected`. Returns whether it was accepted; `InputError` where it cannot be compared here.
+    """
+    from aliked.export.verify import create_reference, load_fitting_images  # they load PyTorch
+
+    manifest = read_manifest(engine)
+    folder = images or manifest["source"].get("images")
+    if folder is None:
+        raise InputError(f"the manifest of {engine} names no photographs; pass --images FOLDER")
+    quiet = manifest | {"verify_with": None}
+    extractor = TensorRTExtractor(engine, memory=memory, manifest=quiet)
+    uint8, limits = extractor.dtype.name == "uint8", extractor.limits()
+    found = load_fitting_images(Path(folder), num_images, uint8, *limits)
+    reference = create_reference(engine, manifest["source"]["export"], weights)
+    passed = _judge(extractor, Path(folder), found, reference)
+    if not passed:
+        _keep(engine, engine, passed)
+    return passed
+
+
+def _judge(
+    extractor: TensorRTExtractor, folder: Path, images: "NamedImages", reference: "PyTorchExtractor"
+) -> bool:
+    """Compare the engine with the reference, and write the verdict into its manifest."""
+    from aliked.export.verify import tolerance, verify_engine
+
+    manifest = read_manifest(extractor.path)
+    limits = tolerance(manifest["precision"], manifest["tf32"])
+    verdict = verify_engine(extractor, reference, images, limits)
+    print(verdict.text)
+    manifest["verified"] = {
+        "images": str(folder),
+        "passed": verdict.passed,
+        "text": verdict.text.splitlines(),
+    }
+    manifest["verify_with"] = None
+    write_json(manifest_path(extractor.path), manifest)
+    return verdict.passed
+
+
+def _weak_fp16(library: Library, source: Source, precision: str | None) -> bool:
+    weak = needs_weak_fp16(source, precision or source.precision, has_weak_fp16(library.load()))
     if weak:
         print(
             "the file is FP32: TensorRT chooses where to use FP16, for coordinates and sampling "
@@ -277,63 +405,64 @@ def _weak_fp16(source: Source, precision: str | None) -> bool:
     return weak
 
 
-def _build(source: Source, options: BuildOptions, draft: Path, precision: str) -> None:
+def _build(
+    source: Source, options: BuildOptions, library: Library, manifest: dict, draft: Path
+) -> None:
     """Write the engine, its manifest and, if asked for, its layers."""
-
-    draft.write_bytes(build_plan(runtime_module(lean=False), source.path, options))
-    write_json(manifest_path(draft), _manifest(source, options, draft, precision))
+    draft.write_bytes(build_plan(library, source.path, options))
+    write_json(manifest_path(draft), {"sha256": sha256(draft), **manifest})
     if options.detailed:
-        information = layer_information(
-            runtime_module(lean=False), deserialize(draft, options.version_compatible)
-        )
+        engine = deserialize(draft, options.version_compatible, library)
+        information = layer_information(library.load(), engine)
         table = layer_table(information)
-        as_json, as_text = (draft.with_name(draft.name + suffix) for suffix in LAYER_SUFFIXES)
+        as_json, as_text = _layer_files(draft)
         write_json(as_json, information)
         as_text.write_text(table + "\n")
         print(table)
 
 
-def _manifest(source: Source, options: BuildOptions, draft: Path, precision: str) -> dict:
-    device = gpu.devices()[0]
+def _manifest(request: Request, source: Source, options: BuildOptions, library: Library) -> dict:
+    """What is known of the engine before it is built: all but its SHA-256 and the verdict."""
+    images = request.images or source.images
     flags = dataclasses.asdict(options)
     flags["timing_cache"] = str(options.timing_cache) if options.timing_cache else None
+    flags["compute_capabilities"] = list(options.compute_capabilities)
+    built_on = None if library is RTX else gpu.devices()[0]
     return {
-        "sha256": sha256(draft),
-        "tensorrt": runtime_module(lean=False).__version__,
-        "gpu": {"name": device.name, "compute_capability": device.compute_capability},
-        "precision": precision,
+        "library": library.name,
+        "version": library.version,
+        "gpu": built_on
+        and {"name": built_on.name, "compute_capability": built_on.compute_capability},
+        "precision": request.precision or source.precision,
         **flags,
         "source": {
             "file": source.path.name,
             "sha256": sha256(source.path),
             "export": source.export,
+            "images": str(images) if images else None,
         },
         "verified": None,
+        "judged_by": request.judged_by,
+        "verify_with": None,
     }
 
 
-def _verify(request: Request, reference: "PyTorchExtractor", images: list, draft: Path) -> bool:
-    """Judge the draft, and write the verdict into its manifest."""
-    from aliked.export.verify import tolerance, verify_engine
-
-    manifest = read_manifest(draft)
-    limits = tolerance(manifest["precision"], manifest["tf32"])
-    verdict = verify_engine(draft, reference, images, limits, request.memory)
-    print(verdict.text)
-    manifest["verified"] = {
-        "images": str(request.images),
-        "passed": verdict.passed,
-        "text": verdict.text.splitlines(),
-    }
-    write_json(manifest_path(draft), manifest)
-    return verdict.passed
+def _verify_command(engine: Path, manifest: dict) -> str:
+    words = [*SCRIPT.split(), "--verify", str(engine)]
+    return shlex.join(words) + ("" if manifest["source"]["images"] else " --images FOLDER")
 
 
 def _keep(draft: Path, engine_path: Path, passed: bool) -> None:
     """Give the draft's files their names; those of a wrong engine end in `.rejected`."""
     kept = engine_path if passed else engine_path.with_name(engine_path.name + ".rejected")
-    for suffix in LAYER_SUFFIXES:  # of an earlier build, which this engine is not
-        kept.with_name(kept.name + suffix).unlink(missing_ok=True)
-    for file in sorted(draft.parent.iterdir()):
-        os.replace(file, kept.with_name(kept.name + file.name.removeprefix(draft.name)))
+    for file in _layer_files(kept):  # of an earlier build, which this engine is not
+        file.unlink(missing_ok=True)
+    caches = draft.parent.glob(f"{glob.escape(draft.name)}.*.cache")
+    for file in (draft, manifest_path(draft), *_layer_files(draft), *caches):
+        if file.exists():
+            os.replace(file, kept.with_name(kept.name + file.name.removeprefix(draft.name)))
     print(f"wrote {kept}" if passed else f"wrong results: the engine is kept only as {kept}")
+
+
+def _layer_files(engine: Path) -> list[Path]:
+    return [engine.with_name(engine.name + suffix) for suffix in LAYER_SUFFIXES]

@@ -1,4 +1,9 @@
-"""Rules for numbers that the chosen type cannot hold: indices in floats, constants in FP16."""
+"""What a library would misread in an ONNX file, or refuse without saying what to do instead.
+
+The file is held against ONNX's own checker first. The rules after that are for what TensorRT and
+TensorRT for RTX do without a word, and for limits that show only when an engine is built or run.
+What their parsers refuse in clear words they say themselves (`aliked.export.builder`).
+"""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,8 +13,8 @@ import onnx
 import onnx.inliner
 from onnx import TensorProto, numpy_helper
 
+from aliked.backends.tensorrt_library import RTX
 from aliked.export.onnx_graph import (
-    FLOAT_TYPES,
     HALF_TYPES,
     INTEGER_TYPES,
     SAME_VALUES,
@@ -17,14 +22,146 @@ from aliked.export.onnx_graph import (
     Graph,
     Node,
     Target,
-    constant_value,
-    default_opset,
+    constant_of,
     error,
     graphs,
     load_model,
     type_name,
     warning,
 )
+
+
+def check_file(path: Path, target: Target | None = None) -> list[Finding]:
+    """The findings of an ONNX file, errors first; `InputError` where it is not one."""
+    return check_model(load_model(path), target)
+
+
+def check_model(model: onnx.ModelProto, target: Target | None = None) -> list[Finding]:
+    """The findings of a model, errors first; it is not changed."""
+    target = target or Target()
+    try:
+        onnx.checker.check_model(model)
+        check_constants(model.graph)
+        inlined = onnx.inliner.inline_local_functions(model) if model.functions else model
+        typed = onnx.shape_inference.infer_shapes(inlined, data_prop=True)
+    except INVALID as problem:
+        reason = " ".join(str(problem).split("==>")[0].split()) or "no reason given"
+        return [Finding("error", "(model)", f"not valid ONNX: {reason}", "export it again")]
+    findings: list[Finding] = []
+    for graph in graphs(typed):
+        findings += infinite_constants(graph)
+        for proto in graph.proto.node:
+            node = Node(proto, graph)
+            for rule in RULES.get(node.op, ()) if proto.domain in ("", "ai.onnx") else ():
+                findings += rule(node, target)
+    return sorted(findings, key=lambda finding: finding.severity != "error")
+
+
+INVALID = (  # what ONNX's own tools raise for a file that is not valid
+    onnx.checker.ValidationError,
+    onnx.shape_inference.InferenceError,
+    UnicodeDecodeError,
+)
+
+
+def check_constants(graph: onnx.GraphProto) -> None:
+    """Raise `ValidationError` for an initializer of no type, which ONNX's checker lets through."""
+    for tensor in graph.initializer:
+        if tensor.data_type not in TensorProto.DataType.values()[1:]:
+            raise onnx.checker.ValidationError(f"{tensor.name} has the type {tensor.data_type}")
+
+
+# Operators
+
+GATHER = "export with --sampling gather, which has no GridSample"
+DECOMPOSE = "export with --deform_conv gridsample or --deform_conv gather"
+MAX_BATCH = 32  # of the standard plugin behind DeformConv; multiples of it are fine too
+MAX_TOP_K = 3840
+
+
+def grid_sample(node: Node, target: Target) -> Iterator[Finding]:
+    """GridSample's mode names and the steps of its coordinates, both taken without a word."""
+    mode = node.attribute("mode", "bilinear" if node.opset < 20 else "linear")
+    renamed = node.opset >= 20 and mode != "nearest"
+    if renamed and target.library != RTX.title:  # 1.6.1 was seen to read the new names rightly
+        yield error(
+            node,
+            f"mode {mode!r} is a name of opset 20 and later (here {node.opset}), which TensorRT "
+            "reads as nearest neighbour without a word",
+            f"export with --opset_version 19 or below, or {GATHER}",
+        )
+    grid = node.dtype(1)
+    if grid in HALF_TYPES:
+        yield error(
+            node,
+            f"the grid is {type_name(grid)}: {_grid_step(node, grid)}",
+            f"keep the grid and this operator in FLOAT, as --precision fp16 does, or {GATHER}",
+        )
+
+
+def _grid_step(node: Node, grid: int) -> str:
+    """How far two neighbouring coordinates are apart near 1, the border of the image."""
+    bits = 11 if grid == TensorProto.FLOAT16 else 8
+    width = node.size(0, -1)
+    pixels = f", {width / 2 ** (bits + 1):.2g} pixel at width {width}" if width else ""
+    return f"its coordinates are steps of 2^-{bits} near the border{pixels}"
+
+
+def deform_conv(node: Node, target: Target) -> Iterator[Finding]:
+    """Limits of ModulatedDeformConv2d, the plugin of TensorRT's that DeformConv becomes."""
+    if target.library == RTX.title:
+        yield error(node, "TensorRT for RTX has no plugin for it", DECOMPOSE)
+        return
+    if node.name(4) and not node.name(3):
+        yield error(
+            node,
+            "it has a mask and no bias, which makes TensorRT's parser read a missing tensor",
+            "write a bias of zeros",
+        )
+    if target.version_compatible:
+        yield error(
+            node,
+            "it becomes a plugin that version-compatible engines cannot carry",
+            f"{DECOMPOSE}, or build without --version_compatible",
+        )
+    yield from _deform_conv_batch(node, target)
+
+
+def _deform_conv_batch(node: Node, target: Target) -> Iterator[Finding]:
+    batch = node.size(0, 0) or target.max_batch
+    limit = f"a batch of at most {MAX_BATCH} or a multiple of it"
+    if batch is None:
+        yield warning(
+            node, f"it takes {limit}, and the batch is dynamic", "keep --max_shape within that"
+        )
+    elif batch > MAX_BATCH and (batch % MAX_BATCH or node.size(0, 0) is None):
+        cure = f"choose a smaller batch, or {DECOMPOSE}"
+        yield error(node, f"it takes {limit}, not {batch}", cure)
+
+
+def top_k(node: Node, target: Target) -> Iterator[Finding]:
+    """TopK's limit on k, which the builder finds and the parser does not."""
+    value = node.attribute("k") if node.opset < 10 else node.constant(1)
+    if value is None:
+        yield warning(
+            node,
+            f"k is computed at run time; above {MAX_TOP_K} TensorRT refuses it",
+            "export with a fixed --top_k",
+        )
+        return
+    k, size = int(np.max(value, initial=0)), node.size(0, node.attribute("axis", -1))
+    if k > MAX_TOP_K:
+        yield error(
+            node,
+            f"k is {k}, TensorRT's limit is {MAX_TOP_K}",
+            "export again with convert_pytorch_to_onnx.py --top_k, which above that limit writes "
+            "an exact TopK in two levels",
+        )
+    if size and k > size:
+        yield error(node, f"k is {k} and the axis has {size} elements", "choose a smaller --top_k")
+
+
+# Numbers that the chosen type cannot hold: indices in floats, constants in FP16
 
 FP16_MAX = 65504.0  # the largest finite FP16
 EXACT = {  # the integers up to here are exact; TensorRT computes DOUBLE as FLOAT
@@ -134,7 +271,7 @@ def infinite_constants(graph: Graph) -> Iterator[Finding]:
     for proto in graph.proto.node:
         if proto.op_type in ("Constant", "ConstantOfShape") and proto.domain in ("", "ai.onnx"):
             node = Node(proto, graph)
-            values.append((node.label.removeprefix(graph.path), constant_value(node)))
+            values.append((node.label.removeprefix(graph.path), constant_of(proto)))
     for name, value in values:
         if value is not None and value.dtype == np.float16 and not np.isfinite(value).all():
             yield Finding(
@@ -146,335 +283,14 @@ def infinite_constants(graph: Graph) -> Iterator[Finding]:
             )
 
 
-def graph_precision(model: onnx.ModelProto) -> str:
-    """ "FP16" where any weight, constant or Cast of the file is FP16, else "FP32"."""
-    half = TensorProto.FLOAT16
-    if any(tensor.data_type == half for tensor in model.graph.initializer):
-        return "FP16"
-    for node in model.graph.node:
-        for attribute in node.attribute:
-            constant = attribute.HasField("t") and attribute.t.data_type == half
-            if constant or (attribute.name == "to" and attribute.i == half):
-                return "FP16"
-    return "FP32"
-
-
-GATHER = "export with --sampling gather, which has no GridSample"
-DECOMPOSE = "export with --deform_conv gather or --deform_conv gridsample"
-MAX_BATCH = 32  # of the standard plugin behind DeformConv; multiples of it are fine too
-RESIZE_FRAMES = (
-    "half_pixel",
-    "pytorch_half_pixel",
-    "tf_half_pixel_for_nn",
-    "asymmetric",
-    "align_corners",
-)
-
-
-def grid_sample(node: Node, target: Target) -> Iterator[Finding]:
-    """GridSample's mode names, types and rank."""
-    mode = node.attribute("mode", "bilinear" if node.opset < 20 else "linear")
-    if node.opset >= 20 and mode != "nearest":
-        yield error(
-            node,
-            f"mode {mode!r} is a name of opset 20 and later (here {node.opset}), which TensorRT "
-            "reads as nearest neighbour without a word",
-            f"export with --opset_version 19 or below, or {GATHER}",
-        )
-    image, grid = node.dtype(0), node.dtype(1)
-    if image and grid and image != grid:
-        yield error(
-            node,
-            f"the input is {type_name(image)} and the grid {type_name(grid)}; TensorRT needs one "
-            "type for both",
-            "cast the input to FLOAT before it and the result back after it",
-        )
-    if grid in HALF_TYPES:
-        yield error(
-            node,
-            f"the grid is {type_name(grid)}: {_grid_step(node, grid)}",
-            f"keep the grid and this operator in FLOAT, as --precision fp16 does, or {GATHER}",
-        )
-    if (shape := node.shape(0)) and len(shape) == 5:
-        yield error(node, "TensorRT before 11.2 samples only 4-D inputs", "sample slice by slice")
-
-
-def _grid_step(node: Node, grid: int) -> str:
-    """How far two neighbouring coordinates are apart near 1, the border of the image."""
-    bits = 11 if grid == TensorProto.FLOAT16 else 8
-    width = node.size(0, -1)
-    pixels = f", {width / 2 ** (bits + 1):.2g} pixel at width {width}" if width else ""
-    return f"its coordinates are steps of 2^-{bits} near the border{pixels}"
-
-
-def deform_conv(node: Node, target: Target) -> Iterator[Finding]:
-    """Limits of ModulatedDeformConv2d, the plugin that DeformConv becomes."""
-    pads = node.attribute("pads", [])
-    half = len(pads) // 2
-    if pads[:half] != pads[half:]:
-        yield error(node, f"pads {pads} differ between begin and end", "put a Pad before it")
-    types = {node.dtype(index) for index in range(len(node.proto.input)) if node.name(index)} - {0}
-    if len(types) > 1 or types - {TensorProto.FLOAT, TensorProto.FLOAT16}:
-        names = " and ".join(sorted(map(type_name, types)))
-        yield error(
-            node,
-            f"its inputs are {names}; TensorRT needs them all FLOAT or all FLOAT16",
-            "cast them to one type before it",
-        )
-    if node.name(4) and not node.name(3):
-        yield error(
-            node,
-            "it has a mask and no bias, which makes TensorRT's parser read a missing tensor",
-            "write a bias of zeros",
-        )
-    if (shape := node.shape(0)) and len(shape) > 4:
-        yield error(node, "TensorRT has it for 1-D and 2-D images only", DECOMPOSE)
-    if target.version_compatible:
-        yield error(
-            node,
-            "it becomes a plugin that version-compatible engines cannot carry",
-            f"{DECOMPOSE}, or build without --version_compatible",
-        )
-    yield from _deform_conv_batch(node, target)
-
-
-def _deform_conv_batch(node: Node, target: Target) -> Iterator[Finding]:
-    batch = node.size(0, 0) or target.max_batch
-    limit = f"a batch of at most {MAX_BATCH} or a multiple of it"
-    if batch is None:
-        yield warning(
-            node, f"it takes {limit}, and the batch is dynamic", "keep --max_shape within that"
-        )
-    elif batch > MAX_BATCH and (batch % MAX_BATCH or node.size(0, 0) is None):
-        cure = f"choose a smaller batch, or {DECOMPOSE}"
-        yield error(node, f"it takes {limit}, not {batch}", cure)
-
-
-def resize(node: Node, target: Target) -> Iterator[Finding]:
-    """What TensorRT's Resize leaves out."""
-    frame = node.attribute("coordinate_transformation_mode", "half_pixel")
-    mode = node.attribute("mode", "nearest")
-    policy = node.attribute("keep_aspect_ratio_policy", "stretch")
-    if node.attribute("antialias", 0):
-        yield error(node, "TensorRT's Resize has no antialias", "resize without it")
-    if policy != "stretch":
-        yield error(node, f"keep_aspect_ratio_policy {policy!r} is unknown to it", "use stretch")
-    if frame not in RESIZE_FRAMES:
-        cure = f"use one of {', '.join(RESIZE_FRAMES)}"
-        yield error(node, f"coordinate_transformation_mode {frame!r} is unknown to it", cure)
-    scales, limit = node.constant(2), {"linear": 3, "cubic": 2}.get(mode)
-    if limit and scales is not None and (scales != 1).sum() > limit:
-        yield error(
-            node,
-            f"mode {mode!r} may change {limit} dimensions, these scales change "
-            f"{(scales != 1).sum()}",
-            "resize in two steps",
-        )
-
-
-MAX_TOP_K = 3840
-MAX_ELEMENTS = 2**31  # of TopK's input
-PAD_MODES = ("constant", "reflect", "edge", "wrap")
-TOP_K_TYPES = FLOAT_TYPES | {TensorProto.INT32, TensorProto.INT64}
-
-
-def top_k(node: Node, target: Target) -> Iterator[Finding]:
-    """TopK's limits on k, axis, size and type."""
-    value = node.attribute("k") if node.opset < 10 else node.constant(1)
-    axis = node.attribute("axis", -1)
-    shape, dtype = node.shape(0), node.dtype(0)
-    if value is None:
-        yield warning(
-            node,
-            f"k is computed at run time; above {MAX_TOP_K} TensorRT refuses it",
-            "export with a fixed --top_k",
-        )
-    else:
-        yield from _top_k_value(node, int(value.item() if node.opset >= 10 else value), axis)
-    if shape and -len(shape) <= axis < len(shape) and axis % len(shape) < len(shape) - 4:
-        yield error(node, "its axis is not among the last four", "transpose before it")
-    if shape and all(shape) and _product(shape) >= MAX_ELEMENTS:
-        yield error(node, "its input has 2^31 elements or more", "use smaller images or batches")
-    if dtype and dtype not in TOP_K_TYPES:
-        yield error(node, f"it does not take {type_name(dtype)}", "cast to FLOAT before it")
-
-
-def _top_k_value(node: Node, k: int, axis: int) -> Iterator[Finding]:
-    size = node.size(0, axis)
-    if k > MAX_TOP_K:
-        yield error(
-            node,
-            f"k is {k}, TensorRT's limit is {MAX_TOP_K}",
-            "export again with convert_pytorch_to_onnx.py --top_k, which above that limit writes "
-            "an exact TopK in two levels",
-        )
-    if size and k > size:
-        yield error(node, f"k is {k} and the axis has {size} elements", "choose a smaller --top_k")
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
-
-
-def reduce(node: Node, target: Target) -> Iterator[Finding]:
-    """The axes of a reduction must be in the file."""
-    if node.name(1) and node.constant(1) is None:
-        yield error(
-            node,
-            "its axes are computed, TensorRT needs them constant",
-            "write the axes as an initializer",
-        )
-
-
-def data_dependent(node: Node, target: Target) -> Iterator[Finding]:
-    """The size of the output is known only after running."""
-    yield error(
-        node,
-        "the size of its output depends on the data: TensorRT refuses it or needs an output "
-        "allocator, which excludes CUDA graphs and which this project's backend does not have",
-        "use TopK with a fixed k and a threshold afterwards",
-    )
-
-
-def scatter_nd(node: Node, target: Target) -> Iterator[Finding]:
-    """TensorRT scatters, it does not accumulate."""
-    reduction = node.attribute("reduction", "none")
-    if reduction != "none":
-        cure = "write it as a one-hot MatMul, or as ScatterElements"
-        yield error(node, f"reduction {reduction!r} is refused", cure)
-
-
-def scatter_elements(node: Node, target: Target) -> Iterator[Finding]:
-    """With a reduction it becomes a plugin."""
-    reduction = node.attribute("reduction", "none")
-    if reduction != "none" and target.version_compatible:
-        yield error(
-            node,
-            f"with reduction {reduction!r} it becomes a plugin that version-compatible engines "
-            "cannot carry",
-            "build without --version_compatible",
-        )
-
-
-def pad(node: Node, target: Target) -> Iterator[Finding]:
-    """Pad's modes and types."""
-    mode = node.attribute("mode", "constant")
-    if mode not in PAD_MODES:
-        yield error(node, f"mode {mode!r} is unknown to it", f"use one of {', '.join(PAD_MODES)}")
-
-
-def max_pool(node: Node, target: Target) -> Iterator[Finding]:
-    """MaxPool without indices and dilations."""
-    if len(node.proto.output) > 1 and node.proto.output[1]:
-        yield error(node, "TensorRT's MaxPool gives no Indices", "find the maxima by comparing")
-    if any(dilation != 1 for dilation in node.attribute("dilations", [])):
-        yield error(node, "TensorRT's MaxPool has no dilations", "use dilations of 1")
-
-
-def einsum(node: Node, target: Target) -> Iterator[Finding]:
-    """Einsum's types and letters."""
-    dtype, equation = node.dtype(0), node.attribute("equation", "")
-    if dtype and dtype not in FLOAT_TYPES:
-        yield error(node, f"it does not take {type_name(dtype)}", "write it as MatMul or Mul")
-    if equation != equation.lower():
-        yield error(node, f"equation {equation!r} has capital letters", "use a to z")
-
-
-def uint8_inside(node: Node, target: Target) -> Iterator[Finding]:
-    """TensorRT has UINT8 at the border of a network only, to be cast at once."""
-    computes = node.op not in ("Cast", "Identity")
-    if computes and any(node.dtype(i) == TensorProto.UINT8 for i in range(len(node.proto.input))):
-        yield error(
-            node,
-            "it takes UINT8, which TensorRT knows as network input and output only",
-            "cast to FLOAT directly behind the network's input, and transpose or pad after that",
-        )
-
-
-def unknown_operator(node: Node, target: Target) -> Iterator[Finding]:
-    """Operators of other domains are looked up as plugins."""
-    if node.proto.domain not in ("", "ai.onnx"):
-        yield warning(
-            node,
-            f"{node.proto.domain}::{node.op} is not a standard operator; TensorRT looks for a "
-            "plugin of that name",
-            "register the plugin before the build, or export with standard operators",
-        )
-
-
-OPSETS = range(9, 25)  # that TensorRT 10.13 to 11.4 read
-ANY_TARGET = Target()
-REDUCTIONS = ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "Sum", "SumSquare")
-
 Rule = Callable[[Node, Target], Iterator[Finding]]
 RULES: dict[str, tuple[Rule, ...]] = {
     "GridSample": (grid_sample,),
     "DeformConv": (deform_conv,),
-    "Resize": (resize,),
     "TopK": (top_k,),
-    "ScatterND": (scatter_nd,),
-    "ScatterElements": (scatter_elements,),
-    "Pad": (pad,),
-    "MaxPool": (max_pool,),
-    "Einsum": (einsum,),
     "Floor": (float_division,),
     "Cast": (float_division, cast_overflow, double),
     "LpNormalization": (half_precision_squares,),
-    **dict.fromkeys(("NonZero", "Compress", "Unique", "NonMaxSuppression"), (data_dependent,)),
-    **{f"Reduce{name}": (reduce,) for name in REDUCTIONS},
+    "ReduceL2": (half_precision_squares,),
+    "ReduceSumSquare": (half_precision_squares,),
 }
-for _name in ("ReduceL2", "ReduceSumSquare"):
-    RULES[_name] += (half_precision_squares,)
-EVERY_NODE: tuple[Rule, ...] = (uint8_inside, unknown_operator)
-
-
-def check_file(path: Path, target: Target = ANY_TARGET) -> list[Finding]:
-    """The findings of an ONNX file, errors first; `InputError` where it is not one."""
-    return check_model(load_model(path), target)
-
-
-def check_model(model: onnx.ModelProto, target: Target = ANY_TARGET) -> list[Finding]:
-    """The findings of a model, errors first; it is not changed."""
-    findings = list(_check_file_level(model))
-    typed, contradiction = _with_types(model)
-    findings += contradiction
-    for graph in graphs(typed):
-        findings += infinite_constants(graph)
-        for proto in graph.proto.node:
-            node = Node(proto, graph)
-            rules = RULES.get(node.op, ()) if proto.domain in ("", "ai.onnx") else ()
-            for rule in (*rules, *EVERY_NODE):
-                findings += rule(node, target)
-    return sorted(findings, key=lambda finding: finding.severity != "error")
-
-
-def _check_file_level(model: onnx.ModelProto) -> Iterator[Finding]:
-    """The opset, and whether the file is valid ONNX at all."""
-    opset = default_opset(model.opset_import, 0)
-    if opset not in OPSETS:
-        yield Finding(
-            "error",
-            "(model)",
-            f"opset {opset}, and TensorRT before 11.5 reads {OPSETS[0]} to {OPSETS[-1]}",
-            "export with --opset_version 17 to 19",
-        )
-    try:
-        onnx.checker.check_model(model)
-    except onnx.checker.ValidationError as error:
-        reason = str(error).strip().splitlines()[0]
-        # TensorRT does not run this checker, and may read the file all the same.
-        yield Finding("warning", "(model)", f"not valid ONNX: {reason}", "export the model again")
-
-
-def _with_types(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[Finding]]:
-    """The model with functions in line and every type that ONNX's own inference finds."""
-    try:
-        inlined = onnx.inliner.inline_local_functions(model) if model.functions else model
-        return onnx.shape_inference.infer_shapes(inlined, data_prop=True), []
-    except onnx.shape_inference.InferenceError as error:
-        reason = str(error).strip().splitlines()[0]
-        cure = "export the model again"
-        return model, [Finding("error", "(model)", f"its types contradict: {reason}", cure)]

@@ -9,11 +9,12 @@ import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
 from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
+from aliked.backends.tensorrt_library import TENSORRT
 from aliked.errors import InputError
 
 HALF_TYPES = {TensorProto.FLOAT16, TensorProto.BFLOAT16}
-FLOAT_TYPES = HALF_TYPES | {TensorProto.FLOAT, TensorProto.DOUBLE}
 INTEGER_TYPES = {TensorProto.INT8, TensorProto.INT32, TensorProto.INT64, TensorProto.UINT8}
 
 
@@ -35,29 +36,53 @@ def load_model(path: Path) -> onnx.ModelProto:
         raise InputError(
             f"{path} is not an ONNX file, or not a whole one; export the model again"
         ) from error
+    if not all(isinstance(name, str) for name in _names(model)):
+        raise InputError(f"{path} has names that are no text; export the model again")
     if not model.graph.node or not model.opset_import:  # an empty file is a valid empty message
         raise InputError(f"{path} has no ONNX graph in it; export the model again")
     return model
 
 
+def _names(model: onnx.ModelProto) -> Iterator[str]:
+    """The names in a model, which protobuf gives as bytes where they are not UTF-8."""
+    for node in model.graph.node:
+        yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
+    for named in (*model.graph.initializer, *model.graph.input, *model.graph.output):
+        yield named.name
+    for entry in model.metadata_props:
+        yield from (entry.key, entry.value)
+
+
+def graph_precision(model: onnx.ModelProto) -> str:
+    """Return "FP16" where any weight, constant or Cast of the file is FP16, else "FP32"."""
+    half = TensorProto.FLOAT16
+    if any(tensor.data_type == half for tensor in model.graph.initializer):
+        return "FP16"
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            constant = attribute.HasField("t") and attribute.t.data_type == half
+            if constant or (attribute.name == "to" and attribute.i == half):
+                return "FP16"
+    return "FP32"
+
+
 class Graph:
-    """The names of one graph, subgraph or function body; unknown ones are looked up outside."""
+    """The names of one graph or subgraph; unknown ones are looked up outside."""
 
     def __init__(
         self,
-        proto: onnx.GraphProto | onnx.FunctionProto,
+        proto: onnx.GraphProto,
         opset: int,
         path: str = "",
         outer: "Graph | None" = None,
     ) -> None:
         self.proto, self.opset, self.path, self.outer = proto, opset, path, outer
         self.producers = {name: node for node in proto.node for name in node.output if name}
-        self.constants: dict[str, TensorProto] = {}
-        self.types: dict[str, onnx.TypeProto.Tensor] = {}
-        if isinstance(proto, onnx.GraphProto):
-            self.constants = {tensor.name: tensor for tensor in proto.initializer}
-            values = (*proto.input, *proto.value_info, *proto.output)
-            self.types = {value.name: value.type.tensor_type for value in values}
+        self.constants: dict[str, TensorProto] = {
+            tensor.name: tensor for tensor in proto.initializer
+        }
+        values = (*proto.input, *proto.value_info, *proto.output)
+        self.types = {value.name: value.type.tensor_type for value in values}
 
     def where(self, name: str) -> "Graph | None":
         """The graph, this one or one around it, that gives `name` its value."""
@@ -86,7 +111,7 @@ class Node:
 
     @property
     def label(self) -> str:
-        """The node's name, or what it is and makes; subgraphs and functions before a slash."""
+        """The node's name, or what it is and makes; subgraphs before a slash."""
         output = next((name for name in self.proto.output if name), "nothing")
         return self.graph.path + (self.proto.name or f"{self.op} that makes {output}")
 
@@ -95,7 +120,7 @@ class Node:
         for attribute in self.proto.attribute:
             if attribute.name == name and not attribute.ref_attr_name:
                 value = helper.get_attribute_value(attribute)
-                return value.decode() if isinstance(value, bytes) else value
+                return value.decode(errors="replace") if isinstance(value, bytes) else value
         return default
 
     def name(self, index: int) -> str:
@@ -117,23 +142,50 @@ class Node:
 
     def producer(self, index: int, passing: set[str] = frozenset()) -> "Node | None":
         """The node behind input `index`, passing over operators named in `passing`."""
-        name, graph = self.name(index), self.graph.where(self.name(index))
-        if graph is None or name not in graph.producers:
-            return None
-        node = Node(graph.producers[name], graph)
-        return node.producer(0, passing) if node.op in passing else node
+        node: Node | None = self
+        while node is not None:
+            name, graph = node.name(index), node.graph.where(node.name(index))
+            if graph is None or name not in graph.producers:
+                return None
+            node, index = Node(graph.producers[name], graph), 0
+            if node.op not in passing:
+                break
+        return node
 
-    def constant(self, index: int) -> np.ndarray | None:
-        """The value of input `index` where the file holds it, else None."""
+    def constant(self, index: int, depth: int = 32) -> np.ndarray | None:
+        """The value of input `index` where the file holds it or it follows from constants.
+
+        None where it does not, or where working it out is deeper than `depth` or takes arrays
+        that no k, axis or shape needs.
+        """
         name, graph = self.name(index), self.graph.where(self.name(index))
         if graph is None:
             return None
         if name in graph.constants:
             return numpy_helper.to_array(graph.constants[name])
         node = self.producer(index)
-        if node is not None and node.op == "Identity":
-            return node.constant(0)
-        return constant_value(node) if node is not None and node.op == "Constant" else None
+        if node is None or depth == 0 or node.proto.domain not in ("", "ai.onnx"):
+            return None
+        return constant_of(node.proto) if node.op == "Constant" else node._folded(depth - 1)
+
+    def _folded(self, depth: int) -> np.ndarray | None:
+        if self.op not in FOLDED or len(self.proto.output) != 1:
+            return None
+        values = [self.constant(index, depth) for index in range(len(self.proto.input))]
+        if any(value is None or value.size > MAX_FOLDED for value in values):
+            return None
+        evaluator = ReferenceEvaluator(self.proto, opsets={"": self.opset})
+        try:
+            (result,) = evaluator.run(None, dict(zip(self.proto.input, values, strict=True)))
+        except Exception:  # it raises whatever NumPy does: the library will say what it makes of it
+            return None
+        return np.asarray(result)
+
+
+# What is worked out when its inputs are constants, and how many elements each may have.
+FOLDED = {"Add", "Cast", "Concat", "Div", "Flatten", "Gather", "Identity", "Max", "Min", "Mul"}
+FOLDED |= {"Reshape", "Slice", "Squeeze", "Sub", "Unsqueeze"}
+MAX_FOLDED = 4096
 
 
 def dtype_of(graph: Graph, name: str) -> int:
@@ -159,9 +211,9 @@ def shape_of(graph: Graph, name: str) -> tuple[int | None, ...] | None:
     return tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in dims)
 
 
-def constant_value(node: Node) -> np.ndarray | None:
+def constant_of(proto: onnx.NodeProto) -> np.ndarray | None:
     """What a Constant node holds, None for text and sparse tensors."""
-    for attribute in node.proto.attribute:
+    for attribute in proto.attribute:
         if attribute.name == "value":
             return numpy_helper.to_array(attribute.t)
         if attribute.name.startswith(("value_float", "value_int")):
@@ -170,18 +222,14 @@ def constant_value(node: Node) -> np.ndarray | None:
     return None
 
 
-def default_opset(imports: Any, fallback: int) -> int:
-    """The version of the standard operators in a list of opset imports."""
-    return next((one.version for one in imports if one.domain in ("", "ai.onnx")), fallback)
+def default_opset(imports: Any) -> int:
+    """The version of the standard operators in a list of opset imports, 0 where it is missing."""
+    return next((one.version for one in imports if one.domain in ("", "ai.onnx")), 0)
 
 
 def graphs(model: onnx.ModelProto) -> Iterator[Graph]:
-    """The model's graph, every subgraph, and every function that could not be put in line."""
-    opset = default_opset(model.opset_import, 0)
-    yield from _with_subgraphs(Graph(model.graph, opset))
-    for function in model.functions:
-        version = default_opset(function.opset_import, opset)
-        yield from _with_subgraphs(Graph(function, version, f"{function.name}/"))
+    """The model's graph and every subgraph; functions have to be in line."""
+    yield from _with_subgraphs(Graph(model.graph, default_opset(model.opset_import)))
 
 
 def _with_subgraphs(graph: Graph) -> Iterator[Graph]:
@@ -195,14 +243,14 @@ def _with_subgraphs(graph: Graph) -> Iterator[Graph]:
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that TensorRT 10.13 to 11.4 would refuse or misread, or might.
+    """One thing that TensorRT would refuse or misread, or might.
 
-    An error is refused, gives other results without a word, or cannot be run by
-    `aliked.backends.tensorrt`; a warning depends on what the file does not say.
+    An error is refused or gives other results without a word; a warning depends on what the file
+    does not say.
     """
 
     severity: str  # "error" or "warning"
-    node: str  # which node, subgraphs and functions before a slash; "(model)" for the file
+    node: str  # which node, subgraphs before a slash; "(model)" for the file
     reason: str
     cure: str
 
@@ -214,6 +262,7 @@ class Finding:
 class Target:
     """What is known about the engine that the file is to become."""
 
+    library: str = TENSORRT.title
     version_compatible: bool = False
     max_batch: int | None = None  # of the optimization profile, where the batch is dynamic
 

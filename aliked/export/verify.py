@@ -161,17 +161,15 @@ def load_fitting_images(
 
 
 def verify_engine(
-    engine: Path,
+    extractor: TensorRTExtractor,
     reference: PyTorchExtractor,
     images: NamedImages,
     limits: parity.Tolerance,
-    memory: str,
 ) -> parity.Verdict:
     """Compare an engine with `reference` on every image, two at a time where it takes batches."""
-    extractor = TensorRTExtractor(engine, memory=memory)
-    smallest, largest = extractor.session.limits()
+    smallest, largest = extractor.limits()
     parities = {}
-    with tqdm(total=len(images), desc="TensorRT and PyTorch fp32", unit="image") as bar:
+    with tqdm(total=len(images), desc=f"{extractor.library} and PyTorch fp32", unit="image") as bar:
         for names, batch in _batches(images, max(smallest[0], min(2, largest[0]))):
             found = extractor.extract_batch(batch)
             for name, image, features in zip(names, batch, found, strict=False):

@@ -6,19 +6,24 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 import torch
 
+from aliked import gpu
 from aliked.backends import BACKENDS, Spec, aotinductor, create_extractor, get_backend
+from aliked.backends import onnxruntime as onnxruntime_backend
+from aliked.backends import pytorch as pytorch_backend
 from aliked.errors import InputError
 from aliked.export.build import build_model_file
 from aliked.features import drop_fill_ins
 from aliked.parity import FP16, FP32, compare_features, judge
+from tests.helpers.fake_tensorrt import Machine
 from tests.helpers.small_models import write_small_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -325,3 +330,71 @@ def test_cuda_events_and_a_stopwatch_agree(photographs, weights_dir):
     batch, clock = extractor.to_device(photographs), CudaClock("cuda")
     laps = [clock(lambda: extractor.infer(batch), extractor.synchronize)[0] for _ in range(50)]
     assert unseen(laps[10:]) is None
+
+
+# TensorRT for RTX inside ONNX Runtime and PyTorch: what is missing is said
+
+
+@pytest.fixture
+def plugin(monkeypatch, tmp_path):
+    """ONNX Runtime's plugin as a package whose library is no library, of a version."""
+
+    def install(version):
+        path = tmp_path / "no_library.so"
+        path.write_text("no library")
+        module = ModuleType(onnxruntime_backend.PLUGIN)
+        module.__spec__ = ModuleSpec(module.__name__, None)
+        module.get_ep_name = lambda: onnxruntime_backend.TENSORRT_RTX
+        module.get_library_path = lambda: str(path)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        monkeypatch.setattr(onnxruntime_backend, "version", lambda package: version)
+
+    return install
+
+
+def test_the_plugin_with_tensorrt_for_rtx_says_what_is_missing(monkeypatch, plugin):
+    backend = BACKENDS["onnxruntime-tensorrt-rtx"]
+    monkeypatch.setitem(sys.modules, onnxruntime_backend.PLUGIN, None)
+    assert "pip install onnxruntime-ep-nv-tensorrt-rtx-cu13" in backend.unavailable()
+    plugin("0.4.0")
+    monkeypatch.setattr(gpu, "driver", lambda: None)
+    assert "no NVIDIA driver" in backend.unavailable()
+
+
+def test_the_plugins_version_decides_over_hopper(monkeypatch, plugin):
+    hopper = Machine(gpus=[("NVIDIA H100 80GB HBM3", 9, 0)])
+    monkeypatch.setattr(gpu, "driver", lambda: hopper.driver)
+    backend = BACKENDS["onnxruntime-tensorrt-rtx"]
+    plugin("0.5.0")
+    assert "onnxruntime-ep-nv-tensorrt-rtx-cu13==0.4.0" in backend.unavailable()
+    plugin("0.4.0")
+    assert backend.unavailable() is None
+
+
+def test_a_plugin_that_does_not_load_is_one_sentence(monkeypatch, plugin, tmp_path):
+    plugin("0.4.0")
+    monkeypatch.setattr(gpu, "driver", lambda: Machine().driver)
+    onnxruntime_backend.plugin_devices.cache_clear()
+    path = write_small_model(tmp_path / "model.onnx")
+    with pytest.raises(InputError, match="does not load into ONNX Runtime") as refusal:
+        create_extractor("onnxruntime-tensorrt-rtx", Spec("aliked-t16", model_path=path))
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("installed", "says"),
+    [("1.0.0", "is not for PyTorch"), (torch.__version__.split("+")[0], "no NVIDIA driver")],
+)
+def test_torch_tensorrt_of_another_pytorch_is_refused(monkeypatch, installed, says):
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    monkeypatch.setattr(pytorch_backend, "version", lambda package: installed)
+    monkeypatch.setattr(gpu, "driver", lambda: None)
+    assert says in pytorch_backend.torch_tensorrt_refuses()
+
+
+def test_torch_tensorrt_that_does_not_load_is_one_sentence(monkeypatch, tmp_path):
+    (tmp_path / "torch_tensorrt.py").write_text("raise Exception('libtensorrt_rtx.so.1 is gone')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torch_tensorrt", raising=False)
+    with pytest.raises(InputError, match=r"torch_tensorrt does not load \(libtensorrt_rtx"):
+        pytorch_backend.import_torch_tensorrt()

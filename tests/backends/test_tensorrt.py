@@ -2,9 +2,10 @@
 
 import copy
 import json
+import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,19 @@ import pytest
 from aliked.backends import BACKENDS, Spec, create_extractor
 from aliked.backends.cuda_memory import TorchMemory
 from aliked.backends.onnxruntime import ONNXRuntimeExtractor
-from aliked.backends.tensorrt import TensorRTExtractor, unavailable
+from aliked.backends.tensorrt import (
+    MANIFEST_TYPES,
+    TensorRTExtractor,
+    read_manifest,
+    runtime_config,
+)
+from aliked.backends.tensorrt_library import LEAN, TENSORRT
 from aliked.errors import InputError
 from aliked.export.builder import BuildOptions
 from aliked.export.engine import Request, convert
-from tests.helpers.fake_tensorrt import VERSIONS, Machine
+from aliked.files import sha256
+from tests.helpers.fake_tensorrt import RTX_VERSION, VERSIONS, Machine
+from tests.helpers.fake_tensorrt.builder import pack
 from tests.helpers.fake_tensorrt.installed import install
 from tests.helpers.fake_tensorrt.pycuda import make_pycuda
 from tests.helpers.small_models import write_small_model
@@ -60,6 +69,7 @@ def make_engine(tmp_path, machine):
             onnx_path,
             engine,
             BuildOptions(**(options or {})),
+            builder="tensorrt",
             shapes=shapes or (None,) * 3,
             verify=False,
         )
@@ -81,7 +91,7 @@ def test_features_are_those_of_the_file(make_engine, model, cuda_graph):
 
 def test_an_inspected_engine_runs_as_fast_as_another(make_engine):
     _, engine = make_engine(options={"detailed": True})
-    context = TensorRTExtractor(engine).session.context
+    context = TensorRTExtractor(engine).context
     assert context.nvtx_verbosity.name == "LAYER_NAMES_ONLY"
 
 
@@ -296,9 +306,9 @@ def test_version_compatible_engines_run_on_newer_versions_only(make_engine, monk
 def test_the_lean_runtime_runs_version_compatible_engines_only(make_engine):
     _, engine = make_engine()
     with pytest.raises(InputError, match="--version_compatible"):
-        TensorRTExtractor(engine, lean=True)
+        TensorRTExtractor(engine, library="tensorrt-lean")
     onnx_path, engine = make_engine(options={"version_compatible": True})
-    features = TensorRTExtractor(engine, lean=True)(photograph())
+    features = TensorRTExtractor(engine, library="tensorrt-lean")(photograph())
     assert_same(features, features_in_onnxruntime(onnx_path, photograph()))
 
 
@@ -408,11 +418,11 @@ def test_devices_that_are_not_there_are_refused(make_engine, device, says):
 
 def test_without_the_package_the_sentence_says_what_to_install(monkeypatch):
     install(monkeypatch, "11.4", Machine())
-    assert unavailable() is None
+    assert TENSORRT.unavailable() is None
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    assert "tensorrt is not installed" in unavailable()
+    assert "tensorrt is not installed" in TENSORRT.unavailable()
     monkeypatch.setitem(sys.modules, "tensorrt_lean", None)
-    assert "tensorrt_lean is not installed" in unavailable(lean=True)
+    assert "tensorrt_lean is not installed" in LEAN.unavailable()
 
 
 def test_the_backend_needs_no_torch():
@@ -424,6 +434,255 @@ def test_the_backend_needs_no_torch():
         "assert 'tensorrt' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+# TensorRT for RTX
+
+
+@pytest.fixture
+def rtx(monkeypatch):
+    """A machine with TensorRT for RTX; call it again for another version or machine."""
+
+    def install_rtx(version=RTX_VERSION, machine=None):
+        return install(monkeypatch, "11.4", machine, rtx=version)
+
+    return install_rtx
+
+
+def write_rtx_engine(folder, version=RTX_VERSION, targets=(), verified=None, **model):
+    """An engine of the stand-in with the manifest of one by TensorRT for RTX."""
+    onnx_path, engine = folder / "model.onnx", folder / "model.trt"
+    write_small_model(onnx_path, **model)
+    header = {"version": version, "version_compatible": False, "detailed": False}
+    engine.write_bytes(pack(onnx_path, **header, profiles=[]))
+    manifest = {
+        "sha256": sha256(engine),
+        "library": "tensorrt-rtx",
+        "version": version,
+        "gpu": None,
+        "precision": "FP32",
+        **asdict(BuildOptions(compute_capabilities=targets)),
+        "source": {"export": {"model": "aliked-t16", "top_k": 20}},
+        "verified": verified,
+        "verify_with": "python convert_onnx_to_trt.py --verify model.trt",
+    }
+    engine.with_name("model.trt.json").write_text(json.dumps(manifest))
+    return onnx_path, engine
+
+
+def open_rtx(engine, name="tensorrt-rtx"):
+    return create_extractor(name, Spec("aliked-t16", top_k=20, model_path=engine))
+
+
+@pytest.mark.parametrize("name", ["tensorrt-rtx", "tensorrt-rtx-cudagraph"])
+def test_an_engine_of_tensorrt_for_rtx_gives_the_features_of_its_file(rtx, tmp_path, name):
+    rtx()
+    onnx_path, engine = write_rtx_engine(tmp_path)
+    extractor = open_rtx(engine, name)
+    assert extractor.name == name
+    for seed in range(2):
+        image = photograph(seed=seed)
+        assert_same(extractor(image), features_in_onnxruntime(onnx_path, image))
+    assert len(TensorRTExtractor(engine)(photograph())) == 20  # the manifest says which library
+
+
+def test_the_second_load_compiles_nothing(rtx, tmp_path):
+    machine = rtx()
+    _, engine = write_rtx_engine(tmp_path)
+    assert len(open_rtx(engine)(photograph())) == 20
+    (cache,) = tmp_path.glob("*.cache")
+    assert cache.name == "model.trt.1.6.1.120-Stand-in-RTX.cache"
+    written = cache.stat().st_mtime_ns
+    assert open_rtx(engine).cache.used
+    assert machine.compiled == 1
+    assert cache.stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("change", ["cut", "empty", "text", "other engine", "other GPU", "folder"])
+def test_a_damaged_or_foreign_runtime_cache_is_made_anew(rtx, tmp_path, change, capsys):
+    machine = rtx()
+    _, engine = write_rtx_engine(tmp_path)
+    open_rtx(engine)
+    (cache,) = tmp_path.glob("*.cache")
+    whole = cache.read_bytes()
+    if change == "folder":
+        cache.unlink()
+        cache.mkdir()
+    elif change == "other engine":
+        _, engine = write_rtx_engine(tmp_path, top_k=19)
+    elif change == "other GPU":
+        cache.write_bytes(whole.replace(b"Stand-in RTX", b"Another RTX"))
+    else:
+        cache.write_bytes({"cut": whole[:-3], "empty": b"", "text": b"hello"}[change])
+    capsys.readouterr()
+    extractor = TensorRTExtractor(engine)
+    assert not extractor.cache.used
+    assert len(extractor(photograph())) in (19, 20)
+    assert machine.compiled == 2
+    assert f"{cache} is damaged or another engine's" in capsys.readouterr().err
+    if change != "folder":
+        assert TensorRTExtractor(engine).cache.used
+
+
+def test_each_gpu_and_version_has_a_cache_of_its_own(rtx, tmp_path):
+    _, engine = write_rtx_engine(tmp_path)
+    for name in ("Stand-in RTX", "Another RTX"):
+        machine = rtx(machine=Machine(gpus=[(name, 8, 9)]))
+        open_rtx(engine)
+        assert machine.compiled == 1
+    assert len(list(tmp_path.glob("*.cache"))) == 2
+
+
+def test_a_folder_that_cannot_be_written_costs_only_the_cache(rtx, tmp_path, monkeypatch, capsys):
+    rtx()
+    _, engine = write_rtx_engine(tmp_path)
+
+    def refuse(path):
+        raise InputError(f"cannot write into {path.parent}")
+
+    monkeypatch.setattr("aliked.backends.tensorrt.whole_file", refuse)
+    assert len(open_rtx(engine)(photograph())) == 20
+    assert "every load compiles the engine again: cannot write" in capsys.readouterr().err
+    assert list(tmp_path.glob("*.cache")) == []
+
+
+def test_only_graphs_wait_for_the_best_kernels_of_a_shape(rtx, tmp_path, monkeypatch):
+    rtx()
+    _, engine = write_rtx_engine(tmp_path)
+    configured = []
+
+    def remember(*arguments):
+        configured.append(runtime_config(*arguments))
+        return configured[-1]
+
+    monkeypatch.setattr("aliked.backends.tensorrt.runtime_config", remember)
+    open_rtx(engine)
+    open_rtx(engine, "tensorrt-rtx-cudagraph")
+    plain, graph = configured
+    assert not hasattr(plain, "dynamic_shapes_kernel_specialization_strategy")
+    assert graph.dynamic_shapes_kernel_specialization_strategy.name == "EAGER"
+
+
+def test_an_engine_that_nobody_compared_says_so_once(rtx, tmp_path, capsys):
+    rtx()
+    _, engine = write_rtx_engine(tmp_path)
+    for _ in range(2):
+        open_rtx(engine)
+    assert capsys.readouterr().err.count("has not been compared with the model yet: python") == 1
+    (tmp_path / "verified").mkdir()
+    _, engine = write_rtx_engine(tmp_path / "verified", verified={"passed": True})
+    open_rtx(engine)
+    assert "not been compared" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("gpu", "targets", "says"),
+    [
+        (("Turing card", 7, 5), (), "built for compute capability 8.0 and later"),
+        (("Ampere card", 8, 6), ("SM75",), "compute capability 7.5 and this is a Ampere card"),
+        (("Ampere card", 8, 6), ("SM89", "SM120"), "8.9 and 12.0 .* --compute_capability SM86"),
+        (("Pascal card", 6, 1), (), "needs compute capability 7.5 or more"),
+    ],
+)
+def test_an_engine_for_other_gpus_is_refused(rtx, tmp_path, gpu, targets, says):
+    rtx(machine=Machine(gpus=[gpu]))
+    _, engine = write_rtx_engine(tmp_path, targets=targets)
+    with pytest.raises(InputError, match=says):
+        open_rtx(engine)
+
+
+def test_an_engine_for_named_gpus_runs_on_them(rtx, tmp_path):
+    rtx(machine=Machine(gpus=[("Turing card", 7, 5)]))
+    _, engine = write_rtx_engine(tmp_path, targets=("SM75",))
+    assert len(open_rtx(engine)(photograph())) == 20
+
+
+def test_hopper_is_refused_by_the_versions_that_refuse_it(rtx, tmp_path):
+    hopper = Machine(gpus=[("NVIDIA H100 80GB HBM3", 9, 0)])
+    rtx("1.7.1.116", hopper)
+    assert "tensorrt-rtx-cu13==1.6.1.120" in BACKENDS["tensorrt-rtx"].unavailable()
+    _, engine = write_rtx_engine(tmp_path, version="1.7.1.116")
+    with pytest.raises(InputError, match=r"1\.7\.1\.116 refuses the NVIDIA H100.*1\.6\.1"):
+        TensorRTExtractor(engine)
+    rtx("1.6.1.120", hopper)
+    _, engine = write_rtx_engine(tmp_path)
+    assert BACKENDS["tensorrt-rtx"].unavailable() is None
+    assert len(open_rtx(engine)(photograph())) == 20
+
+
+def test_the_libraries_do_not_run_each_others_engines(rtx, make_engine, tmp_path):
+    rtx()
+    (tmp_path / "rtx").mkdir()
+    _, engine = write_rtx_engine(tmp_path / "rtx")
+    for backend in ("tensorrt", "tensorrt-lean"):
+        with pytest.raises(InputError, match="built by TensorRT for RTX; run it with --backend"):
+            open_rtx(engine, backend)
+    _, engine = make_engine()
+    with pytest.raises(InputError, match="built by TensorRT; run it with --backend tensorrt"):
+        open_rtx(engine)
+
+
+def test_an_engine_of_another_version_of_tensorrt_for_rtx_is_refused(rtx, tmp_path):
+    rtx()
+    _, engine = write_rtx_engine(tmp_path, version="1.5.0.114")
+    with pytest.raises(InputError, match=r"TensorRT for RTX 1\.5\.0\.114 and this is 1\.6\.1"):
+        open_rtx(engine)
+
+
+@pytest.mark.parametrize(
+    ("field", "wrong"),
+    [
+        ("library", "tensorflow"),
+        ("version", None),
+        ("compute_capabilities", ["8.6"]),
+        ("gpu", {"name": 3}),
+        ("source", {}),
+        ("source", {"export": []}),
+        ("source", {"export": {"top_k": "20"}}),
+        ("source", {"export": {}, "images": 3}),
+        ("verified", True),
+    ],
+)
+def test_a_manifest_with_a_wrong_field_is_no_manifest(rtx, tmp_path, field, wrong):
+    rtx()
+    _, engine = write_rtx_engine(tmp_path)
+    manifest = engine.with_name("model.trt.json")
+    manifest.write_text(json.dumps(read_manifest(engine) | {field: wrong}))
+    with pytest.raises(InputError, match="is not the manifest of an engine"):
+        open_rtx(engine)
+
+
+@pytest.mark.parametrize("field", MANIFEST_TYPES)
+def test_a_manifest_without_a_field_is_no_manifest(rtx, tmp_path, field):
+    rtx()
+    _, engine = write_rtx_engine(tmp_path)
+    manifest = read_manifest(engine)
+    del manifest[field]
+    engine.with_name("model.trt.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="is not the manifest of an engine"):
+        open_rtx(engine)
+
+
+def test_a_wheel_without_its_libraries_is_one_sentence(tmp_path):
+    """As the real bindings fail: their module is there, what it links to is not."""
+    (tmp_path / "tensorrt_rtx.py").write_text(
+        "raise ImportError('libtensorrt_rtx.so.1: cannot open shared object file')"
+    )
+    code = (
+        "from aliked.backends.tensorrt_library import RTX\n"
+        "print(RTX.not_installed()); print(RTX.cannot_build())\n"
+    )
+    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": paths},
+    )
+    for line in run.stdout.splitlines():
+        assert "does not load (libtensorrt_rtx.so.1: cannot open" in line
+        assert "[tensorrt-rtx]" in line
 
 
 # with a real GPU, without TensorRT

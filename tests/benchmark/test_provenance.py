@@ -253,12 +253,8 @@ def test_pytorch_runs_without_tf32_and_gradients_though_both_are_on_outside():
 
 
 @pytest.mark.parametrize("tf32", [True, False])
-def test_an_engine_is_as_its_manifest_says(tmp_path, tf32):
-    engine = tmp_path / "model.trt"
-    engine.write_bytes(b"engine")
-    write_json(tmp_path / "model.trt.json", {"tf32": tf32})
-    environment_of_test = SimpleNamespace(session=None)
-    assert tf32_of(environment_of_test, engine) is tf32
+def test_an_engine_is_as_its_manifest_says(tf32):
+    assert tf32_of(SimpleNamespace(manifest={"tf32": tf32})) is tf32
 
 
 def session(**options) -> SimpleNamespace:
@@ -266,11 +262,12 @@ def session(**options) -> SimpleNamespace:
 
 
 def test_onnx_runtime_is_as_its_provider_says():
-    assert tf32_of(session(CUDAExecutionProvider={"use_tf32": "1"}), None) is True
-    assert tf32_of(session(CUDAExecutionProvider={"use_tf32": "0"}), None) is False
-    assert tf32_of(session(CPUExecutionProvider={}), None) is False
-    assert tf32_of(session(TensorrtExecutionProvider={}), None) is None  # it does not tell
-    assert tf32_of(SimpleNamespace(), None) is None
+    assert tf32_of(session(CUDAExecutionProvider={"use_tf32": "1"})) is True
+    assert tf32_of(session(CUDAExecutionProvider={"use_tf32": "0"})) is False
+    assert tf32_of(session(CPUExecutionProvider={})) is False
+    assert tf32_of(session(TensorrtExecutionProvider={})) is None  # it does not tell
+    assert tf32_of(session(nv_tensorrt_rtx={})) is None
+    assert tf32_of(SimpleNamespace()) is None
 
 
 def test_a_record_says_whether_garbage_was_collected_in_timed_runs(measured_by, monkeypatch):

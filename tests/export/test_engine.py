@@ -1,4 +1,8 @@
-"""Building an engine, end to end over the stand-in: what is kept, what is refused, what is said."""
+"""Building an engine: what is kept, what is refused, what is said.
+
+By TensorRT 10 and 11 over the stand-in, which packs the ONNX file; by the real TensorRT for RTX
+where it is installed, which needs no GPU.
+"""
 
 import functools
 import json
@@ -12,17 +16,13 @@ import onnx
 import pytest
 
 from aliked.backends import Spec, tensorrt
-from aliked.backends.onnxruntime import ONNXRuntimeExtractor
 from aliked.backends.pytorch import PyTorchExtractor
 from aliked.errors import InputError
 from aliked.export import build as build_module
-from aliked.export import engine as engine_module
 from aliked.files import sha256
-from aliked.parity import NO_TIES
-from aliked.ties import Expected
 from tests.helpers.fake_tensorrt import VERSIONS
 from tests.helpers.fake_tensorrt.installed import install
-from tests.helpers.small_models import write_small_model
+from tests.helpers.small_models import use_right_model, write_small_model
 
 ROOT = Path(__file__).resolve().parents[2]
 ASSETS = ROOT / "assets" / "sequence_640x480"
@@ -54,17 +54,10 @@ def onnx_path(tmp_path):
 @pytest.fixture(autouse=True)
 def reference(monkeypatch, tmp_path):
     """The right model, in ONNX Runtime, in place of PyTorch with the official weights."""
-    right = write_small_model(tmp_path / "reference.onnx", dynamic=True)
+    use_right_model(monkeypatch, write_small_model(tmp_path / "reference.onnx", dynamic=True))
 
-    class RightModel(ONNXRuntimeExtractor):
-        def __init__(self, spec: Spec):
-            assert (spec.model, spec.precision) == ("aliked-t16", "fp32")
-            super().__init__(Spec("aliked-t16", model_path=right, top_k=spec.top_k))
 
-        def expect(self, image):
-            return Expected(self(image), NO_TIES)
-
-    monkeypatch.setattr("aliked.export.verify.PyTorchExtractor", RightModel)
+BY_TENSORRT = ("--builder", "tensorrt")
 
 
 def run(monkeypatch, *arguments):
@@ -84,7 +77,8 @@ def build(monkeypatch, onnx_path, photographs):
     """Run the script on the small model with more options; its exit status."""
 
     def build(*options, path=onnx_path, images=photographs):
-        return run(monkeypatch, "--model_onnx_path", path, "--images", images, *options)
+        words = ["--model_onnx_path", path, "--images", images, *options]
+        return run(monkeypatch, *words, *(() if "--builder" in options else BY_TENSORRT))
 
     return build
 
@@ -112,7 +106,7 @@ def test_an_engine_is_built_verified_and_kept_with_its_manifest(
     assert build() == 0
     assert left_over(tmp_path) == {"model.trt", "model.trt.json"}
     manifest = manifest_of(tmp_path / "model.trt")
-    assert manifest["tensorrt"] == VERSIONS[machine.version]
+    assert (manifest["library"], manifest["version"]) == ("tensorrt", VERSIONS[machine.version])
     assert manifest["gpu"] == {"name": "Stand-in RTX", "compute_capability": "8.6"}
     assert manifest["source"]["sha256"] == sha256(onnx_path)
     assert manifest["sha256"] == sha256(tmp_path / "model.trt")
@@ -120,17 +114,23 @@ def test_an_engine_is_built_verified_and_kept_with_its_manifest(
     assert manifest["verified"]["passed"]
     output = capfd.readouterr()
     assert "keypoints in common  100.000%" in output.out
-    assert "Building Engine" in output.err  # the progress bar
     assert header_of(tmp_path / "model.trt")["network_flags"] == ["STRONGLY_TYPED"]
+
+
+def misread(onnx_path):
+    """The file as an engine would be that reads GridSample's mode as nearest neighbour."""
+    model = onnx.load(onnx_path)
+    (sample,) = (node for node in model.graph.node if node.op_type == "GridSample")
+    (mode,) = (attribute for attribute in sample.attribute if attribute.name == "mode")
+    mode.s = b"nearest"
+    onnx.save(model, onnx_path)
 
 
 def test_a_wrong_engine_is_kept_only_as_rejected(
     machine, build, tmp_path, monkeypatch, onnx_path, capsys
 ):
     (tmp_path / "model.trt").write_text("the engine of yesterday")
-    monkeypatch.setattr(engine_module, "check_source", lambda source, target: "")
-    # GridSample's mode "linear" is read as nearest: the descriptors come from other pixels.
-    write_small_model(onnx_path, opset=20)
+    misread(onnx_path)  # the descriptors come from other pixels
     assert build() == 1
     assert (tmp_path / "model.trt").read_text() == "the engine of yesterday"
     assert left_over(tmp_path) == {"model.trt", "model.trt.rejected", "model.trt.rejected.json"}
@@ -141,8 +141,10 @@ def test_a_wrong_engine_is_kept_only_as_rejected(
 def test_no_verify_keeps_the_engine_without_images_and_says_so(
     machine, monkeypatch, onnx_path, tmp_path
 ):
-    assert run(monkeypatch, "--model_onnx_path", onnx_path, "--no_verify") == 0
-    assert manifest_of(tmp_path / "model.trt")["verified"] is None
+    assert run(monkeypatch, "--model_onnx_path", onnx_path, *BY_TENSORRT, "--no_verify") == 0
+    manifest = manifest_of(tmp_path / "model.trt")
+    assert manifest["verified"] is None
+    assert manifest["verify_with"].startswith("python convert_onnx_to_trt.py --verify")
 
 
 def test_what_tensorrt_would_misread_stops_the_build(machine, build, onnx_path, tmp_path, capsys):
@@ -150,21 +152,6 @@ def test_what_tensorrt_would_misread_stops_the_build(machine, build, onnx_path, 
     assert build() == 2
     assert "my_GridSample" in capsys.readouterr().err
     assert left_over(tmp_path) == set()
-
-
-def test_parser_errors_stop_the_build_and_are_printed_whole(
-    machine, build, onnx_path, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setattr(engine_module, "check_source", lambda source, target: "")
-    write_small_model(onnx_path, height=96, width=64, top_k=4000)
-    (tmp_path / "photographs").rename(tmp_path / "small")
-    (tmp_path / "photographs").mkdir()
-    cv2.imwrite(str(tmp_path / "photographs" / "0.png"), np.zeros((96, 64, 3), np.uint8))
-    assert build() == 2
-    said = capsys.readouterr().err
-    assert "my_TopK" in said
-    assert "K exceeds the maximum value allowed (3840)" in said
-    assert left_over(tmp_path) == {"small"}
 
 
 def test_all_options_reach_tensorrt(machine, build, tmp_path):
@@ -175,6 +162,7 @@ def test_all_options_reach_tensorrt(machine, build, tmp_path):
     assert (header["version_compatible"], header["hardware_compatible"]) == (True, True)
     assert "TF32" not in header["flags"]
     assert header["aux_streams"] == 0
+    assert header["workspace"] == 64 * 2**20
     manifest = manifest_of(tmp_path / "model.trt")
     assert manifest["max_workspace_size_mib"] == 64
     assert manifest["optimization_level"] == 5
@@ -289,7 +277,6 @@ def test_a_dynamic_engine_is_verified_on_other_sizes_too(
     write_small_model(onnx_path, dynamic=True)
     assert build(*SHAPES, "--num_images", 2) == 0
     assert "images               4" in capsys.readouterr().out  # two, and a part of each
-    monkeypatch.setattr(engine_module, "check_source", lambda source, target: "")
     # An engine whose columns are wrong wherever the image is not 64 wide.
     model = onnx.load(onnx_path)
     for node in model.graph.node:
@@ -373,21 +360,6 @@ def test_layers_without_detail_are_listed_by_name():
 # what goes wrong on the machine
 
 
-def test_ctrl_c_cancels_the_build_and_leaves_nothing(machine, build, tmp_path):
-    machine.cancel_after = 1
-    assert build() == 130
-    assert left_over(tmp_path) == set()
-
-
-def test_too_little_workspace_is_named_with_the_batch(machine, build, onnx_path, tmp_path, capsys):
-    write_small_model(onnx_path, dynamic=True)
-    machine.workspace_needed = 2**30
-    assert build(*SHAPES, "--max_workspace_size", 1) == 2
-    said = capsys.readouterr().err
-    assert "workspace: 1 MiB, batch: 4" in said
-    assert left_over(tmp_path) == set()
-
-
 def test_an_engine_that_does_not_run_is_kept_only_as_rejected(machine, build, tmp_path, capsys):
     machine.execution_error = "an illegal instruction was encountered"
     assert build() == 2
@@ -409,7 +381,8 @@ def test_without_verification_no_pytorch_is_needed(tmp_path, onnx_path):
         "from tests.helpers.fake_tensorrt.installed import install\n"
         "install(pytest.MonkeyPatch(), '11.4')\n"
         "import convert_onnx_to_trt as script\n"
-        "args = script.parser().parse_args(['--model_onnx_path', sys.argv[1], '--no_verify'])\n"
+        "words = ['--model_onnx_path', sys.argv[1], '--builder', 'tensorrt', '--no_verify']\n"
+        "args = script.parser().parse_args(words)\n"
         "assert script.main(args) == 0\n"
     )
     subprocess.run([sys.executable, "-c", code, onnx_path], check=True, cwd=ROOT)
@@ -455,6 +428,17 @@ def test_a_file_that_does_not_say_what_it_is_cannot_be_verified(machine, build, 
     assert build("--no_verify") == 0
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("aliked.top_k", "{"), ("aliked.top_k", '"20"'), ("aliked.model", "3")]
+)
+def test_metadata_that_are_not_ours_are_refused(machine, build, onnx_path, capsys, key, value):
+    model = onnx.load(onnx_path)
+    onnx.helper.set_model_props(model, {key: value})
+    onnx.save(model, onnx_path)
+    assert build() == 2
+    assert "the metadata of" in capsys.readouterr().err
+
+
 def test_images_of_another_size_are_refused_before_the_build(machine, build, tmp_path, capsys):
     cv2.imwrite(str(tmp_path / "photographs" / "9.png"), np.zeros((40, 64, 3), np.uint8))
     assert build() == 2
@@ -463,7 +447,7 @@ def test_images_of_another_size_are_refused_before_the_build(machine, build, tmp
 
 def test_missing_images_are_refused(machine, build, monkeypatch, onnx_path, tmp_path, capsys):
     assert build(images=tmp_path / "nowhere") == 2
-    assert run(monkeypatch, "--model_onnx_path", onnx_path) == 2
+    assert run(monkeypatch, "--model_onnx_path", onnx_path, *BY_TENSORRT) == 2
     assert "--no_verify" in capsys.readouterr().err
 
 
@@ -536,7 +520,7 @@ def test_the_benchmark_gets_an_engine_without_tf32(machine, monkeypatch, tmp_pat
     build_module.build_engine(Spec(), images.shape[:3], engine)
     assert "TF32" not in header_of(engine)["flags"]
     extractor = tensorrt.TensorRTExtractor(engine)
-    assert extractor.session.limits() == (images.shape, images.shape)
+    assert extractor.limits() == (images.shape, images.shape)
     assert len(extractor.extract_batch(images)) == batch
 
 

@@ -5,7 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import pytest
 from onnx import TensorProto, helper, numpy_helper
+
+from aliked.backends import Spec
+from aliked.backends.onnxruntime import ONNXRuntimeExtractor
+from aliked.parity import NO_TIES
+from aliked.ties import Expected
 
 FLOAT, HALF, UINT8 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.UINT8
 
@@ -73,6 +79,20 @@ def write_small_model(
     export = {"model": "aliked-t16", "top_k": top_k, "scores_th": 0.2, "n_limit": 5000}
     _save(path, sketch, opset, (UINT8 if uint8 else FLOAT, shape), outputs, export)
     return path
+
+
+def use_right_model(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    """Verify engines against the small model at `path`, in place of PyTorch's official one."""
+
+    class RightModel(ONNXRuntimeExtractor):
+        def __init__(self, spec: Spec):
+            assert (spec.model, spec.precision) == ("aliked-t16", "fp32")
+            super().__init__(Spec("aliked-t16", model_path=path, top_k=spec.top_k))
+
+        def expect(self, image: np.ndarray) -> Expected:
+            return Expected(self(image), NO_TIES)
+
+    monkeypatch.setattr("aliked.export.verify.PyTorchExtractor", RightModel)
 
 
 def _deform(sketch: Sketch, image: str, batch: int, height: int, width: int) -> str:

@@ -13,7 +13,8 @@ from skimage import data
 
 import compare_fp32_fp16
 from aliked import cli
-from aliked.backends import Spec, tensorrt
+from aliked.backends import Spec
+from aliked.backends.tensorrt_library import Library
 from aliked.comparison import (
     Numbers,
     Side,
@@ -340,7 +341,7 @@ def test_an_engine_is_compared_with_its_file(run, folder, models, tmp_path, monk
 def test_bad_options_are_refused_in_one_sentence(
     run, folder, models, tmp_path, monkeypatch, options, says
 ):
-    monkeypatch.setattr(tensorrt, "unavailable", lambda lean: "there is no GPU")
+    monkeypatch.setattr(Library, "unavailable", lambda library: "there is no GPU")
     (tmp_path / "fp16.onnx").write_bytes(models["fp16"].read_bytes())
     for name in ("notes.txt", "notes.trt"):
         (tmp_path / name).write_text("no model")

@@ -1,4 +1,4 @@
-"""A stand-in for TensorRT's Python bindings, for tests on machines without TensorRT and GPU.
+"""A stand-in for TensorRT's Python bindings, for what needs a GPU and a driver: running engines.
 
 It has only names that the real bindings of its version have (`test_fake_tensorrt.py` holds it
 against them), refuses what they refuse, and crashes where they crash. Its engines are the ONNX
@@ -10,12 +10,18 @@ from types import ModuleType
 
 import numpy as np
 
-from tests.helpers.fake_tensorrt import builder, parser, runtime
+from tests.helpers.fake_tensorrt import builder, runtime
 from tests.helpers.fake_tensorrt.builder import TIMING_CACHE
 from tests.helpers.fake_tensorrt.machine import Crash, HostMemory, Machine
-from tests.helpers.fake_tensorrt.names import VERSIONS, Overridable, make_enums, require
+from tests.helpers.fake_tensorrt.names import (
+    RTX_VERSION,
+    VERSIONS,
+    Overridable,
+    make_enums,
+    require,
+)
 
-__all__ = ["VERSIONS", "Crash", "HostMemory", "Machine", "make_tensorrt"]
+__all__ = ["RTX_VERSION", "VERSIONS", "Crash", "HostMemory", "Machine", "make_tensorrt"]
 
 DATA_TYPES = {
     "FLOAT": np.float32,
@@ -34,26 +40,28 @@ CONCRETE = (
     builder.IProgressMonitor,
     builder.ITensor,
     builder.ITimingCache,
-    parser.ParserError,
     runtime.EngineInspector,
     runtime.ICudaEngine,
     runtime.IExecutionContext,
 )
+ONLY_RTX = (runtime.IRuntimeCache, runtime.IRuntimeConfig)
 
 
-def make_tensorrt(version: str, machine: Machine, lean: bool = False) -> ModuleType:
-    """The module `tensorrt` of a version, or `tensorrt_lean`, on a machine."""
-    module = ModuleType("tensorrt_lean" if lean else "tensorrt")
-    module.__version__ = VERSIONS[version]
+def make_tensorrt(version: str, machine: Machine, name: str = "tensorrt") -> ModuleType:
+    """The module `name`, such as `tensorrt_lean`, of a version on a machine."""
+    module, lean = ModuleType(name), name == "tensorrt_lean"
+    module.__version__ = VERSIONS.get(version, version)
     module._machine = machine
     enums = make_enums(version)
     severity = enums.pop("Severity")
-    for name, enumeration in enums.items():
-        setattr(module, name, enumeration)
+    for enum_name, enumeration in enums.items():
+        setattr(module, enum_name, enumeration)
     module.ILogger = type("ILogger", (Overridable,), {"Severity": severity})
-    for kind in CONCRETE:
+    for kind in (*CONCRETE, *(ONLY_RTX if name == "tensorrt_rtx" else ())):
         setattr(module, kind.__name__, kind)
-    for kind in (runtime.Runtime, *(() if lean else (builder.Builder, parser.OnnxParser))):
+    if name == "tensorrt_rtx":
+        module.ICudaEngine = runtime.CompiledEngine
+    for kind in (runtime.Runtime, *(() if lean else (builder.Builder, builder.OnnxParser))):
         setattr(module, kind.__name__, type(kind.__name__, (kind,), {"_module": module}))
     module._dtype_of = lambda elem_type: module.DataType[ONNX_TYPES[elem_type]]
     module._timings = lambda: TIMING_CACHE + f"{machine.gpus[0]} {module.__version__}".encode()

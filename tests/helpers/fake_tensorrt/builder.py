@@ -1,14 +1,23 @@
-"""Stand-ins for the builder, the network and their settings."""
+"""What the builders of TensorRT 10 and 11 are told: it is written down, nothing is built.
+
+Building itself is tested with the real TensorRT for RTX (`tests/export/test_engine.py`). Here are
+the options that it does not have, and the flags by which versions 10 and 11 differ.
+"""
 
 import json
-import weakref
+from pathlib import Path
 
 import onnx
 
-from tests.helpers.fake_tensorrt.machine import Crash
 from tests.helpers.fake_tensorrt.names import Overridable, Strict, require
 
 TIMING_CACHE = b"timings of "
+
+
+def pack(onnx_path: Path, **header) -> bytes:
+    """An engine of the stand-in: how it was built, and the ONNX file that ONNX Runtime runs."""
+    model = onnx.shape_inference.infer_shapes(onnx.load(onnx_path))
+    return b"plan" + json.dumps(header).encode() + b"\0" + model.SerializeToString()
 
 
 class IHostMemory(Strict):
@@ -20,67 +29,45 @@ class IHostMemory(Strict):
     def __bytes__(self) -> bytes:
         return self._data
 
-    @property
-    def nbytes(self) -> int:
-        return len(self._data)
-
 
 class IProgressMonitor(Overridable):
-    """What a build reports to; all three are overridden."""
-
-    def phase_start(self, phase_name, parent_phase, num_steps) -> None:
-        raise NotImplementedError
-
-    def step_complete(self, phase_name, step) -> bool:
-        raise NotImplementedError
-
-    def phase_finish(self, phase_name) -> None:
-        raise NotImplementedError
+    """What a build reports to."""
 
 
 class ITensor(Strict):
-    """A tensor of a network."""
-
-    def __init__(self, name: str, shape: tuple[int, ...], dtype) -> None:
-        self._name, self._shape, self._dtype = name, shape, dtype
+    """The input of a network."""
 
     @property
     def name(self) -> str:
-        return self._name
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self._shape
-
-    @property
-    def dtype(self):
-        return self._dtype
+        return "image"
 
 
 class INetworkDefinition(Strict):
     """What the parser fills."""
 
-    def __init__(self, module, flags: list[str]) -> None:
-        self._module, self._flags = module, flags
-        self._model: onnx.ModelProto | None = None
-        self._parser: weakref.ref | None = None
-
-    def _io(self, values) -> list[ITensor]:
-        weights = {tensor.name for tensor in self._model.graph.initializer}
-        return [self._tensor(value) for value in values if value.name not in weights]
-
-    def _tensor(self, value) -> ITensor:
-        kind = value.type.tensor_type
-        dims = kind.shape.dim
-        shape = tuple(d.dim_value if d.HasField("dim_value") else -1 for d in dims)
-        return ITensor(value.name, shape, self._module._dtype_of(kind.elem_type))
-
-    @property
-    def num_inputs(self) -> int:
-        return len(self._io(self._model.graph.input)) if self._model else 0
+    def __init__(self, flags: list[str]) -> None:
+        self._flags, self._path = flags, None
 
     def get_input(self, index: int) -> ITensor:
-        return self._io(self._model.graph.input)[index]
+        return ITensor()
+
+
+class OnnxParser(Strict):
+    """Takes every file."""
+
+    _module = None  # set in a subclass per version
+
+    def __init__(self, network, logger) -> None:
+        require(network, INetworkDefinition)
+        require(logger, self._module.ILogger)
+        self._network = network
+
+    def parse_from_file(self, model: str) -> bool:
+        self._network._path = model
+        return True
+
+    def get_used_vc_plugin_libraries(self) -> list[str]:
+        return []
 
 
 class ITimingCache(Strict):
@@ -116,17 +103,13 @@ class IBuilderConfig(Strict):
     )
 
     def __init__(self, module) -> None:
-        self._module = module
-        self._flags = {module.BuilderFlag.TF32}
+        self._module, self._flags = module, {module.BuilderFlag.TF32}
         self._pools: dict = {}
         self._cache: ITimingCache | None = None
         self._profiles: list[IOptimizationProfile] = []
-        self.builder_optimization_level = 3
         self.hardware_compatibility_level = module.HardwareCompatibilityLevel.NONE
         self.max_aux_streams = -1
-        self.plugins_to_serialize = []
         self.profiling_verbosity = module.ProfilingVerbosity.LAYER_NAMES_ONLY
-        self.progress_monitor = None
 
     def set_flag(self, flag) -> None:
         require(flag, self._module.BuilderFlag)
@@ -136,20 +119,13 @@ class IBuilderConfig(Strict):
         require(flag, self._module.BuilderFlag)
         self._flags.discard(flag)
 
-    def get_flag(self, flag) -> bool:
-        require(flag, self._module.BuilderFlag)
-        return flag in self._flags
-
     def set_memory_pool_limit(self, pool, pool_size) -> None:
         require(pool, self._module.MemoryPoolType)
-        require(pool_size, int)
         self._pools[pool] = pool_size
 
     def create_timing_cache(self, serialized_timing_cache) -> ITimingCache | None:
         data = bytes(serialized_timing_cache)
-        if data and not data.startswith(TIMING_CACHE):
-            return None
-        return ITimingCache(data)
+        return None if data and not data.startswith(TIMING_CACHE) else ITimingCache(data)
 
     def set_timing_cache(self, cache, ignore_mismatch) -> bool:
         require(cache, ITimingCache)
@@ -163,16 +139,12 @@ class IBuilderConfig(Strict):
 
     def add_optimization_profile(self, profile) -> int:
         require(profile, IOptimizationProfile)
-        for smallest, usual, largest in profile._shapes.values():
-            ordered = all(a <= b <= c for a, b, c in zip(smallest, usual, largest, strict=True))
-            if not ordered:
-                return -1
         self._profiles.append(profile)
         return len(self._profiles) - 1
 
 
 class Builder(Strict):
-    """Checks a network and its settings as the real one does, and packs the ONNX file."""
+    """Packs the ONNX file with what it was told."""
 
     _module = None  # set in a subclass per version
 
@@ -184,7 +156,7 @@ class Builder(Strict):
 
     def create_network(self, flags: int = 0) -> INetworkDefinition:
         known = self._module.NetworkDefinitionCreationFlag
-        return INetworkDefinition(self._module, [f.name for f in known if flags >> int(f) & 1])
+        return INetworkDefinition([f.name for f in known if flags >> int(f) & 1])
 
     def create_builder_config(self) -> IBuilderConfig:
         return IBuilderConfig(self._module)
@@ -193,86 +165,26 @@ class Builder(Strict):
         return IOptimizationProfile()
 
     def build_serialized_network(self, network, config) -> IHostMemory | None:
-        require(network, INetworkDefinition)
-        require(config, IBuilderConfig)
-        if network._parser is None or network._parser() is None:
-            raise Crash("the parser, which owns the weights, is gone")
-        problem = self._problem(network, config)
-        if problem:
-            self._logger.log(self._module.ILogger.Severity.ERROR, problem)
-            return None
-        if not self._report(config.progress_monitor):
-            return None
-        if config._cache is not None and config.builder_optimization_level > 0:
-            config._cache._data = self._module._timings()
-        return IHostMemory(self._pack(network, config))
-
-    def _problem(self, network: INetworkDefinition, config: IBuilderConfig) -> str:
-        """Why there is no engine, in the words of a log."""
         flags = {flag.name for flag in config._flags}
         if "FP16" in flags and "STRONGLY_TYPED" in network._flags:
-            return "FP16 is not compatible with a strongly typed network"
-        pool = config._pools.get(self._module.MemoryPoolType.WORKSPACE)
-        if pool is not None and pool < self._module._machine.workspace_needed:
-            return "Could not find any implementation for a node: insufficient memory in workspace"
-        shapes = config._profiles[0]._shapes if config._profiles else {}
-        dynamic = [t for t in network._io(network._model.graph.input) if -1 in t.shape]
-        missing = [tensor.name for tensor in dynamic if tensor.name not in shapes]
-        if missing:
-            return f"no optimization profile has been defined for {missing}"
-        operators = {node.op_type for node in network._model.graph.node}
-        if "VERSION_COMPATIBLE" in flags and "DeformConv" in operators:
-            return "ModulatedDeformConv2d is not in the version-compatible plugin library"
-        return ""
-
-    def _report(self, monitor: IProgressMonitor | None) -> bool:
-        """Go through the phases of a build; whether it was not cancelled."""
-        if monitor is None:
-            return True
-        require(monitor, IProgressMonitor)
-        try:
-            monitor.phase_start("Building Engine", None, 2)
-            monitor.phase_start("Timing", "Building Engine", 3)
-            going = all(self._step(monitor, step) for step in range(3))
-            monitor.phase_finish("Timing")
-            monitor.phase_finish("Building Engine")
-        except BaseException as error:
-            raise Crash(f"{error!r} passed through C++") from error
-        return going
-
-    def _step(self, monitor: IProgressMonitor, step: int) -> bool:
-        machine = self._module._machine
-        if machine.cancel_after == step:
-            machine.press_ctrl_c()
-        going = monitor.step_complete("Timing", step)
-        require(going, bool)
-        return going
-
-    def _pack(self, network: INetworkDefinition, config: IBuilderConfig) -> bytes:
-        profiles = [profile._shapes for profile in config._profiles]
+            problem = "FP16 is not compatible with a strongly typed network"
+            self._logger.log(self._module.ILogger.Severity.ERROR, problem)
+            return None
+        if config._cache is not None:
+            config._cache._data = self._module._timings()
         ampere = self._module.HardwareCompatibilityLevel.AMPERE_PLUS
         detailed = self._module.ProfilingVerbosity.DETAILED
-        header = {
-            "version": self._module.__version__,
-            "gpu": self._module._machine.gpus[0],
-            "version_compatible": "VERSION_COMPATIBLE" in {flag.name for flag in config._flags},
-            "hardware_compatible": config.hardware_compatibility_level == ampere,
-            "detailed": config.profiling_verbosity == detailed,
-            "profiles": profiles,
-            "flags": sorted(flag.name for flag in config._flags),
-            "network_flags": network._flags,
-            "aux_streams": config.max_aux_streams,
-        }
-        model = misread(network._model).SerializeToString()
-        return b"plan" + json.dumps(header).encode() + b"\0" + model
-
-
-def misread(model: onnx.ModelProto) -> onnx.ModelProto:
-    """What the network computes of the file: GridSample's new mode names become nearest."""
-    changed = onnx.ModelProto()
-    changed.CopyFrom(model)
-    for node in changed.graph.node:
-        for attribute in node.attribute:
-            if node.op_type == "GridSample" and attribute.s in (b"linear", b"cubic"):
-                attribute.s = b"nearest"
-    return changed
+        plan = pack(
+            network._path,
+            version=self._module.__version__,
+            gpu=self._module._machine.gpus[0],
+            version_compatible="VERSION_COMPATIBLE" in flags,
+            hardware_compatible=config.hardware_compatibility_level == ampere,
+            detailed=config.profiling_verbosity == detailed,
+            profiles=[profile._shapes for profile in config._profiles],
+            flags=sorted(flags),
+            network_flags=network._flags,
+            aux_streams=config.max_aux_streams,
+            workspace=next(iter(config._pools.values()), None),
+        )
+        return IHostMemory(plan)

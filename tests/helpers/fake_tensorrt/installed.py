@@ -6,21 +6,23 @@ from importlib.machinery import ModuleSpec
 import pytest
 
 from aliked import gpu
-from aliked.backends import cuda_memory, tensorrt
-from tests.helpers.fake_tensorrt import HostMemory, Machine, make_tensorrt
+from aliked.backends import cuda_memory
+from tests.helpers.fake_tensorrt import RTX_VERSION, HostMemory, Machine, make_tensorrt
 
 
 def install(
-    monkeypatch: pytest.MonkeyPatch, version: str, machine: Machine | None = None
+    monkeypatch: pytest.MonkeyPatch,
+    version: str,
+    machine: Machine | None = None,
+    rtx: str = RTX_VERSION,
 ) -> Machine:
-    """Both packages of TensorRT `version` on `machine`, whose memory takes PyTorch's name."""
+    """TensorRT `version` and TensorRT for RTX `rtx` on `machine`, whose memory is PyTorch's."""
     machine = machine or Machine()
-    for lean in (False, True):
-        module = make_tensorrt(version, machine, lean)
-        module.__spec__ = ModuleSpec(module.__name__, None)
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-    tensorrt.logger.cache_clear()
-    tensorrt.journal.cache_clear()
+    versions = {"tensorrt": version, "tensorrt_lean": version, "tensorrt_rtx": rtx}
+    for name, number in versions.items():
+        module = make_tensorrt(number, machine, name)
+        module.__spec__ = ModuleSpec(name, None)
+        monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(gpu, "driver", lambda: machine.driver)
     monkeypatch.setitem(cuda_memory.MEMORIES, "torch", lambda index: HostMemory(machine))
     return machine

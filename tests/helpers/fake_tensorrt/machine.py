@@ -7,7 +7,6 @@ reads stale results here too.
 import ctypes
 import itertools
 import math
-import signal
 import weakref
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -29,11 +28,9 @@ class Machine:
     gpus: list[tuple[str, int, int]] = field(default_factory=lambda: [("Stand-in RTX", 8, 6)])
     driver_status: int = 0  # of cuInit
     free_bytes: int = 2**40  # device memory
-    workspace_needed: int = 2**20  # by the hungriest layer
     execution_error: str = ""  # what the next executions fail with
     capturable: bool = True
     odd_tensors: dict[str, str] = field(default_factory=dict)  # name: "open", "host" or "bf16"
-    cancel_after: int | None = None  # the user presses Ctrl-C in this step of a build
 
     def __post_init__(self) -> None:
         self.driver = Driver(self)
@@ -42,10 +39,7 @@ class Machine:
         self.allocations: dict[int, int] = {}  # address -> bytes
         self.current = 0  # how many times the device has been made current
         self.plugins_registered = False
-
-    def press_ctrl_c(self) -> None:
-        """What the terminal does."""
-        signal.raise_signal(signal.SIGINT)
+        self.compiled = 0  # engines that TensorRT for RTX has compiled for this GPU
 
     @property
     def has_device(self) -> bool:

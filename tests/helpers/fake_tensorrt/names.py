@@ -3,6 +3,7 @@
 import enum
 
 VERSIONS = {"10.16": "10.16.1.11", "11.4": "11.4.0.106"}
+RTX_VERSION = "1.6.1.120"  # of TensorRT for RTX, whose API is that of 11
 
 # Members and values of the enumerations that the project uses, or might use by mistake.
 COMMON_ENUMS = {
@@ -33,6 +34,12 @@ ENUMS = {
     },
 }
 
+ENUMS[RTX_VERSION] = {
+    "BuilderFlag": ENUMS["11.4"]["BuilderFlag"],
+    "NetworkDefinitionCreationFlag": {"STRONGLY_TYPED": 0},
+    "DynamicShapesKernelSpecializationStrategy": {"LAZY": 0, "EAGER": 1, "NONE": 2},
+}
+
 
 class BindingEnum(enum.Enum):
     """Like a pybind11 enumeration: `int(x)` works, `1 << x` does not."""
@@ -43,7 +50,7 @@ class BindingEnum(enum.Enum):
 
 def make_enums(version: str) -> dict[str, type[BindingEnum]]:
     """The enumerations of one version by name."""
-    tables = COMMON_ENUMS | ENUMS[version]
+    tables = COMMON_ENUMS | ENUMS.get(version, ENUMS[RTX_VERSION])
     return {name: BindingEnum(name, members) for name, members in tables.items()}
 
 

@@ -1,13 +1,14 @@
 """Stand-ins for the runtime, the engine and its execution context: ONNX Runtime inside."""
 
 import functools
+import hashlib
 import json
 
 import numpy as np
 import onnx
 import onnxruntime
 
-from tests.helpers.fake_tensorrt.builder import INetworkDefinition
+from tests.helpers.fake_tensorrt.builder import IHostMemory
 from tests.helpers.fake_tensorrt.machine import Crash
 from tests.helpers.fake_tensorrt.names import Strict, require
 
@@ -31,12 +32,12 @@ class Runtime(Strict):
         plan = bytes(serialized_engine)
         if not plan.startswith(b"plan"):
             return self._fail("the magic tag does not match")
-        header, _, model = plan.removeprefix(b"plan").partition(b"\0")
-        header = json.loads(header)
+        text, _, model = plan.removeprefix(b"plan").partition(b"\0")
+        header = json.loads(text)
         reason = self._refusal(header)
         if b"DeformConv" in model and not self._module._machine.plugins_registered:
             reason = "could not find the plugin ModulatedDeformConv2d"
-        return self._fail(reason) if reason else ICudaEngine(self, header, model)
+        return self._fail(reason) if reason else self._module.ICudaEngine(self, header, model)
 
     def _refusal(self, header: dict) -> str:
         here = self._module
@@ -46,6 +47,8 @@ class Runtime(Strict):
             return "the engine contains host code, which is not allowed"
         if header["version"] != here.__version__ and not header["version_compatible"]:
             return "the engine was built by another version"
+        if here.__name__ == "tensorrt_rtx":
+            return ""  # compiled for this GPU when a context is made
         if header["gpu"] != list(here._machine.gpus[0]) and not header["hardware_compatible"]:
             return "the engine was built for another device"
         return ""
@@ -60,16 +63,16 @@ class ICudaEngine(Strict):
     def __init__(self, runtime: Runtime, header: dict, model: bytes) -> None:
         self._runtime, self._header = runtime, header
         self._module, self._machine = runtime._module, runtime._module._machine
-        self._network = INetworkDefinition(self._module, [])
-        self._network._model = onnx.load_from_string(model)
+        self._model, self._plan = onnx.load_from_string(model), model
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         self._session = onnxruntime.InferenceSession(
             model, options, providers=["CPUExecutionProvider"]
         )
-        graph = self._network._model.graph
-        self._inputs = {tensor.name: tensor for tensor in self._network._io(graph.input)}
-        self._outputs = {tensor.name: tensor for tensor in self._network._io(graph.output)}
+        graph = self._model.graph
+        weights = {tensor.name for tensor in graph.initializer}
+        self._inputs = {value.name: value for value in graph.input if value.name not in weights}
+        self._outputs = {value.name: value for value in graph.output}
 
     def _tensor(self, name: str):
         require(name, str)
@@ -87,11 +90,13 @@ class ICudaEngine(Strict):
         return mode.INPUT if name in self._inputs else mode.OUTPUT
 
     def get_tensor_shape(self, name) -> tuple[int, ...]:
-        return self._tensor(name).shape
+        dims = self._tensor(name).type.tensor_type.shape.dim
+        return tuple(dim.dim_value if dim.HasField("dim_value") else -1 for dim in dims)
 
     def get_tensor_dtype(self, name):
         bf16 = self._machine.odd_tensors.get(name) == "bf16"
-        return self._module.DataType.BF16 if bf16 else self._tensor(name).dtype
+        elem_type = self._tensor(name).type.tensor_type.elem_type
+        return self._module.DataType.BF16 if bf16 else self._module._dtype_of(elem_type)
 
     def get_tensor_location(self, name):
         self._tensor(name)
@@ -111,6 +116,56 @@ class ICudaEngine(Strict):
         return EngineInspector(self)
 
 
+class CompiledEngine(ICudaEngine):
+    """The `ICudaEngine` of TensorRT for RTX: compiled for this GPU when a context is made."""
+
+    def create_runtime_config(self) -> "IRuntimeConfig":
+        return IRuntimeConfig(self._machine)
+
+    def create_execution_context(self, runtime_config=None) -> "IExecutionContext | None":
+        runtime_config._cache._compile(self._plan)
+        return super().create_execution_context()
+
+
+class IRuntimeConfig(Strict):
+    """How TensorRT for RTX compiles an engine for this GPU."""
+
+    WRITABLE = ("dynamic_shapes_kernel_specialization_strategy",)
+
+    def __init__(self, machine) -> None:
+        self._machine, self._cache = machine, IRuntimeCache(machine)
+
+    def create_runtime_cache(self) -> "IRuntimeCache":
+        return IRuntimeCache(self._machine)
+
+    def set_runtime_cache(self, cache) -> bool:
+        require(cache, IRuntimeCache)
+        self._cache = cache
+        return True
+
+
+class IRuntimeCache(Strict):
+    """Kernels by engine; the machine counts what had to be compiled."""
+
+    def __init__(self, machine) -> None:
+        self._machine, self._kernels = machine, set()
+
+    def _compile(self, plan: bytes) -> None:
+        kernel = f"{self._machine.gpus[0][0]} {hashlib.sha256(plan).hexdigest()}"
+        if kernel not in self._kernels:
+            self._machine.compiled += 1
+        self._kernels.add(kernel)
+
+    def deserialize(self, blob) -> bool:
+        if not bytes(blob).startswith(b"kernels"):
+            raise Crash("the library reads what is no cache")
+        self._kernels = set(json.loads(bytes(blob).removeprefix(b"kernels")))
+        return True
+
+    def serialize(self) -> IHostMemory:
+        return IHostMemory(b"kernels" + json.dumps(sorted(self._kernels)).encode())
+
+
 class EngineInspector(Strict):
     """The layers of an engine: the nodes of its file."""
 
@@ -120,7 +175,7 @@ class EngineInspector(Strict):
     def get_engine_information(self, format) -> str:
         require(format, self._engine._module.LayerInformationFormat)
         new = self._engine._module.__version__.startswith("11.")
-        nodes = self._engine._network._model.graph.node
+        nodes = self._engine._model.graph.node
         layers = [self._layer(node, new) for node in nodes]
         return json.dumps({"Layers": layers, "I/O Tensors" if new else "Bindings": []})
 
@@ -144,7 +199,8 @@ class IExecutionContext(Strict):
         self.nvtx_verbosity = levels.DETAILED if detailed else levels.LAYER_NAMES_ONLY
         self._addresses: dict[str, int] = {}
         (self._input,) = engine._inputs.values()
-        self._shape = None if -1 in self._input.shape else self._input.shape
+        self._fixed = engine.get_tensor_shape(self._input.name)
+        self._shape = None if -1 in self._fixed else self._fixed
 
     def _fail(self, reason: str) -> bool:
         self._engine._runtime._fail(reason)
@@ -152,12 +208,12 @@ class IExecutionContext(Strict):
 
     def set_input_shape(self, name, shape) -> bool:
         require(shape, (tuple, list))
-        if name != self._input.name or len(shape) != len(self._input.shape):
+        if name != self._input.name or len(shape) != len(self._fixed):
             return self._fail(f"no input {name} of {len(shape)} dimensions")
-        if -1 in self._input.shape:
+        if -1 in self._fixed:
             low, _, high = self._engine.get_tensor_profile_shape(name, 0)
         else:
-            low = high = self._input.shape
+            low = high = self._fixed
         if not all(a <= b <= c for a, b, c in zip(low, shape, high, strict=True)):
             return self._fail(f"{shape} is outside the optimization profile")
         self._shape = tuple(int(size) for size in shape)
@@ -208,7 +264,7 @@ class IExecutionContext(Strict):
 
 def numpy_type(engine: ICudaEngine, name: str) -> np.dtype:
     """Element type of a tensor of the engine."""
-    return np.dtype(engine._module.nptype(engine._tensor(name).dtype))
+    return np.dtype(engine._module.nptype(engine.get_tensor_dtype(name)))
 
 
 @functools.cache
