@@ -8,7 +8,7 @@ FRAMES ?= assets/sequence_640x480
 ONNX = converted_model/$(MODEL)-top1k.onnx
 RUN = $(VENV)/bin/python
 
-.PHONY: demo engine readme-tables test lint clean
+.PHONY: demo readme-tables test lint clean
 
 $(VENV)/.installed: requirements.txt constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -20,18 +20,16 @@ $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
 	$(RUN) -m pip install --quiet -r requirements-dev.txt
 	touch $@
 
+# The engine is TensorRT for RTX's, which builds without a GPU; not every platform has a wheel of it.
 demo: $(VENV)/.installed
 	$(RUN) convert_pytorch_to_onnx.py $(FRAMES) --model $(MODEL) --top_k 1000 --model_output $(ONNX)
 	$(RUN) demo_pair.py $(FRAMES) --model $(MODEL) --top_k 1000 --output demo/matches
 	rm -f demo/timings.jsonl
 	$(RUN) measure_timings.py $(FRAMES) --model $(MODEL) --top_k 1000 \
 	    --model_path $(ONNX) --output demo/timings.jsonl
-
-# TensorRT for RTX builds without a GPU; where the platform has no wheel of it, this says so.
-engine: $(VENV)/.installed
 	@if $(RUN) -c "import tensorrt_rtx" 2> /dev/null; then \
 	    $(RUN) convert_onnx_to_trt.py --model_onnx_path $(ONNX); \
-	else echo "no engine: TensorRT for RTX has no wheel for this platform"; fi
+	else echo "no engine: TensorRT for RTX is not installed, as this platform has no wheel of it"; fi
 
 readme-tables: $(VENV)/.installed
 	$(RUN) draw_report.py results/*.jsonl results/evaluation/*.jsonl \

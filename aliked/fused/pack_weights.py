@@ -102,16 +102,16 @@ def main(args: argparse.Namespace) -> None:
     print(f"{output}: {args.model}, format version {FORMAT_VERSION}, {output.stat().st_size} bytes")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    p = argparse.ArgumentParser(
         prog="python -m aliked.fused.pack_weights", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("--model", default="aliked-t16-homography", choices=CONFIGS)
-    parser.add_argument("--output", type=Path, help="the file (default: MODEL.safetensors)")
-    parser.add_argument("--weights", type=Path, help="PyTorch weights (default: as everywhere)")
-    return parser
+    p.add_argument("--model", default="aliked-t16-homography", choices=CONFIGS)
+    p.add_argument("--output", type=Path, help="the file (default: MODEL.safetensors)")
+    p.add_argument("--weights", type=Path, help="PyTorch weights (default: as everywhere)")
+    return p
 
 
 if __name__ == "__main__":
-    cli.run(main, build_parser())
+    cli.run(main, parser())

@@ -38,18 +38,16 @@ COMMANDS = [
 
 
 def parser_of(words: list[str]):
-    """The parser of a command and the arguments it is given; None where it is not the project's."""
+    """The parser of a command of the project and the arguments it is given; None of another's."""
     if words[0] == "aliked":
         command = commands.COMMANDS[words[1]]
-        module = importlib.import_module(command.module)
-        return module.parser(), [*command.options, *words[2:]]
-    if words[1] == "-m":
-        name, arguments = words[2], words[3:]
-    else:
-        assert (ROOT / words[1]).is_file()
-        name, arguments = Path(words[1]).stem, words[2:]
-    if name in ("pytest", "custom_ops.get_patches.toolchain"):
+        return importlib.import_module(command.module).parser(), [*command.options, *words[2:]]
+    name, *arguments = words[2:] if words[1] == "-m" else words[1:]
+    if name in ("pytest", "venv", "custom_ops.get_patches.toolchain"):
         return None
+    if words[1] != "-m":
+        assert (ROOT / name).is_file()
+        name = name.removesuffix(".py").replace("/", ".")
     return importlib.import_module(name).parser(), arguments
 
 
@@ -57,6 +55,9 @@ def parser_of(words: list[str]):
 def test_every_command_is_one_that_its_script_takes(words):
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    elif "cpp/tests/gpu_check.py" in words:  # needs the built library to be imported
+        text = (ROOT / words[1]).read_text()
+        assert all(f'"{word}"' in text for word in words if word.startswith("--"))
     elif found := parser_of(words):
         parser, arguments = found
         parser.parse_args(arguments)
