@@ -4,38 +4,24 @@
 import argparse
 
 from aliked import cli
-from evaluation.homography import add_homography_options, run_homography
-from evaluation.pose import add_pose_options, run_pose
-from evaluation.sequences import add_sequences_options, run_sequences
-
-TASKS = {
-    "homography": (
-        "images of planes with known homographies",
-        add_homography_options,
-        run_homography,
-    ),
-    "pose": ("pairs with known relative pose", add_pose_options, run_pose),
-    "sequences": (
-        "image sequences without ground truth",
-        add_sequences_options,
-        run_sequences,
-    ),
-}
+from evaluation.report import TASKS
+from evaluation.runner import add_shared_options, run
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(description=__doc__)
+    p = cli.Parser(description=__doc__)
     tasks = p.add_subparsers(dest="task", required=True, metavar="TASK")
-    for name, (what, add_options, _) in TASKS.items():
-        add_options(tasks.add_parser(name, help=what, description=f"Evaluate on {what}."))
+    for name, task in TASKS.items():
+        options = tasks.add_parser(name, help=task.help, description=f"Evaluate on {task.help}.")
+        task.add_options(options)
+        add_shared_options(options)
     return p
 
 
 def main(args: argparse.Namespace) -> int:
     """Evaluate on one data set, then print and write the tables."""
-    _, _, run = TASKS[args.task]
-    return run(args)
+    return run(args, TASKS[args.task].from_options(args))
 
 
 if __name__ == "__main__":

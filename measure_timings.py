@@ -18,6 +18,7 @@ from aliked.backends import BACKENDS, Spec, get_backend
 from aliked.backends.pytorch import COMPILE_MODES
 from aliked.cli import (
     add_device_option,
+    add_size_option,
     add_weights_option,
     check_selection,
     cosine,
@@ -125,6 +126,8 @@ def add_grid_options(group: argparse._ArgumentGroup) -> None:
         help="also count the matches of each image with the next, of at least this descriptor "
         "similarity, -1 to 1 (default: no matching)",
     )
+    add_size_option(group)
+    group.add_argument("--lines", help=argparse.SUPPRESS)  # of demo_pair.py's pictures
 
 
 def add_file_options(group: argparse._ArgumentGroup) -> None:
@@ -304,7 +307,7 @@ def main(args: argparse.Namespace) -> int:
     grid, output = grid_from(args), output_from(args)
     for source in sources:
         offer_download(source)
-    image_sets = load_image_sets(sources)
+    image_sets = load_image_sets(sources, args.max_size)
     if args.min_similarity is not None and all(len(images.paths) < 2 for images in image_sets):
         raise InputError("--min_similarity matches an image with the next; give two of one size")
     run = open_run(

@@ -11,10 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from aliked.backends import BACKENDS, Spec, create_extractor
+from aliked.backends import BACKENDS, Spec, get_backend
 from aliked.configs import CONFIGS, get_config
 from aliked.errors import EXTRAS, InputError, missing_package
-from aliked.features import Extractor
 
 
 class Parser(argparse.ArgumentParser):
@@ -165,6 +164,11 @@ def add_extractor_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--model_path", type=Path, metavar="FILE", help="model file of a backend that runs a file"
     )
+    group.add_argument(
+        "--precision",
+        choices=("fp32", "fp16"),
+        help="of a backend that runs no file (default: fp32, or the only one that it has)",
+    )
     add_device_option(group)
     add_selection_options(group)
 
@@ -208,7 +212,7 @@ def add_selection_options(group: argparse._ArgumentGroup) -> None:
         default=Spec.top_k,
         metavar="K",
         help="keypoints per image, the best by score; 0 or less: all above --scores_th "
-        "(default: %(default)s)",
+        f"(default: {Spec.top_k})",
     )
     group.add_argument(
         "--scores_th",
@@ -221,7 +225,7 @@ def add_selection_options(group: argparse._ArgumentGroup) -> None:
         type=whole(0),
         default=Spec.n_limit,
         metavar="N",
-        help="with --top_k 0: at most this many keypoints per image (default: %(default)s)",
+        help=f"with --top_k 0: at most this many keypoints per image (default: {Spec.n_limit})",
     )
 
 
@@ -244,6 +248,43 @@ def check_selection(top_k: int, scores_th: float | None, n_limit: int = Spec.n_l
     return Spec.scores_th if scores_th is None else scores_th
 
 
+def add_size_option(parser: argparse.ArgumentParser) -> None:
+    """Add how large images may be."""
+    parser.add_argument(
+        "--max_size",
+        type=whole(32),
+        metavar="PX",
+        help="reduce images to this longer side (default: as they are)",
+    )
+
+
+def add_lines_option(parser: argparse.ArgumentParser, usual: int) -> None:
+    """Add how many matches a picture shows: a number, or None for "all"."""
+    parser.add_argument(
+        "--lines",
+        type=lambda text: None if text == "all" else whole(0)(text),
+        default=usual,
+        metavar="N",
+        help="matches to draw of a pair, spread over the image, the most similar first; all "
+        "(default: %(default)s)",
+    )
+
+
+def choose_precision(backend: str, asked: str | None) -> str:
+    """The precision of a backend: as `asked`, or its first; `InputError` where it has none such."""
+    row = get_backend(backend)
+    if asked and row.suffix:
+        raise InputError(
+            f"backend {backend} runs a file, whose precision is its own; leave --precision out"
+        )
+    if asked and asked not in row.precisions:
+        raise InputError(
+            f"backend {backend} has {' and '.join(row.precisions)} only; leave --precision "
+            f"{asked} out"
+        )
+    return asked or row.precisions[0]
+
+
 def extractor_spec(args: argparse.Namespace) -> Spec:
     """The options as a `Spec`; `InputError` where they do not go together."""
     get_config(args.model)
@@ -257,12 +298,8 @@ def extractor_spec(args: argparse.Namespace) -> Spec:
         top_k=args.top_k,
         scores_th=scores_th,
         n_limit=args.n_limit,
+        precision=choose_precision(args.backend, args.precision),
         device=args.device,
         weights=args.weights,
         model_path=args.model_path,
     )
-
-
-def extractor_from(args: argparse.Namespace) -> Extractor:
-    """The extractor that the command line asks for."""
-    return create_extractor(args.backend, extractor_spec(args))

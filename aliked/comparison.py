@@ -2,7 +2,7 @@
 
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,8 @@ from aliked.cli import markdown
 from aliked.errors import InputError
 from aliked.features import Extractor, Features
 from aliked.files import whole_file
-from aliked.matching import match_mutual, mutual_nearest_keypoints
+from aliked.matching import match_mutual
+from aliked.parity import FeaturePairs, count_not_finite, pair_features
 
 PRECISIONS = ("fp32", "fp16")
 ENGINES = (".trt", ".rtx")  # whose manifest says which backend runs them
@@ -151,36 +152,13 @@ def _check_selection(side: Side, spec: Spec) -> None:
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """The keypoints that two runtimes both found, as P indices into the features of each."""
-
-    reference: np.ndarray  # [P] int64, ascending
-    other: np.ndarray  # [P] int64
-    shift: np.ndarray  # [P] float64, |dxy| in pixels
-
-
-@dataclass(frozen=True)
-class Differences:
-    """How far the other's half of each of P pairs is from the reference's; [P] float64 each."""
-
-    shift: np.ndarray  # |dxy| in pixels
-    score: np.ndarray  # |dscore|
-    dot: np.ndarray  # dot product of the descriptors
-    element_mean: np.ndarray  # mean |difference| over the descriptor's elements
-    element_max: np.ndarray  # the largest of these
-    # [P] bool: the two lie in different pixels. A descriptor's sample positions are predicted from
-    # the patch around its keypoint's pixel, so theirs come from patches a pixel apart.
-    crossed: np.ndarray
-
-
-@dataclass(frozen=True)
 class ImageComparison:
     """Both runtimes' features of one image, in descending order of their scores, paired."""
 
     name: str
     reference: Features
     other: Features
-    pairs: Pairs
+    pairs: FeaturePairs
 
     @property
     def missed(self) -> np.ndarray:
@@ -189,8 +167,13 @@ class ImageComparison:
 
     @property
     def extra(self) -> np.ndarray:
-        """The same of the other."""
+        """Keypoints of the other without partner: indices, which are ranks by score."""
         return np.delete(np.arange(len(self.other)), self.pairs.other)
+
+    def element_differences(self) -> np.ndarray:
+        """|difference| of every element of the descriptors, [P, D] float64."""
+        a = self.reference.descriptors[self.pairs.reference].astype(np.float64)
+        return np.abs(a - self.other.descriptors[self.pairs.other])
 
 
 @dataclass(frozen=True)
@@ -216,58 +199,21 @@ class MatchChange:
         return self.other - self.kept
 
 
-def find_mutual_closest_keypoints(reference: Features, other: Features, radius: float) -> Pairs:
-    """Pair keypoints of the same image that are each other's nearest, at most `radius` px apart."""
-    return Pairs(*mutual_nearest_keypoints(reference.keypoints, other.keypoints, radius))
-
-
 def compare_image(
     name: str, reference: Features, other: Features, radius: float
 ) -> ImageComparison:
-    """Sort both runtimes' features of one image by score and pair them, see above.
+    """Sort both runtimes' features of one image by score and pair them, at most `radius` px apart.
 
     `InputError` when the descriptors differ in length: these are two models, not two runtimes.
     """
-    lengths = reference.descriptors.shape[1], other.descriptors.shape[1]
-    if lengths[0] != lengths[1]:
-        raise InputError(
-            f"descriptors have {lengths[0]} and {lengths[1]} values; compare two runtimes of the "
-            "same model"
-        )
     reference, other = by_score(reference), by_score(other)
-    pairs = find_mutual_closest_keypoints(reference, other, radius)
-    return ImageComparison(name, reference, other, pairs)
+    return ImageComparison(name, reference, other, pair_features(reference, other, radius))
 
 
 def by_score(features: Features) -> Features:
     """The same features in descending order of `scores`."""
     order = np.argsort(-features.scores, kind="stable")
     return Features(features.keypoints[order], features.scores[order], features.descriptors[order])
-
-
-def measure_differences(image: ImageComparison) -> Differences:
-    """The differences of every pair of one image, in float64."""
-    i, j = image.pairs.reference, image.pairs.other
-    pixels = (np.floor(image.reference.keypoints[i]), np.floor(image.other.keypoints[j]))
-    a = image.reference.descriptors[i].astype(np.float64)
-    b = image.other.descriptors[j].astype(np.float64)
-    element = np.abs(a - b)
-    return Differences(
-        shift=image.pairs.shift,
-        score=np.abs(image.reference.scores[i].astype(np.float64) - image.other.scores[j]),
-        dot=(a * b).sum(axis=1),
-        element_mean=element.mean(axis=1),
-        element_max=element.max(axis=1),
-        crossed=(pixels[0] != pixels[1]).any(axis=1),
-    )
-
-
-def join(differences: Sequence[Differences]) -> Differences:
-    """The pairs of several images as one."""
-    names = [field.name for field in fields(Differences)]
-    return Differences(
-        **{name: np.concatenate([getattr(d, name) for d in differences]) for name in names}
-    )
 
 
 def compare_matches(
@@ -307,6 +253,7 @@ def _in_reference(image: ImageComparison, indices: np.ndarray) -> np.ndarray:
 COUNTS = ("reference", "other", "both", "missed", "extra", "not_finite")
 MATCHES = ("reference", "other", "kept", "lost", "undetected", "gained")
 PERCENTILES = {"median": 50, "p90": 90, "p99": 99, "max": 100}
+Values = dict[str, np.ndarray]  # by name, one per pair
 
 
 class Numbers:
@@ -316,16 +263,16 @@ class Numbers:
         self.images: list[dict] = []
         self.consecutive: list[dict] = []
         self.dim = 0  # length of the descriptors
-        self._differences: list[Differences] = []
+        self._values: list[Values] = []
         self._similarities: list[np.ndarray] = []
         self._missed_ranks: list[np.ndarray] = []
 
     def add_image(self, image: ImageComparison) -> None:
         """Take in one image."""
-        differences = measure_differences(image)
-        self.images.append({"image": image.name} | _counts(image) | _statistics(differences))
+        values = _values(image)
+        self.images.append({"image": image.name} | _counts(image) | _statistics(values))
         self.dim = image.reference.descriptors.shape[1]
-        self._differences.append(differences)
+        self._values.append(values)
         self._missed_ranks.append(image.missed + 1)
 
     def add_matches(self, change: MatchChange) -> None:
@@ -335,8 +282,8 @@ class Numbers:
         self._similarities.append(change.similarity)
 
     def dot_products(self) -> np.ndarray:
-        """Of the descriptors of all pairs."""
-        return join(self._differences).dot
+        """Dot products of the descriptors of all pairs."""
+        return self._joined()["dot"]
 
     def similarities(self) -> np.ndarray:
         """Dot products of the reference's matches between consecutive images."""
@@ -346,12 +293,31 @@ class Numbers:
         """All numbers, by image and in total; None where there is none, as of no pairs."""
         total = {name: sum(image[name] for image in self.images) for name in COUNTS}
         total["missed_rank"] = _percentile(np.concatenate(self._missed_ranks), 50)
-        total |= _statistics(join(self._differences))
+        total |= _statistics(self._joined())
         if self.consecutive:
             total["matches"] = {n: sum(pair[n] for pair in self.consecutive) for n in MATCHES}
             total["match_similarity"] = _percentile(self.similarities(), 50)
         images = {"images": self.images, "consecutive": self.consecutive}
         return {"descriptor_length": self.dim} | images | {"total": total}
+
+    def _joined(self) -> Values:
+        """The values of all images' pairs."""
+        return {
+            name: np.concatenate([own[name] for own in self._values]) for name in self._values[0]
+        }
+
+
+def _values(image: ImageComparison) -> Values:
+    """What is summed up of every pair of an image, [P] each."""
+    pairs, elements = image.pairs, image.element_differences()
+    return {
+        "shift": pairs.shift,
+        "score_difference": pairs.score_difference,
+        "dot": pairs.dot,
+        "at_edge": pairs.at_edge,
+        "element_mean": elements.mean(axis=1),
+        "element_max": elements.max(axis=1),
+    }
 
 
 def _counts(image: ImageComparison) -> dict[str, int]:
@@ -361,30 +327,25 @@ def _counts(image: ImageComparison) -> dict[str, int]:
         "both": len(image.pairs.shift),
         "missed": len(image.missed),
         "extra": len(image.extra),
-        "not_finite": _not_finite(image.reference) + _not_finite(image.other),
+        "not_finite": count_not_finite(image.reference) + count_not_finite(image.other),
     }
 
 
-def _not_finite(features: Features) -> int:
-    """Keypoints with NaN or infinity in place, score or descriptor."""
-    values = np.hstack([features.keypoints, features.scores[:, None], features.descriptors])
-    return int((~np.isfinite(values)).any(axis=1).sum())
-
-
-def _statistics(differences: Differences) -> dict[str, dict[str, float | None]]:
+def _statistics(values: Values) -> dict[str, dict[str, float | None]]:
+    dot = values["dot"]
     return {
-        "crossed_pixel_edge": int(differences.crossed.sum()),
-        "shift_px": _distribution(differences.shift),
-        "score_difference": _distribution(differences.score),
+        "at_pixel_edge": int(values["at_edge"].sum()),
+        "shift_px": _distribution(values["shift"]),
+        "score_difference": _distribution(values["score_difference"]),
         "dot_product": {
-            "mean": _mean(differences.dot),
-            "p1": _percentile(differences.dot, 1),
-            "min": _percentile(differences.dot, 0),
-            "min_within_pixel": _percentile(differences.dot[~differences.crossed], 0),
+            "mean": _mean(dot),
+            "p1": _percentile(dot, 1),
+            "min": _percentile(dot, 0),
+            "min_within_pixel": _percentile(dot[~values["at_edge"]], 0),
         },
         "element_difference": {
-            "mean": _mean(differences.element_mean),
-            "max": _percentile(differences.element_max, 100),
+            "mean": _mean(values["element_mean"]),
+            "max": _percentile(values["element_max"], 100),
         },
     }
 
@@ -488,11 +449,11 @@ def _why_dot_products(total: dict, dim: int) -> str:
 def _for_scale(total: dict) -> str:
     """Where the worst dot products come from, and how much a change of view costs."""
     dot, similarity, text = total["dot_product"], total.get("match_similarity"), ""
-    if total["crossed_pixel_edge"] and dot["min_within_pixel"] is not None:
+    if total["at_pixel_edge"] and dot["min_within_pixel"] is not None:
         text = (
-            f" In {total['crossed_pixel_edge']} pairs the keypoints lie on two sides of a pixel "
-            "edge, and their descriptors come from patches a pixel apart; the worst of the others "
-            f"is {_dot(dot['min_within_pixel'])}."
+            f" In {total['at_pixel_edge']} pairs a keypoint lies at a pixel edge, where rounding "
+            "decides from which of two patches, a pixel apart, its descriptor comes; the worst of "
+            f"the others is {_dot(dot['min_within_pixel'])}."
         )
     if similarity is not None and dot["mean"] is not None:
         text += (

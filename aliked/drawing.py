@@ -13,6 +13,7 @@ from aliked.files import whole_file
 
 MIN_SIDE = 640  # px: smaller pictures are enlarged to this longer side, so that text fits
 PAIR_SIDE, FRAME_SIDE = 1600, 800  # px: larger pairs and animation frames are reduced to this
+LINES = 100  # matches of a pair that are drawn as lines: more tint the picture
 GAP = 6  # px between the images of a pair
 CAPTION_HEIGHT = 28  # px, below the picture
 BACKGROUND, TEXT, UNMATCHED = (24, 24, 24), (235, 235, 235), (190, 190, 190)
@@ -35,13 +36,16 @@ def draw_matches(
     matches: np.ndarray,
     caption: str,
     correct: np.ndarray | None = None,
+    lines: int | None = LINES,
 ) -> np.ndarray:
-    """Two images, uint8 [H, W, 3] RGB, and a line from each matched keypoint to its partner.
+    """Two images, uint8 [H, W, 3] RGB, and lines from matched keypoints to their partners.
 
     The images are side by side, or one above the other where the first is wider than twice its
-    height. `matches` [P, 2] are indices into the features. Neighbouring lines have like colours,
-    so that a line out of step shows; with `correct` [P] bool, right matches are green and wrong
-    ones red. Keypoints without partner are grey circles. Returns uint8 [H', W', 3] RGB.
+    height. `matches` [P, 2] are indices into the features. At most `lines` of them are drawn
+    (None: all), spread over the first image, the most similar of each region first; of the others
+    the ends are dots. Neighbouring lines have like colours, so that a line out of step shows; with
+    `correct` [P] bool, right matches are green and wrong ones red, each by its share. Keypoints
+    without partner are grey circles. Returns uint8 [H', W', 3] RGB.
     """
     height, width = image0.shape[:2]
     stacked = width > 2 * height
@@ -54,11 +58,49 @@ def draw_matches(
     _draw_unmatched(canvas, points1, matches[:, 1], radius)
     start, end = points0[matches[:, 0]], points1[matches[:, 1]]
     across = start[:, 0] / (width * scale) if stacked else start[:, 1] / (height * scale)
-    colours = _hues(0.85 * across.clip(0, 1) if correct is None else correct / 3)
-    _draw_lines(canvas, start, end, colours, np.clip(200 / max(len(matches), 1), 0.3, 0.8))
-    _draw_dots(canvas, start, colours, radius)
-    _draw_dots(canvas, end, colours, radius)
+    colours = np.array(_hues(0.85 * across.clip(0, 1) if correct is None else correct / 3))
+    drawn = np.arange(len(matches))
+    if lines is not None and lines < len(matches):
+        similarity = (
+            features0.descriptors[matches[:, 0]] * features1.descriptors[matches[:, 1]]
+        ).sum(axis=1)
+        drawn = choose_lines(features0.keypoints[matches[:, 0]], similarity, lines, correct)
+        caption += f" ({len(drawn)} drawn)"
+    dim = (colours * BRIGHTNESS).astype(int).tolist()
+    _draw_dots(canvas, start, dim, 0.6 * radius)
+    _draw_dots(canvas, end, dim, 0.6 * radius)
+    colours = colours[drawn].tolist()
+    opacity = np.clip(LINES / max(len(drawn), 1), 0.3, 0.9)
+    _draw_lines(canvas, start[drawn], end[drawn], colours, opacity)
+    _draw_dots(canvas, start[drawn], colours, radius)
+    _draw_dots(canvas, end[drawn], colours, radius)
     return _add_caption(canvas, caption)
+
+
+def choose_lines(
+    points: np.ndarray, similarity: np.ndarray, count: int, correct: np.ndarray | None = None
+) -> np.ndarray:
+    """Indices of `count` matches to draw, spread over the image: [count] int64, ascending.
+
+    `points` [P, 2] are where they start. The image is cut into about `count` cells; each gives its
+    most similar match, then each its second, and so on. With `correct` [P] bool, right and wrong
+    ones have the shares that they have of all.
+    """
+    if correct is not None:
+        right = round(count * float(correct.mean())) if len(correct) else 0
+        parts = (np.flatnonzero(correct), right), (np.flatnonzero(~correct), count - right)
+        chosen = [own[choose_lines(points[own], similarity[own], n)] for own, n in parts]
+        return np.sort(np.concatenate(chosen))
+    if count <= 0 or not len(points):
+        return np.zeros(0, np.int64)
+    low, span = points.min(axis=0), np.maximum(np.ptp(points, axis=0), 1)
+    side = np.sqrt(span.prod() / count)  # of a cell, pixels
+    cell = np.unique(((points - low) // side).astype(np.int64), axis=0, return_inverse=True)[1]
+    best = np.lexsort((-similarity, cell.ravel()))  # cell by cell, the most similar first
+    first = np.r_[0, np.flatnonzero(np.diff(cell.ravel()[best])) + 1]  # where each cell begins
+    rank = np.arange(len(best)) - np.repeat(first, np.diff(np.r_[first, len(best)]))
+    order = np.lexsort((-similarity[best], rank))
+    return np.sort(best[order[:count]])
 
 
 def draw_motion(

@@ -3,6 +3,7 @@
 import abc
 import itertools
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,8 +40,14 @@ def drop_fill_ins(keypoints: np.ndarray, descriptors: np.ndarray, scores: np.nda
     """One image's [K, 2], [K, D] and [K] outputs to `Features`, without the rows of score 0.
 
     A model with a fixed K fills the outputs of an image that has fewer keypoints with rows
-    whose score is exactly 0. Nothing of the result shares memory with the outputs.
+    whose score is exactly 0. Nothing of the result shares memory with the outputs. `InputError`
+    where a score is NaN.
     """
+    if np.isnan(scores).any():  # no more than 0 either, but no fill-in
+        raise InputError(
+            "the runtime returned scores that are NaN, so its model is damaged or its precision "
+            "too low; check the weights or the file"
+        )
     kept = np.flatnonzero(scores > 0)  # rows taken by number are copied twice as fast as by mask
     return Features(*(rows.take(kept, axis=0) for rows in (keypoints, scores, descriptors)))
 
@@ -60,15 +67,75 @@ def features_of_batch(
 
 def check_image(image: np.ndarray) -> None:
     """Raise `InputError` unless `image` is uint8 [H, W, 3] with H and W at least `MIN_SIDE`."""
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+    _check_pixels(image, 3, "the image is", "uint8 [H, W, 3] in RGB order")
+
+
+def check_images(images: np.ndarray) -> None:
+    """Raise `InputError` unless `images` is uint8 [B, H, W, 3], B at least 1, H and W as above."""
+    _check_pixels(images, 4, "the batch is", "uint8 [B, H, W, 3] in RGB order")
+    if not len(images):
+        raise InputError("the batch has no image; give at least one")
+
+
+def _check_pixels(pixels: np.ndarray, ndim: int, what: str, wanted: str) -> None:
+    if not isinstance(pixels, np.ndarray):
+        raise InputError(f"{what} a {type(pixels).__name__}; give a NumPy array, {wanted}")
+    if pixels.dtype != np.uint8 or pixels.ndim != ndim or pixels.shape[-1] != 3:
+        raise InputError(f"{what} {pixels.dtype} {list(pixels.shape)}; give {wanted}")
+    height, width = pixels.shape[-3:-1]
+    if min(height, width) < MIN_SIDE:
         raise InputError(
-            f"the image is {image.dtype} {list(image.shape)}; give uint8 [H, W, 3] in RGB order"
+            f"{what} {width}x{height} pixels; both sides must be at least {MIN_SIDE}, since "
+            "detection drops a border of 2 pixels"
         )
-    if min(image.shape[:2]) < MIN_SIDE:
+
+
+def check_features(features: Features, height: int, width: int) -> None:
+    """Raise `InputError` where a runtime's features of an image of this size cannot be that.
+
+    Refinement leaves a keypoint within a pixel of the image.
+    """
+    values = features.keypoints, features.scores, features.descriptors
+    if not all(np.isfinite(array).all() for array in values):
         raise InputError(
-            f"the image is {image.shape[1]}x{image.shape[0]} pixels; both sides must be at least "
-            f"{MIN_SIDE}, since detection drops a border of 2 pixels"
+            "the runtime returned NaN or infinity, so its model is damaged or its precision too "
+            "low; compare it with PyTorch's by compare_fp32_fp16.py"
         )
+    outside = (features.keypoints < -1) | (features.keypoints > (width, height))
+    if outside.any():
+        x, y = features.keypoints[outside.any(axis=1)][0]
+        raise InputError(
+            f"the runtime returned a keypoint at ({x:.4g}, {y:.4g}) of an image of {width}x{height}"
+            " pixels, so its file is none of this project; export it again"
+        )
+
+
+BYTES_PER_PIXEL = 300  # of the eager model in float32 on a CPU: 227 to 290 were measured
+
+
+def check_memory(height: int, width: int) -> None:
+    """Raise `InputError` where an image of this size needs more memory than this host has free."""
+    needed, there = BYTES_PER_PIXEL * height * width, available_memory()
+    if there is not None and needed > there:
+        raise InputError(
+            f"an image of {width}x{height} pixels needs about {needed / 2**30:.1f} GiB of memory, "
+            f"and {there / 2**30:.1f} GiB are free; reduce it (--max_size, where a script has it)"
+        )
+
+
+def available_memory() -> int | None:
+    """Bytes that this process can still have, or None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvail"))
+    except (OSError, StopIteration, ValueError):
+        return None
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = int((group / "memory.max").read_text())  # "max" where there is none
+        return min(free, limit - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):
+        return free
 
 
 class Extractor(abc.ABC):
@@ -95,11 +162,16 @@ class Extractor(abc.ABC):
         Raises `InputError` for another type or shape, or a side below 5 pixels.
         """
         check_image(image)
-        return self.extract_batch(image[None])[0]
+        (features,) = self.extract_batch(image[None])
+        check_features(features, *image.shape[:2])
+        return features
 
     @abc.abstractmethod
     def extract_batch(self, images: np.ndarray) -> list[Features]:
-        """Return each image's `Features` of uint8 [B, H, W, 3] RGB in host memory."""
+        """Return each image's `Features` of uint8 [B, H, W, 3] RGB in host memory.
+
+        Raises `InputError` for another type or shape, or a side below 5 pixels.
+        """
 
     @abc.abstractmethod
     def to_device(self, images: np.ndarray) -> Any:

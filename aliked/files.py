@@ -88,15 +88,35 @@ def read_text(path: Path, most_bytes: int = SANE_BYTES) -> str:
 
 def writable_folder(folder: Path) -> Path:
     """Make `folder` if it is missing; raise `InputError` where nothing can be written into it."""
-    try:
+    with _writing_into(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+    return folder
+
+
+def check_writable(folder: Path) -> None:
+    """Raise `InputError` where `folder` could not be made or written into; nothing is made yet."""
+    with _writing_into(folder):
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=there):
+            pass
+
+
+@contextlib.contextmanager
+def _writing_into(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise InputError(
             f"cannot write into {folder} ({error.strerror}); choose another output folder"
         ) from error
-    return folder
+
+
+def remove_files(folder: Path, *patterns: str) -> None:
+    """Remove the files of these names in `folder`, which an older run has left there."""
+    for path in (path for pattern in patterns for path in folder.glob(pattern)):
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

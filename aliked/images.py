@@ -3,6 +3,8 @@
 import contextlib
 import os
 import re
+import struct
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,7 +15,11 @@ import numpy as np
 
 from aliked.errors import InputError
 from aliked.features import MIN_SIDE
+from aliked.files import open_regular, read_file
 
+MOST_BYTES = 2**31  # of an image file
+# Formats of images that are not read: files of these are named when they are passed over.
+OTHERS = (".gif", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".dng", ".cr2", ".nef", ".arw", ".exr")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 
 
@@ -26,11 +32,13 @@ def list_images(folder: Path) -> list[Path]:
     folder = Path(folder)
     try:
         with os.scandir(folder) as entries:
-            names = [entry.name for entry in entries if _is_image(entry)]
+            files = [entry.name for entry in entries if not entry.is_dir()]
     except OSError as error:
         raise InputError(
             f"cannot list the images of {folder} ({error.strerror}); {_cure(folder)}"
         ) from error
+    names = [name for name in files if _named_as_image(name)]
+    _name_others(folder, files)
     if not names:
         raise InputError(f"no image in {folder}; give a folder with {', '.join(SUFFIXES)} files")
     return [folder / name for name in sorted(names, key=natural)]
@@ -78,11 +86,8 @@ def read_header(path: Path) -> Header:
 
     `InputError` names a file that cannot be read as an image.
     """
-    try:
-        with open(path, "rb") as file:
-            head = file.read(HEADER_BYTES)
-    except OSError as error:
-        raise _unreadable(path, error) from error
+    with open_regular(path, MOST_BYTES) as file:
+        head = file.read(HEADER_BYTES)
     return _plain_header(head) or _full_header(path)
 
 
@@ -120,24 +125,28 @@ def _full_header(path: Path) -> Header:
     return Header(width, height, orientation if orientation in range(1, 9) else 1)
 
 
-def load_image(path: Path, stored: int | None = None) -> np.ndarray:
+def load_image(path: Path, stored: int | None = None, max_size: int | None = None) -> np.ndarray:
     """Decode one file to uint8 [H, W, 3], RGB.
 
     The image is turned as its EXIF orientation says, as `cv2.imread` does; with that orientation
     given as `stored`, it is left as it is stored, as COLMAP and hloc read it. Palettes are looked
     up, grey is repeated in all three channels, alpha is dropped (the colours under it stay),
     16 bits are scaled to 8. `InputError` names a file that is not a whole, readable image, has
-    floating-point or other pixels, or is smaller than 5x5.
+    floating-point or other pixels, colours that are easily mistaken, or is smaller than 5x5. An
+    image whose longer side is above `max_size` is reduced to it.
     """
-    try:
-        data = np.fromfile(path, np.uint8)
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    return decode_image(data, str(path), stored)
+    data = np.frombuffer(read_file(path, MOST_BYTES), np.uint8)
+    image = decode_image(data, str(path), stored)
+    if max_size and max(image.shape[:2]) > max_size:
+        scale = max_size / max(image.shape[:2])
+        size = [max(MIN_SIDE, round(side * scale)) for side in image.shape[1::-1]]
+        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    return image
 
 
 def decode_image(data: np.ndarray, path: str, stored: int | None = None) -> np.ndarray:
     """`load_image` of a file's bytes, uint8 [N]; `path` is what errors call it."""
+    _check_colours(path, data)
     image = _decode(data, 0 if stored is None else cv2.IMREAD_IGNORE_ORIENTATION)
     if image is None:
         raise InputError(
@@ -182,7 +191,7 @@ def require_same_size(
         if size != first_size:
             raise InputError(
                 f"{path} has {size} pixels but {first_path} has {first_size}; a model with a "
-                "fixed input size needs images of one size"
+                "fixed input size needs images of one size; export it with --dynamic for any"
             )
         yield path, image
 
@@ -198,16 +207,47 @@ def _cure(folder: Path) -> str:
     )
 
 
-def _is_image(entry: os.DirEntry) -> bool:
-    return _named_as_image(entry.name) and not entry.is_dir()
+def _name_others(folder: Path, files: list[str]) -> None:
+    """Say which files are images that are not read."""
+    others = sorted(n for n in files if not n.startswith(".") and n.lower().endswith(OTHERS))
+    if others:
+        count = f"{len(others)} files" if len(others) > 1 else "a file"
+        print(
+            f"{folder}: {count} passed over ({', '.join(others[:3])}{', ...' * (len(others) > 3)}):"
+            f" only {', '.join(SUFFIXES)} are read",
+            file=sys.stderr,
+        )
+
+
+COMPRESSION, PHOTOMETRIC, SAMPLES = 0x103, 0x106, 0x115  # tags of TIFF
+JPEG_IN_TIFF = (6, 7)
+COLOUR_SPACES = (0, 1, 2, 3, 5)  # grey twice, RGB, a palette, CMYK
+
+
+def _check_colours(path: str, data: np.ndarray) -> None:
+    """Raise `InputError` for a TIFF whose colours may be others than OpenCV takes them for."""
+    tags = _tiff_tags(data)
+    jpeg = tags.get(COMPRESSION) in JPEG_IN_TIFF and tags.get(SAMPLES, 1) > 1
+    if jpeg or tags.get(PHOTOMETRIC, 2) not in COLOUR_SPACES:
+        what = "is a TIFF with a JPEG inside" if jpeg else "is a TIFF in another space than RGB"
+        raise InputError(f"{path} {what}, whose colours are not read; save it as PNG or JPEG")
+
+
+def _tiff_tags(data: np.ndarray) -> dict[int, int]:
+    """The short numbers among the first image's tags; none for another kind of file."""
+    head = data[:8].tobytes()
+    if head[:4] not in TIFF:
+        return {}
+    order = "<" if head[:2] == b"II" else ">"
+    (start,) = struct.unpack(f"{order}I", head[4:])
+    (count,) = struct.unpack(f"{order}H", data[start : start + 2].tobytes().ljust(2, b"\0"))
+    entries = data[start + 2 : start + 2 + 12 * count].tobytes()
+    found = struct.iter_unpack(f"{order}HHIHxx", entries[: len(entries) // 12 * 12])
+    return {tag: value for tag, kind, number, value in found if (kind, number) == (3, 1)}
 
 
 def _named_as_image(name: str) -> bool:
     return not name.startswith(".") and name.lower().endswith(SUFFIXES)
-
-
-def _unreadable(path: Path, error: OSError) -> InputError:
-    return InputError(f"cannot read {path} ({error.strerror}); replace or remove it")
 
 
 def natural(name: str) -> tuple[list[str | int], str]:

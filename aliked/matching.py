@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from aliked.errors import InputError
+
 BLOCK = 2**22  # affinities held at a time: all of 20000 x 20000 would be 1.6 GB or more
 NEAR_BLOCK = 2**18  # distances: what fits into the processor's cache is computed twice as fast
 
@@ -15,8 +17,11 @@ def match_mutual(
 
     `descriptors0` [N, D] and `descriptors1` [M, D] have unit length, so that the dot product is
     the cosine similarity; pairs below `min_similarity` are dropped. Returns [P, 2] int64: the
-    index into each, ascending in the first.
+    index into each, ascending in the first. `InputError` where they are no such arrays.
     """
+    check_lengths(descriptors0, descriptors1, "match features of the same model")
+    if not min_similarity >= -1:  # NaN too
+        raise InputError(f"min_similarity is {min_similarity}; give a cosine, -1 to 1")
     i, j, similarity = _mutual_best(
         lambda rows: descriptors0[rows] @ descriptors1.T,
         len(descriptors0),
@@ -25,6 +30,20 @@ def match_mutual(
     )
     kept = similarity >= min_similarity
     return np.stack([i[kept], j[kept]], axis=1)
+
+
+def check_lengths(descriptors0: np.ndarray, descriptors1: np.ndarray, cure: str) -> None:
+    """Raise `InputError` unless both are float arrays [N, D] of one D."""
+    for rows in (descriptors0, descriptors1):
+        if not isinstance(rows, np.ndarray):
+            raise InputError(f"the descriptors are a {type(rows).__name__}; give arrays [N, D]")
+        if rows.ndim != 2 or rows.dtype.kind != "f":
+            raise InputError(
+                f"the descriptors are {rows.dtype} {list(rows.shape)}; give float arrays [N, D]"
+            )
+    lengths = descriptors0.shape[1], descriptors1.shape[1]
+    if lengths[0] != lengths[1]:
+        raise InputError(f"descriptors have {lengths[0]} and {lengths[1]} values; {cure}")
 
 
 def mutual_nearest_keypoints(
@@ -64,7 +83,7 @@ def _mutual_best(
     step = max(1, block_size // m)
     for start in range(0, n, step):
         block = affinity(slice(start, start + step))
-        block = np.where(np.isnan(block), -np.inf, block)  # what is not a number is nobody's best
+        block = np.where(np.isnan(block), -np.inf, block)  # what is not a number has no partner
         row_best[start : start + step] = block.argmax(axis=1)
         best = block.argmax(axis=0)
         value = block[best, np.arange(m)]

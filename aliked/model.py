@@ -22,7 +22,7 @@ from aliked.configs import STRIDE, Form, Selection, get_config
 from aliked.descriptors import SDDH
 from aliked.detection import Detections, detect
 from aliked.errors import InputError
-from aliked.features import Features, check_image, drop_fill_ins
+from aliked.features import Features, check_image, check_memory, drop_fill_ins
 from aliked.pyramid import Frame, Maps, Pyramid, unit_length
 from aliked.transfer import download, upload
 from aliked.weights import load_state_dict
@@ -244,7 +244,10 @@ class ALIKED(nn.Module):
     def maps(self, image: np.ndarray) -> tuple[Pyramid, torch.Tensor]:
         """`encode` of one image as `extract` takes it."""
         check_image(image)
-        images = to_tensor(upload(image[None], self.conv1.weight.device))
+        device = self.conv1.weight.device
+        if device.type == "cpu":
+            check_memory(*image.shape[:2])
+        images = to_tensor(upload(image[None], device))
         with plain_float32():
             return self.encode(images)
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from aliked.errors import InputError
 from aliked.features import Features
-from aliked.matching import mutual_nearest_keypoints
+from aliked.matching import check_lengths, mutual_nearest_keypoints
 
+RADIUS_PX = 0.5  # keypoints further apart are not the same
 EDGE_PX = 1e-3  # rounding: 8 float32 steps of a coordinate in a 1241 px wide image
 # Where an image has no texture the score map is flat, at about 0.002, and rounding decides where
 # its maxima are. The 1000th keypoint of a photograph scores 0.02 to 0.04.
@@ -107,45 +107,81 @@ class Verdict:
         return not self.reasons
 
 
-def compare_features(
-    reference: Features, other: Features, radius_px: float = 0.5, ties: np.ndarray = NO_TIES
-) -> Parity:
-    """Pair the keypoints of the same image by mutual nearest neighbour and measure the pairs.
+@dataclass(frozen=True)
+class FeaturePairs:
+    """The keypoints of an image that two runtimes both found, P pairs, and how far they differ."""
 
-    `ties` [T, 2] are those of the reference's score map (`aliked.ties.expect`). `InputError` when
-    the descriptors differ in length: these are two models, not two runtimes.
+    reference: np.ndarray  # [P] int64, ascending: indices into the reference's features
+    other: np.ndarray  # [P] int64: into the other's
+    shift: np.ndarray  # [P] float64, |dxy| in pixels
+    score_difference: np.ndarray  # [P] float64, |dscore|
+    dot: np.ndarray  # [P] float64, dot product of the descriptors
+    cosine: np.ndarray  # [P] float64, the same of descriptors brought to unit length
+    # [P] bool: the descriptors may come from neighbouring patches. The patch that predicts a
+    # descriptor's sample positions is centred at the keypoint truncated to whole pixels, so a
+    # rounding error across an integer moves the patch by a pixel.
+    at_edge: np.ndarray
+
+
+def pair_features(reference: Features, other: Features, radius_px: float) -> FeaturePairs:
+    """Pair the keypoints of one image that are each other's nearest, at most `radius_px` apart.
+
+    `InputError` when the descriptors differ in length: these are two models, not two runtimes.
     """
-    if reference.descriptors.shape[1] != other.descriptors.shape[1]:
-        raise InputError(
-            f"descriptors have {reference.descriptors.shape[1]} and {other.descriptors.shape[1]} "
-            "values; compare two runtimes of the same model"
-        )
+    check_lengths(
+        reference.descriptors, other.descriptors, "compare two runtimes of the same model"
+    )
     i, j, shift = mutual_nearest_keypoints(reference.keypoints, other.keypoints, radius_px)
-    undecided = _at_tie(reference.keypoints[i], ties)
+    # In float64: float32 rounding would hide 1 - 1e-8.
+    a, b = (rows.astype(np.float64) for rows in (reference.descriptors[i], other.descriptors[j]))
+    dot = (a * b).sum(axis=1)
+    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    return FeaturePairs(
+        reference=i,
+        other=j,
+        shift=shift,
+        score_difference=np.abs(reference.scores[i].astype(np.float64) - other.scores[j]),
+        dot=dot,
+        cosine=dot / np.maximum(lengths, 1e-12),
+        at_edge=_at_pixel_edge(reference.keypoints[i], other.keypoints[j]),
+    )
+
+
+def compare_features(
+    reference: Features, other: Features, radius_px: float = RADIUS_PX, ties: np.ndarray = NO_TIES
+) -> Parity:
+    """Pair the features of one image, as `pair_features` does, and measure how far they agree.
+
+    `ties` [T, 2] are those of the reference's score map (`aliked.ties.expect`).
+    """
+    pairs = pair_features(reference, other, radius_px)
+    undecided = _at_tie(reference.keypoints[pairs.reference], ties)
+    at_edge = pairs.at_edge | undecided
+    shift, score_difference = pairs.shift[~undecided], pairs.score_difference[~undecided]
     lengths = np.linalg.norm(other.descriptors.astype(np.float64), axis=1)
-    cosine = _cosine(reference.descriptors[i], other.descriptors[j])
-    at_edge = _at_pixel_edge(reference.keypoints[i], other.keypoints[j]) | undecided
-    score_difference = np.abs(reference.scores[i].astype(np.float64) - other.scores[j])
     return Parity(
         reference=len(reference),
         other=len(other),
-        missing=int((np.delete(reference.scores, i) >= FAINT).sum()),
-        extra=int((np.delete(other.scores, j) >= FAINT).sum()),
-        common=len(i),
+        missing=int((np.delete(reference.scores, pairs.reference) >= FAINT).sum()),
+        extra=int((np.delete(other.scores, pairs.other) >= FAINT).sum()),
+        common=len(pairs.shift),
         undecided=int(undecided.sum()),
-        max_shift_px=float(shift[~undecided].max(initial=0)),
-        median_shift_px=float(np.median(shift[~undecided])) if not undecided.all() else 0.0,
-        max_score_difference=float(score_difference[~undecided].max(initial=0)),
-        mean_cosine=float(cosine[~at_edge].mean()) if not at_edge.all() else 1.0,
-        min_cosine=float(cosine[~at_edge].min(initial=1)),
+        max_shift_px=float(shift.max(initial=0)),
+        median_shift_px=float(np.median(shift)) if len(shift) else 0.0,
+        max_score_difference=float(score_difference.max(initial=0)),
+        mean_cosine=float(pairs.cosine[~at_edge].mean()) if not at_edge.all() else 1.0,
+        min_cosine=float(pairs.cosine[~at_edge].min(initial=1)),
         at_edge=int(at_edge.sum()),
-        min_cosine_at_edge=float(cosine[at_edge].min(initial=1)),
+        min_cosine_at_edge=float(pairs.cosine[at_edge].min(initial=1)),
         max_length_error=float(np.abs(lengths - 1).max(initial=0)),
-        finite=all(
-            bool(np.isfinite(values).all())
-            for values in (other.keypoints, other.descriptors, other.scores)
-        ),
+        finite=not count_not_finite(other),
     )
+
+
+def count_not_finite(features: Features) -> int:
+    """How many keypoints have NaN or infinity in place, score or descriptor."""
+    values = np.hstack([features.keypoints, features.scores[:, None], features.descriptors])
+    return int((~np.isfinite(values)).any(axis=1).sum())
 
 
 def judge(parities: Mapping[str, Parity], tolerance: Tolerance) -> Verdict:
@@ -162,19 +198,8 @@ def judge(parities: Mapping[str, Parity], tolerance: Tolerance) -> Verdict:
     return Verdict(reasons, "\n".join(lines + [f"  {reason}" for reason in reasons]))
 
 
-def _cosine(descriptors0: np.ndarray, descriptors1: np.ndarray) -> np.ndarray:
-    """[P, D] twice to [P], in float64: float32 rounding would hide 1 - 1e-8."""
-    a, b = descriptors0.astype(np.float64), descriptors1.astype(np.float64)
-    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    return (a * b).sum(axis=1) / np.maximum(lengths, 1e-12)
-
-
 def _at_pixel_edge(keypoints0: np.ndarray, keypoints1: np.ndarray) -> np.ndarray:
-    """[P] bool: keypoints whose descriptors may come from neighbouring patches.
-
-    The patch that predicts a descriptor's sample positions is centred at the keypoint truncated
-    to whole pixels, so a rounding error across an integer moves the patch by a pixel.
-    """
+    """[P] bool: within rounding of a whole coordinate, or in different pixels."""
     near = np.abs(keypoints0 - np.rint(keypoints0)) <= EDGE_PX
     crossed = np.floor(keypoints0) != np.floor(keypoints1)
     return (near | crossed).any(axis=1)

@@ -248,7 +248,8 @@ class TryOut:
         extractor = create_extractor(self.row.backend, self.spec)
         if not self.runs:
             return
-        extractor.infer(extractor.to_device(np.stack([load_image(self.image)] * self.row.batch)))
+        image = load_image(self.image, max_size=max(self.row.width, self.row.height))
+        extractor.infer(extractor.to_device(np.stack([image] * self.row.batch)))
         extractor.synchronize()
         if self.note:
             self.note.parent.mkdir(parents=True, exist_ok=True)

@@ -27,6 +27,7 @@ class ImageSet:
     width: int
     height: int
     sha256: str  # of the files' contents, in order
+    max_size: int | None = None  # pixels: the longer side that larger images are reduced to
 
     @property
     def key(self) -> tuple[str, int, int]:
@@ -35,10 +36,10 @@ class ImageSet:
 
     def load(self) -> dict:
         """Return the images by file name, uint8 [H, W, 3] RGB each."""
-        return {path.name: load_image(path) for path in self.paths}
+        return {path.name: load_image(path, max_size=self.max_size) for path in self.paths}
 
 
-def load_image_sets(sources: list[Path]) -> list[ImageSet]:
+def load_image_sets(sources: list[Path], max_size: int | None = None) -> list[ImageSet]:
     """Return a set for every image size of each folder, and of all single files together.
 
     `InputError` where an image cannot be read, or two sets could not be told apart.
@@ -48,20 +49,25 @@ def load_image_sets(sources: list[Path]) -> list[ImageSet]:
     names = [path.name for path in folders]
     if len(set(names)) < len(names):
         raise InputError(f"two of the folders have the same name ({', '.join(names)}); rename one")
-    sets = [s for path in folders for s in _sets_by_size(path.name, list_images(folders[path]))]
-    return [*sets, *_sets_by_size("files", files)]
+    sets = [
+        images
+        for path in folders
+        for images in _sets_by_size(path.name, list_images(folders[path]), max_size)
+    ]
+    return [*sets, *_sets_by_size("files", files, max_size)]
 
 
-def _sets_by_size(name: str, paths: list[Path]) -> Iterator[ImageSet]:
+def _sets_by_size(name: str, paths: list[Path], max_size: int | None) -> Iterator[ImageSet]:
     by_size: dict[tuple[int, int], list[Path]] = {}
     for path in paths:
-        height, width = load_image(path).shape[:2]
+        height, width = load_image(path, max_size=max_size).shape[:2]
         by_size.setdefault((width, height), []).append(path)
     for size, own in by_size.items():
         if len({path.name for path in own}) < len(own):
             raise InputError("two of the images have the same name; rename one")
         digest = hashlib.sha256("".join(map(sha256, own)).encode()).hexdigest()
-        yield ImageSet(name, tuple(path.resolve() for path in own), *size, digest)
+        resolved = tuple(path.resolve() for path in own)
+        yield ImageSet(name, resolved, *size, digest, max_size)
 
 
 Count = Annotated[int, Meta(ge=1)]

@@ -1,4 +1,4 @@
-"""Homographies: data sets of planes, the measures of the field per pair, and the task."""
+"""Homographies: pairs with a known one, HPatches' and our own, and what is measured on them."""
 
 import argparse
 import functools
@@ -7,55 +7,36 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+import msgspec
 import numpy as np
 from tqdm import tqdm
 
-from aliked.backends import Spec
+from aliked.cli import whole
 from aliked.drawing import draw_matches
 from aliked.errors import InputError
 from aliked.features import Features
+from aliked.files import read_file
 from aliked.hpatches import FOLDER, LARGE, missing_scenes
 from aliked.images import SUFFIXES, list_images, load_image
 from aliked.matching import mutual_nearest_keypoints
-from evaluation import runner
 from evaluation.changes import CHANGES, LEVELS, change
-from evaluation.estimators import HOMOGRAPHY_INLIER_PX, homography_estimators
-from evaluation.runner import add_shared_options
-from evaluation.scores import Kind, Score
-from evaluation.store import FeatureStore, Image, Pair, Resize, match, measure_pairs
+from evaluation.estimators import HOMOGRAPHY_PX, homography_estimators
+from evaluation.pairs import Dataset, Image, Pair, Resize, match
+from evaluation.task import Count, Error, Row, Score, Task, auc_score
 
 TRUTH = "homographies.txt"  # of a sequence
 DOWNLOAD = "python download_data.py hpatches"
 GROUPS = {"i": "illumination", "v": "viewpoint"}  # by the first letter of an HPatches scene
 
 
-@dataclass(frozen=True)
-class Dataset:
-    """Pairs whose `truth` is the homography, 3x3 float64, from the first image to the second.
-
-    Pixels are those of the images as their files have them, before any resizing.
-    """
-
-    name: str
-    pairs: Sequence[Pair]
-
-    @property
-    def images(self) -> list[Image]:
-        """All images once."""
-        return list(dict.fromkeys(i for pair in self.pairs for i in (pair.first, pair.second)))
-
-    @property
-    def truth_sha256(self) -> str:
-        """Of all homographies, to six digits: further ones may differ between machines."""
-        values = (f"{value:.6g}" for pair in self.pairs for value in pair.truth.ravel())
-        return hashlib.sha256(" ".join(values).encode()).hexdigest()
-
-
 def load_dataset(folder: Path, resize: Resize | None, leave_out: Sequence[str] = ()) -> Dataset:
     """The pairs of a folder: a sequence, a folder of sequences, or scenes as HPatches has them.
+
+    The truth of a pair is the homography, 3x3 float64, from the first image to the second, in
+    pixels of their files, before any resizing.
 
     A sequence has `homographies.txt` beside its frames; its first and middle frames are also used
     with changes of known homography. `leave_out` are names of scenes. `InputError` where there
@@ -66,7 +47,7 @@ def load_dataset(folder: Path, resize: Resize | None, leave_out: Sequence[str] =
     name = folder.resolve().name
     sequences = [path for path in (folder, *_subfolders(folder)) if (path / TRUTH).is_file()]
     if sequences:
-        return Dataset(name, _sequence_pairs(sequences, resize))
+        return _dataset(name, _sequence_pairs(sequences, resize))
     folder = folder / FOLDER if (folder / FOLDER).is_dir() else folder
     scenes = [path for path in _subfolders(folder) if any(path.glob("H_1_*"))]
     if not scenes:
@@ -76,7 +57,13 @@ def load_dataset(folder: Path, resize: Resize | None, leave_out: Sequence[str] =
         )
     _check_complete(folder)
     kept = [scene for scene in scenes if scene.name not in leave_out]
-    return Dataset(name, [pair for scene in kept for pair in _scene_pairs(scene, resize)])
+    return _dataset(name, [pair for scene in kept for pair in _scene_pairs(scene, resize)])
+
+
+def _dataset(name: str, pairs: list[Pair]) -> Dataset:
+    """The data set with the hash of its homographies, to six digits: others may differ."""
+    values = " ".join(f"{value:.6g}" for pair in pairs for value in pair.truth.ravel())
+    return Dataset(name, pairs, {"truth_sha256": hashlib.sha256(values.encode()).hexdigest()})
 
 
 def read_homographies(path: Path, count: int | None = None) -> np.ndarray:
@@ -85,8 +72,8 @@ def read_homographies(path: Path, count: int | None = None) -> np.ndarray:
     Lines that start with # are comments. `InputError` names the line that is wrong.
     """
     try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_file(path).decode().splitlines()
+    except UnicodeDecodeError as error:
         raise InputError(f"cannot read {path} ({error}); fetch the data again") from error
     rows = [
         _row(path, number, line)
@@ -195,9 +182,15 @@ def _check_complete(folder: Path) -> None:
 
 CORRECT_PX = 3  # of repeatability, matching score, and the picture of a pair
 THRESHOLDS = range(1, 11)  # px, of the mean matching accuracy
+CORNER_PX = (1, 3, 5)  # of the homography's accuracy
 # Estimates with different seeds, of which the middle one counts: where two planes fit the matches
 # nearly as well as each other, a single estimate is a toss of a coin.
 ESTIMATES = 5
+# How the field uses HPatches: the options that a setting stands for.
+SETTINGS = {
+    "5000": {"top_k": 0, "scores_th": 0.2, "n_limit": 5000, "short_side": None},
+    "1024": {"top_k": 1024, "scores_th": None, "n_limit": None, "short_side": 480},
+}
 
 
 def project(homography: np.ndarray, points: np.ndarray) -> np.ndarray:
@@ -212,44 +205,18 @@ def homography_of(pair: Pair) -> np.ndarray:
     return pair.second.to_loaded @ pair.truth @ np.linalg.inv(pair.first.to_loaded)
 
 
-def measure(pair: Pair, first: Features, second: Features, seed: int) -> dict:
-    """What the features of both images are worth.
-
-    `covisible`: keypoints of each image that the other one shows. `repeated`: those of both that
-    are each other's nearest, at most 3 px apart in the second image. `matches`, and how many of
-    them are `correct` within 1 to 10 px in the second image; `recalled` are correct within 3 px
-    and covisible. `corner_error`: how far the estimated homography puts the first image's corners
-    from where they belong, mean of the four in pixels, median of five seeds, None where there is
-    none.
-    """
-    truth = homography_of(pair)
-    there = project(truth, first.keypoints)
-    back = project(np.linalg.inv(truth), second.keypoints)
-    seen = inside(there, pair.second.size), inside(back, pair.first.size)
-    repeated, _, _ = mutual_nearest_keypoints(there[seen[0]], second.keypoints[seen[1]], CORRECT_PX)
-    i, j = match(first, second).T
-    distance = np.hypot(*(there[i] - second.keypoints[j]).T)
-    recalled = (distance <= CORRECT_PX) & seen[0][i] & seen[1][j]
-    points = first.keypoints[i], second.keypoints[j]
-    return {
-        "keypoints": [len(first), len(second)],
-        "covisible": [int(s.sum()) for s in seen],
-        "repeated": len(repeated),
-        "matches": len(i),
-        "correct": [int((distance <= threshold).sum()) for threshold in THRESHOLDS],
-        "recalled": int(recalled.sum()),
-        "corner_error": {
-            name: median_error(
-                [estimate(*points, seed + run) for run in range(ESTIMATES)], truth, pair.first.size
-            )
-            for name, estimate in homography_estimators().items()
-        },
-    }
-
-
 def inside(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Which points [N, 2] lie in an image of this width and height."""
+    """Which points [N, 2] lie in an image of this width and height, from its corner at -0.5 on."""
     return ((points >= -0.5) & (points < np.array(size) - 0.5)).all(axis=1)
+
+
+def match_distances(pair: Pair, first: Features, second: Features, matches: np.ndarray):
+    """Pixels from where the homography puts the first keypoints of `matches` [P, 2] to the second.
+
+    [P] float64.
+    """
+    there = project(homography_of(pair), first.keypoints[matches[:, 0]])
+    return np.hypot(*(there - second.keypoints[matches[:, 1]]).T)
 
 
 def median_error(
@@ -269,44 +236,8 @@ def corner_error(found: np.ndarray, truth: np.ndarray, size: tuple[int, int]) ->
     return float(error) if np.isfinite(error) else np.inf
 
 
-def draw(pair: Pair, row: dict, store: FeatureStore) -> np.ndarray:
-    """A pair's matches: correct ones green, wrong ones red."""
-    first, second = store.read(pair.first), store.read(pair.second)
-    matches = match(first, second)
-    there = project(homography_of(pair), first.keypoints[matches[:, 0]])
-    distance = np.hypot(*(there - second.keypoints[matches[:, 1]]).T)
-    return draw_matches(
-        pair.first.load(),
-        first,
-        pair.second.load(),
-        second,
-        matches,
-        f"{row['matches']} matches, {row['correct'][CORRECT_PX - 1]} within {CORRECT_PX} px",
-        distance <= CORRECT_PX,
-    )
-
-
-CORNER_PX = (1, 3, 5)  # of the homography's accuracy
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How the field uses HPatches."""
-
-    top_k: int
-    scores_th: float | None
-    n_limit: int
-    short_side: int | None
-
-
-SETTINGS = {
-    "5000": Setting(top_k=0, scores_th=0.2, n_limit=5000, short_side=None),
-    "1024": Setting(top_k=1024, scores_th=None, n_limit=Spec.n_limit, short_side=480),
-}
-
-
-def share(part: Callable[[dict], float], whole: Callable[[dict], float]) -> Callable:
-    """A fraction of a pair's numbers; 0 of nothing."""
+def fraction(part: Callable[[dict], float], whole: Callable[[dict], float]) -> Callable:
+    """The fraction of a pair's numbers that is `part`; 0 of nothing."""
     return lambda row: part(row) / whole(row) if whole(row) else 0.0
 
 
@@ -316,110 +247,173 @@ def error_of(row: dict, estimator: str = "opencv") -> float:
     return np.inf if error is None else error
 
 
-def shown(row: dict) -> float:
+def covisible(row: dict) -> float:
     """Keypoints that could be found again: the mean of both images."""
     return sum(row["covisible"]) / 2
 
 
 def accuracy_at(threshold: float) -> Score:
-    """Pairs whose corner error is at most this."""
+    """The column of pairs whose corner error is at most this."""
     return Score(f"accuracy@{threshold}", lambda row: error_of(row) <= threshold)
 
 
-def auc_at(threshold: float, estimator: str = "opencv", label: str = "") -> Score:
-    """Area under the share of pairs over their corner error, up to a threshold, divided by it.
-
-    A pair of error e is in the share from e on, so that it adds 1 - e / threshold. (Some draw the
-    curve straight from error to error; it is then at most 1 / (2 P) higher for P pairs, and jumps
-    by as much when an error crosses the threshold.)
-    """
-    return Score(
-        f"AUC@{threshold}{label}",
-        lambda row: np.maximum(1 - error_of(row, estimator) / threshold, 0),
-    )
-
-
 CURVE = tuple(
-    Score(f"MMA@{t}", share(lambda row, i=i: row["correct"][i], lambda row: row["matches"]))
+    Score(f"MMA@{t}", fraction(lambda row, i=i: row["correct"][i], lambda row: row["matches"]))
     for i, t in enumerate(THRESHOLDS)
 )
-KIND = Kind(
-    scores=(
+
+
+def apply_setting(args: argparse.Namespace) -> None:
+    """Put what --setting stands for into the options; `InputError` where one was given as well."""
+    values = SETTINGS[args.setting]
+    given = [name for name in values if getattr(args, name) is not None]
+    if given:
+        raise InputError(
+            f"--setting {args.setting} decides --{given[0]} itself; leave one of them out"
+        )
+    vars(args).update(values)
+
+
+class HomographyRow(Row):
+    """What `Homography.measure` finds of a pair."""
+
+    covisible: Annotated[list[Count], msgspec.Meta(min_length=2, max_length=2)]
+    repeated: Count
+    correct: Annotated[
+        list[Count], msgspec.Meta(min_length=len(THRESHOLDS), max_length=len(THRESHOLDS))
+    ]
+    recalled: Count
+    corner_error: dict[str, Error]
+
+
+class Homography(Task):
+    """Pairs whose truth is a 3x3 homography."""
+
+    name = "homography"
+    row = HomographyRow
+    help = "images of planes with known homographies"
+    scores = (
         Score("matches", lambda row: row["matches"], percent=False, digits=0),
-        Score("repeatability", share(lambda row: row["repeated"], shown)),
-        Score("matching score", share(lambda row: row["recalled"], shown)),
+        Score("repeatability", fraction(lambda row: row["repeated"], covisible)),
+        Score("matching score", fraction(lambda row: row["recalled"], covisible)),
         *(CURVE[t - 1] for t in CORNER_PX),
         *map(accuracy_at, CORNER_PX),
-        *map(auc_at, CORNER_PX),
-        auc_at(3, "poselib", " PoseLib"),
-    ),
-    compared=("repeatability", "MMA@3", "AUC@1", "AUC@3", "AUC@5", "AUC@3 PoseLib"),
-    headline="AUC@3",
-    badness=error_of,
-    badness_text="corner error {:.1f} px",
-    curve=CURVE,
-    notes=(
+        *(auc_score(t, error_of) for t in CORNER_PX),
+        auc_score(3, lambda row: error_of(row, "poselib"), " PoseLib"),
+    )
+    compared = ("repeatability", "MMA@3", "AUC@1", "AUC@3", "AUC@5", "AUC@3 PoseLib")
+    headline = "AUC@3"
+    badness_text = "corner error {:.1f} px"
+    curve = CURVE
+    notes = (
         "Mutual nearest neighbours, no limit of similarity. Repeatability: keypoints found again "
         f"within {CORRECT_PX} px, of those that both images show. Matching score: correct matches "
         "of the same. MMA@t: share of the matches within t px, mean over the pairs. accuracy@t: "
         "pairs whose homography moves the image's corners by at most t px; AUC@t: area under that "
-        f"curve. Homographies by OpenCV's USAC and by PoseLib, {HOMOGRAPHY_INLIER_PX:g} px; of "
-        f"{ESTIMATES} seeds the median error counts. All but the matches in %; a pair without a "
-        "homography is a failure."
-    ),
-)
-
-
-def add_homography_options(parser: argparse.ArgumentParser) -> None:
-    """The data, and how it is used."""
-    parser.add_argument(
-        "dataset",
-        type=Path,
-        metavar="DATASET",
-        help="folder: assets (or any with homographies.txt beside the frames), or HPatches' scenes",
+        "curve, computed as SuperGlue and glue-factory do. Homographies by OpenCV's USAC and by "
+        f"PoseLib, {HOMOGRAPHY_PX:g} px; of {ESTIMATES} seeds the median error counts. All but the "
+        "matches in %; a pair without a homography is a failure."
     )
-    parser.add_argument(
-        "--setting",
-        choices=SETTINGS,
-        help="of HPatches without its 8 largest scenes: 5000 (at most so many keypoints with score "
-        "> 0.2) or 1024 (so many, short side 480); instead of the options on keypoints and size",
-    )
-    parser.add_argument(
-        "--short_side",
-        type=int,
-        metavar="PX",
-        help="resize images to this short side (default: as they are)",
-    )
-    add_shared_options(parser)
 
-
-def run_homography(args: argparse.Namespace) -> int:
-    """Evaluate on one data set."""
-    if args.setting:
-        vars(args).update(vars(SETTINGS[args.setting]))
-    if args.short_side is not None and args.short_side < 32:
-        raise InputError(f"--short_side {args.short_side} leaves no image; give at least 32 pixels")
-    resize = Resize("short", args.short_side) if args.short_side else None
-    dataset = load_dataset(args.dataset, resize, LARGE if args.setting else ())
-    return runner.run(args, task_of(dataset, args))
-
-
-def task_of(dataset: Dataset, args: argparse.Namespace) -> runner.Task:
-    """What the runner needs to know."""
-    measure_pair = functools.partial(measure, seed=args.seed)
-    by_name = {pair.name: pair for pair in dataset.pairs}
-    return runner.Task(
-        name="homography",
-        dataset=dataset.name,
-        images=dataset.images,
-        rows=lambda store: measure_pairs(dataset.pairs, store, measure_pair),
-        draw=lambda row, store: draw(by_name[row["name"]], row, store),
-        parameters={
-            "truth_sha256": dataset.truth_sha256,
-            "short_side": args.short_side,
+    def __init__(self, dataset: Dataset, short_side: int | None, seed: int) -> None:
+        """`seed` is that of the first estimate."""
+        self.seed = seed
+        parameters = {
+            "short_side": short_side,
             "correct_px": CORRECT_PX,
-            "inlier_px": HOMOGRAPHY_INLIER_PX,
+            "inlier_px": HOMOGRAPHY_PX,
             "estimates": ESTIMATES,
             "homography_estimators": list(homography_estimators()),
-        },
-    )
+        }
+        super().__init__(dataset, parameters)
+
+    @staticmethod
+    def add_options(parser: argparse.ArgumentParser) -> None:
+        """Add the data, and how it is used."""
+        parser.add_argument(
+            "dataset",
+            type=Path,
+            metavar="DATASET",
+            help="folder: assets (or any with homographies.txt beside the frames), or HPatches' "
+            "scenes",
+        )
+        parser.add_argument(
+            "--setting",
+            choices=SETTINGS,
+            help="of HPatches without its 8 largest scenes: 5000 (at most this many keypoints with "
+            "score > 0.2) or 1024 (this many, short side 480); in place of the options on "
+            "keypoints and size",
+        )
+        parser.add_argument(
+            "--short_side",
+            type=whole(32),
+            metavar="PX",
+            help="resize images to this short side (default: as they are)",
+        )
+
+    @classmethod
+    def from_options(cls, args: argparse.Namespace) -> "Homography":
+        """Return the task that the options ask for; `InputError` where the data is none."""
+        if args.setting:
+            apply_setting(args)
+        resize = Resize("short", args.short_side) if args.short_side else None
+        dataset = load_dataset(args.dataset, resize, LARGE if args.setting else ())
+        return cls(dataset, args.short_side, args.seed)
+
+    @staticmethod
+    def badness(row: dict) -> float:
+        """Return the corner error, pixels."""
+        return error_of(row)
+
+    def measure(self, pair: Pair, first: Features, second: Features) -> dict:
+        """Return what the features of both images are worth.
+
+        `covisible`: keypoints of each image that the other one shows. `repeated`: those of both
+        that are each other's nearest, at most 3 px apart in the second image. `matches`, and how
+        many of them are `correct` within 1 to 10 px in the second image; `recalled` are correct
+        within 3 px and covisible. `corner_error`: how far the estimated homography puts the first
+        image's corners from where they belong, mean of the four in pixels, median of five seeds,
+        None where there is none.
+        """
+        truth = homography_of(pair)
+        there = project(truth, first.keypoints)
+        back = project(np.linalg.inv(truth), second.keypoints)
+        seen = inside(there, pair.second.size), inside(back, pair.first.size)
+        repeated, _, _ = mutual_nearest_keypoints(
+            there[seen[0]], second.keypoints[seen[1]], CORRECT_PX
+        )
+        matches = match(first, second)
+        i, j = matches.T
+        distance = match_distances(pair, first, second, matches)
+        recalled = (distance <= CORRECT_PX) & seen[0][i] & seen[1][j]
+        points = first.keypoints[i], second.keypoints[j]
+        return {
+            "keypoints": [len(first), len(second)],
+            "covisible": [int(s.sum()) for s in seen],
+            "repeated": len(repeated),
+            "matches": len(i),
+            "correct": [int((distance <= threshold).sum()) for threshold in THRESHOLDS],
+            "recalled": int(recalled.sum()),
+            "corner_error": {
+                name: median_error(
+                    [estimate(*points, self.seed + run) for run in range(ESTIMATES)],
+                    truth,
+                    pair.first.size,
+                )
+                for name, estimate in homography_estimators().items()
+            },
+        }
+
+    def draw(self, pair: Pair, row: dict, first: Features, second: Features) -> np.ndarray:
+        """Return a pair's matches: correct ones green, wrong ones red."""
+        matches = match(first, second)
+        distance = match_distances(pair, first, second, matches)
+        return draw_matches(
+            pair.first.load(),
+            first,
+            pair.second.load(),
+            second,
+            matches,
+            f"{row['matches']} matches, {row['correct'][CORRECT_PX - 1]} within {CORRECT_PX} px",
+            distance <= CORRECT_PX,
+        )

@@ -1,31 +1,30 @@
-"""How far an estimated relative pose is from the true one."""
+"""Relative poses: how far an estimated one is from the true one, and what matches are worth."""
 
 import argparse
-import functools
 import zlib
-from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated, Required, TypedDict
 
+import msgspec
 import numpy as np
 
+from aliked.cli import number, positive, whole
 from aliked.drawing import draw_matches
 from aliked.errors import InputError
 from aliked.features import Features
 from evaluation import pose_datasets, scene
-from evaluation.estimators import POSE_INLIER_PX, RelativePose, pose_estimators
+from evaluation.estimators import EPIPOLAR_PX, RelativePose, pose_estimators
+from evaluation.pairs import Dataset, Pair, match
 from evaluation.pose_datasets import (
     Choice,
     Motion,
-    PoseData,
     is_megadepth,
     megadepth_data,
     read_intrinsics,
     scene_data,
     tum_data,
 )
-from evaluation.runner import Task, add_shared_options, run
-from evaluation.scores import Kind, Score, error_auc
-from evaluation.store import FeatureStore, Pair, match, measure_pairs
+from evaluation.task import Count, Error, Row, Score, Task, auc_score
 
 
 def rotation_error(estimated: np.ndarray, true: np.ndarray) -> float:
@@ -70,21 +69,15 @@ SEED_LIMIT = 2**31  # what both libraries take
 
 
 def add_repeats_option(parser: argparse.ArgumentParser) -> None:
-    """How often to estimate."""
+    """Add how often to estimate."""
     parser.add_argument(
         "--repeats",
-        type=int,
+        type=whole(1),
         default=5,
         metavar="N",
         help="robust estimations of each pair, all of them counted: their random numbers change "
         "more than precision does (default: %(default)s)",
     )
-
-
-def check_repeats(repeats: int) -> None:
-    """Raise `InputError` unless there is something to estimate."""
-    if repeats < 1:
-        raise InputError(f"--repeats {repeats} estimates nothing; give at least 1")
 
 
 def seeds_of(name: str, seed: int, repeats: int) -> list[int]:
@@ -98,7 +91,6 @@ def seeds_of(name: str, seed: int, repeats: int) -> list[int]:
 
 
 DEGREES = (5, 10, 20)
-EPIPOLAR_PX = 1  # of a match that agrees with the true pose
 CORRECT_PX = (1, 3, 5)  # of a match that is correct, where depth is known
 RIGHT_PX = 3  # of a match that is drawn as a right one
 MMA_PX = 3
@@ -106,14 +98,9 @@ MMA_INDEX = CORRECT_PX.index(MMA_PX)
 CURVE_DEGREES = (1, 2, 3, 5, 7, 10, 15, 20)
 
 
-def share(part: Callable[[dict], float | None]) -> Callable[[dict], float]:
-    """A fraction of a pair's matches; 0 where there are none, NaN where the part is not known."""
-
-    def fraction(row: dict) -> float:
-        value = part(row)
-        return np.nan if value is None else value / max(row["matches"], 1)
-
-    return fraction
+def fraction(row: dict, part: float | None) -> float:
+    """A part of a pair's matches; 0 where there are none, NaN where the part is not known."""
+    return np.nan if part is None else part / max(row["matches"], 1)
 
 
 def infinite_if_none(error: float | None) -> float:
@@ -122,91 +109,21 @@ def infinite_if_none(error: float | None) -> float:
 
 
 def errors_of(row: dict, estimator: str = "opencv") -> tuple[float, ...]:
-    """A pair's error in every repeat, degrees; all infinite where the estimator is missing."""
-    missing = [None] * len(row["errors"]["opencv"])
-    return tuple(map(infinite_if_none, row["errors"].get(estimator, missing)))
+    """A pair's error in every repeat, degrees: infinite without a pose, NaN without estimator."""
+    repeats = len(row["errors"]["opencv"])
+    return tuple(map(infinite_if_none, row["errors"].get(estimator, [np.nan] * repeats)))
 
 
 def median_of(name: str) -> Score:
-    """One part of the error, degrees."""
+    """The column of one part of the error, degrees."""
     return Score(name, lambda row: infinite_if_none(row[name]), np.median, percent=False, digits=2)
 
 
-def auc_at(threshold: float, estimator: str = "opencv", label: str = "") -> Score:
-    """Area under the share of pairs over their angular error."""
-    return Score(
-        f"AUC@{threshold}{label}",
-        functools.partial(errors_of, estimator=estimator),
-        lambda errors: error_auc(errors.ravel(), threshold),
-    )
-
-
 def accuracy_at(threshold: float) -> Score:
-    """Pairs whose angular error is at most this."""
+    """The column of pairs whose angular error is at most this."""
     return Score(
         f"accuracy@{threshold}", lambda row: np.mean(np.less_equal(errors_of(row), threshold))
     )
-
-
-KIND = Kind(
-    scores=(
-        Score("matches", lambda row: row["matches"], percent=False, digits=0),
-        Score("inliers", share(lambda row: row["inliers"])),
-        Score(f"epipolar@{EPIPOLAR_PX}", share(lambda row: row["epipolar"])),
-        Score(f"MMA@{MMA_PX}", share(lambda row: row["correct"] and row["correct"][MMA_INDEX])),
-        median_of("rotation"),
-        median_of("direction"),
-        *map(auc_at, DEGREES),
-        auc_at(10, "poselib", " PoseLib"),
-    ),
-    compared=("epipolar@1", "MMA@3", "AUC@5", "AUC@10", "AUC@20", "AUC@10 PoseLib"),
-    headline="AUC@10",
-    badness=lambda row: float(np.median(errors_of(row))),
-    curve=tuple(map(accuracy_at, CURVE_DEGREES)),
-    notes=(
-        "Mutual nearest neighbours, no limit of similarity. Error of a pose: the larger of the "
-        "angles by which rotation and direction of translation are off; AUC@t: area under the "
-        "share of pairs over that error, up to t degrees. Poses by OpenCV's MAGSAC++ and by "
-        f"PoseLib, {POSE_INLIER_PX:g} px, several times each with other random numbers. inliers: "
-        f"share of the matches that OpenCV's pose agrees with. epipolar@{EPIPOLAR_PX}: share "
-        f"within {EPIPOLAR_PX} px of the true epipolar line. MMA@{MMA_PX}: share within {MMA_PX} "
-        "px of where the second image shows the point, where depth is known. rotation, direction: "
-        "median errors of OpenCV's poses in degrees. All else but the matches in %; a pair without "
-        "a pose counts as a failure."
-    ),
-)
-
-
-def measure(pair: Pair, first: Features, second: Features, seed: int, repeats: int) -> dict:
-    """What the features of both images are worth.
-
-    `matches`, how many of them are `epipolar`, within 1 px of their true epipolar lines, and, where
-    depth is known, how many are `correct` within 1, 3 and 5 px in the second image. Poses are
-    estimated `repeats` times, with other random numbers: `errors` of each estimator, degrees, None
-    where there is no pose; of OpenCV's the mean number of `inliers` and the median errors of
-    `rotation` and of `direction` of translation.
-    """
-    motion: Motion = pair.truth
-    matches = match(first, second)
-    points = first.keypoints[matches[:, 0]], second.keypoints[matches[:, 1]]
-    seeds = seeds_of(pair.name, seed, repeats)
-    poses = {
-        name: [estimate(*points, *motion.intrinsics, own_seed) for own_seed in seeds]
-        for name, estimate in pose_estimators().items()
-    }
-    off = {name: np.array([angles(pose, motion) for pose in own]) for name, own in poses.items()}
-    off_line = epipolar_distance(points, motion.intrinsics, motion.relative_pose)
-    rotation, direction = map(degrees, np.median(off["opencv"], axis=0))
-    return {
-        "keypoints": [len(first), len(second)],
-        "matches": len(matches),
-        "epipolar": int((off_line <= EPIPOLAR_PX).sum()),
-        "correct": correct(motion, points),
-        "inliers": float(np.mean([pose.inliers.sum() if pose else 0 for pose in poses["opencv"]])),
-        "rotation": rotation,
-        "direction": direction,
-        "errors": {name: [degrees(max(both)) for both in own] for name, own in off.items()},
-    }
 
 
 def correct(motion: Motion, points: tuple[np.ndarray, np.ndarray]) -> list[int] | None:
@@ -251,118 +168,188 @@ def degrees(error: float) -> float | None:
     return round(float(error), 3) if np.isfinite(error) else None
 
 
-def add_pose_options(parser: argparse.ArgumentParser) -> None:
-    """The data, and how it is used."""
-    parser.add_argument(
-        "dataset",
-        type=Path,
-        metavar="DATASET",
-        help="folder: assets/scene_640x480 (or any other with scene.json), MegaDepth-1500, or a "
-        "sequence with groundtruth.txt in TUM format",
-    )
-    add_repeats_option(parser)
-    group = parser.add_argument_group("sequences in TUM format")
-    group.add_argument(
-        "--intrinsics",
-        nargs="+",
-        metavar="NUMBER",
-        help="FX FY CX CY in pixels, of undistorted images, or a file with these four",
-    )
-    group.add_argument(
-        "--stride",
-        type=int,
-        default=Choice.stride,
-        metavar="N",
-        help="frames between the images of a pair (default: %(default)s)",
-    )
-    group.add_argument(
-        "--tolerance",
-        type=float,
-        default=Choice.tolerance,
-        metavar="S",
-        help="seconds between an image and its pose (default: %(default)s)",
-    )
-    group.add_argument(
-        "--min_baseline",
-        type=float,
-        default=Choice.min_baseline,
-        metavar="M",
-        help="metres between the images of a pair; below, the direction of the motion is not "
-        "known well (default: %(default)s)",
-    )
-    add_shared_options(parser)
+class PoseErrors(TypedDict, total=False):
+    """The errors of every repeat, degrees."""
+
+    opencv: Required[Annotated[list[Error], msgspec.Meta(min_length=1)]]
+    poselib: Annotated[list[Error], msgspec.Meta(min_length=1)]
 
 
-def run_pose(args: argparse.Namespace) -> int:
-    """Evaluate on one data set."""
-    check_repeats(args.repeats)
-    return run(args, task_of(load_data(args), args.seed, args.repeats))
+class PoseRow(Row):
+    """What `Pose.measure` finds of a pair."""
+
+    epipolar: Count
+    correct: (
+        Annotated[list[Count], msgspec.Meta(min_length=len(CORRECT_PX), max_length=len(CORRECT_PX))]
+        | None
+    )
+    inliers: Annotated[float, msgspec.Meta(ge=0)]
+    rotation: Error
+    direction: Error
+    errors: PoseErrors
 
 
-def load_data(args: argparse.Namespace) -> PoseData:
-    """The data set in a folder, whichever it is; `InputError` where it is none."""
-    folder = args.dataset
-    if (folder / scene.FILE).is_file():
-        return scene_data(folder)
-    if is_megadepth(folder):
-        return megadepth_data(folder)
-    if (folder / pose_datasets.TRAJECTORY).is_file():
-        return tum_data(folder, *sequence_options(args))
-    raise InputError(
-        f"{folder} has no {scene.FILE}, no {pose_datasets.TRAJECTORY} and no part of "
-        f"MegaDepth-1500; give one of these. {pose_datasets.CURE}"
+class Pose(Task):
+    """Pairs whose truth is a `Motion`."""
+
+    name = "pose"
+    row = PoseRow
+    help = "pairs with known relative pose"
+    scores = (
+        Score("matches", lambda row: row["matches"], percent=False, digits=0),
+        Score("inliers", lambda row: fraction(row, row["inliers"])),
+        Score(f"epipolar@{EPIPOLAR_PX:g}", lambda row: fraction(row, row["epipolar"])),
+        Score(
+            f"MMA@{MMA_PX}", lambda row: fraction(row, row["correct"] and row["correct"][MMA_INDEX])
+        ),
+        median_of("rotation"),
+        median_of("direction"),
+        *(auc_score(t, errors_of) for t in DEGREES),
+        auc_score(10, lambda row: errors_of(row, "poselib"), " PoseLib"),
+    )
+    compared = ("epipolar@1", "MMA@3", "AUC@5", "AUC@10", "AUC@20", "AUC@10 PoseLib")
+    headline = "AUC@10"
+    curve = tuple(map(accuracy_at, CURVE_DEGREES))
+    curve_unit = "degrees"
+    notes = (
+        "Mutual nearest neighbours, no limit of similarity. Error of a pose: the larger of the "
+        "angles by which rotation and direction of translation are off; AUC@t: area under the "
+        "share of pairs over that error, up to t degrees. Poses by OpenCV's MAGSAC++ and by "
+        f"PoseLib, {EPIPOLAR_PX:g} px, several times each with other random numbers. inliers: "
+        f"share of the matches that OpenCV's pose agrees with. epipolar@{EPIPOLAR_PX:g}: share "
+        f"within {EPIPOLAR_PX:g} px of the true epipolar line. MMA@{MMA_PX}: share within {MMA_PX} "
+        "px of where the second image shows the point, where depth is known. rotation, direction: "
+        "median errors of OpenCV's poses in degrees. All else but the matches in %; a pair without "
+        "a pose counts as a failure."
     )
 
-
-def sequence_options(args: argparse.Namespace) -> tuple[np.ndarray, Choice]:
-    """Intrinsics [3, 3] and pairs of a sequence; `InputError` where the options make no sense."""
-    if args.intrinsics is None:
-        raise InputError(
-            f"{args.dataset} has no intrinsics; pass --intrinsics FX FY CX CY, in pixels"
-        )
-    if args.stride < 1:
-        raise InputError(f"--stride {args.stride} gives no pairs; give at least 1")
-    if args.min_baseline <= 0:
-        raise InputError(
-            f"--min_baseline {args.min_baseline} lets pairs through whose motion has no "
-            "direction; give metres above 0"
-        )
-    choice = Choice(args.stride, args.tolerance, args.min_baseline)
-    return read_intrinsics(args.intrinsics), choice
-
-
-def task_of(data: PoseData, seed: int, repeats: int) -> Task:
-    """What the runner needs to know."""
-    by_name = {pair.name: pair for pair in data.pairs}
-    measure_pair = functools.partial(measure, seed=seed, repeats=repeats)
-    return Task(
-        name="pose",
-        dataset=data.name,
-        images=data.images,
-        rows=lambda store: measure_pairs(data.pairs, store, measure_pair),
-        draw=lambda row, store: draw(by_name[row["name"]], row, store),
-        parameters=data.parameters
-        | {
+    def __init__(self, data: Dataset, seed: int, repeats: int) -> None:
+        """`seed` decides the random numbers of all `repeats` estimations of a pair."""
+        self.seed, self.repeats = seed, repeats
+        parameters = {
             "pairs": len(data.pairs),
-            "inlier_px": POSE_INLIER_PX,
+            "inlier_px": EPIPOLAR_PX,
             "repeats": repeats,
             "pose_estimators": list(pose_estimators()),
-        },
-    )
+        }
+        super().__init__(data, parameters)
+
+    @staticmethod
+    def add_options(parser: argparse.ArgumentParser) -> None:
+        """Add the data, and how it is used."""
+        parser.add_argument(
+            "dataset",
+            type=Path,
+            metavar="DATASET",
+            help="folder: assets/scene_640x480 (or any other with scene.json), MegaDepth-1500, or "
+            "a sequence with groundtruth.txt in TUM format",
+        )
+        add_repeats_option(parser)
+        group = parser.add_argument_group("sequences in TUM format")
+        group.add_argument(
+            "--intrinsics",
+            nargs="+",
+            metavar="NUMBER",
+            help="FX FY CX CY in pixels, of undistorted images, or a file with these four",
+        )
+        group.add_argument(
+            "--stride",
+            type=whole(1),
+            metavar="N",
+            help=f"frames between the images of a pair (default: {Choice.stride})",
+        )
+        group.add_argument(
+            "--tolerance",
+            type=number(0),
+            metavar="S",
+            help=f"seconds between an image and its pose (default: {Choice.tolerance})",
+        )
+        group.add_argument(
+            "--min_baseline",
+            type=positive,
+            metavar="M",
+            help="metres between the images of a pair; below, the direction of the motion is not "
+            f"known well (default: {Choice.min_baseline})",
+        )
+
+    @classmethod
+    def from_options(cls, args: argparse.Namespace) -> "Pose":
+        """Return the task that the options ask for; `InputError` where the data is none."""
+        return cls(load_data(args), args.seed, args.repeats)
+
+    @staticmethod
+    def badness(row: dict) -> float:
+        """Return the median error, degrees."""
+        return float(np.median(errors_of(row)))
+
+    def measure(self, pair: Pair, first: Features, second: Features) -> dict:
+        """Return what the features of both images are worth.
+
+        `matches`, how many of them are `epipolar`, within 1 px of their true epipolar lines, and,
+        where depth is known, how many are `correct` within 1, 3 and 5 px in the second image.
+        Poses are estimated several times, with other random numbers: `errors` of each estimator,
+        degrees, None where there is no pose; of OpenCV's the mean number of `inliers` and the
+        median errors of `rotation` and of `direction` of translation.
+        """
+        motion: Motion = pair.truth
+        matches = match(first, second)
+        points = first.keypoints[matches[:, 0]], second.keypoints[matches[:, 1]]
+        seeds = seeds_of(pair.name, self.seed, self.repeats)
+        poses = {
+            name: [estimate(*points, *motion.intrinsics, own_seed) for own_seed in seeds]
+            for name, estimate in pose_estimators().items()
+        }
+        off = {
+            name: np.array([angles(pose, motion) for pose in own]) for name, own in poses.items()
+        }
+        off_line = epipolar_distance(points, motion.intrinsics, motion.relative_pose)
+        rotation, direction = map(degrees, np.median(off["opencv"], axis=0))
+        inliers = [pose.inliers.sum() if pose else 0 for pose in poses["opencv"]]
+        return {
+            "keypoints": [len(first), len(second)],
+            "matches": len(matches),
+            "epipolar": int((off_line <= EPIPOLAR_PX).sum()),
+            "correct": correct(motion, points),
+            "inliers": float(np.mean(inliers)),
+            "rotation": rotation,
+            "direction": direction,
+            "errors": {name: [degrees(max(both)) for both in own] for name, own in off.items()},
+        }
+
+    def draw(self, pair: Pair, row: dict, first: Features, second: Features) -> np.ndarray:
+        """Return a pair's matches, those green that agree with what is known: depth, else pose."""
+        matches = match(first, second)
+        points = first.keypoints[matches[:, 0]], second.keypoints[matches[:, 1]]
+        return draw_matches(
+            pair.first.load(),
+            first,
+            pair.second.load(),
+            second,
+            matches,
+            f"{pair.name}: {row['inliers']:.0f} inliers of {row['matches']} matches, pose "
+            f"{np.median(errors_of(row)):.1f} degrees off",
+            agree(pair.truth, points),
+        )
 
 
-def draw(pair: Pair, row: dict, store: FeatureStore) -> np.ndarray:
-    """A pair's matches, those green that agree with what is known: the depth, else the pose."""
-    first, second = store.read(pair.first), store.read(pair.second)
-    matches = match(first, second)
-    points = first.keypoints[matches[:, 0]], second.keypoints[matches[:, 1]]
-    return draw_matches(
-        pair.first.load(),
-        first,
-        pair.second.load(),
-        second,
-        matches,
-        f"{pair.name}: {row['inliers']:.0f} inliers of {row['matches']} matches, pose "
-        f"{np.median(errors_of(row)):.1f} degrees off",
-        agree(pair.truth, points),
-    )
+def load_data(args: argparse.Namespace) -> Dataset:
+    """The data set in a folder, whichever it is; `InputError` where it is none."""
+    folder = args.dataset
+    names = ("intrinsics", "stride", "tolerance", "min_baseline")
+    chosen = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    of_scene = (folder / scene.FILE).is_file()
+    if of_scene or is_megadepth(folder):
+        if chosen:
+            raise InputError(
+                f"--{next(iter(chosen))} is for sequences in TUM's format, and {folder} is none; "
+                "leave it out"
+            )
+        return scene_data(folder) if of_scene else megadepth_data(folder)
+    if not (folder / pose_datasets.TRAJECTORY).is_file():
+        raise InputError(
+            f"{folder} has no {scene.FILE}, no {pose_datasets.TRAJECTORY} and no part of "
+            f"MegaDepth-1500; give one of these. {pose_datasets.CURE}"
+        )
+    if "intrinsics" not in chosen:
+        raise InputError(f"{folder} has no intrinsics; pass --intrinsics FX FY CX CY, in pixels")
+    return tum_data(folder, read_intrinsics(chosen.pop("intrinsics")), Choice(**chosen))

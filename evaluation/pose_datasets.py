@@ -1,25 +1,25 @@
-"""Numbers from text files, with the line named where there are none."""
+"""Pairs with known relative pose: rendered scenes, sequences in TUM's format, MegaDepth-1500."""
 
-import pickle
-import zipfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 
 from aliked.errors import InputError
+from aliked.files import read_file
 from aliked.images import list_images, load_image
-from evaluation.scene import Scene, read_scene
-from evaluation.store import Image, Pair, Resize
+from evaluation.pairs import Dataset, Image, Pair, Resize
+from evaluation.scene import Scene, check_relative, checked_intrinsics, checked_pose, read_scene
 
 
 def read_lines(path: Path) -> list[tuple[int, list[str]]]:
     """Line numbers, from 1, and words of a text file; empty lines and `#` comments left out."""
     try:
-        lines = Path(path).read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_file(Path(path)).decode().splitlines()
+    except UnicodeDecodeError as error:
         raise InputError(f"cannot read {path} ({error}); give a text file") from error
     split = ((number, line.split("#")[0].split()) for number, line in enumerate(lines, 1))
     found = [(number, words) for number, words in split if words]
@@ -76,21 +76,6 @@ class Motion:
         return self.first.loaded_intrinsics, self.second.loaded_intrinsics
 
 
-@dataclass(frozen=True)
-class PoseData:
-    """A data set."""
-
-    name: str
-    pairs: Sequence[Pair]  # the truth of each is a `Motion`
-    parameters: dict = field(default_factory=dict)  # by which the pairs were chosen
-
-    @property
-    def images(self) -> list[Image]:
-        """Every image once, in the order of the pairs."""
-        images = (image for pair in self.pairs for image in (pair.first, pair.second))
-        return list({image.name: image for image in images}.values())
-
-
 def posed_pair(name: str, group: str, motion: Motion) -> Pair:
     """A pair of views."""
     return Pair(name, group, motion.first.image, motion.second.image, motion)
@@ -99,14 +84,16 @@ def posed_pair(name: str, group: str, motion: Motion) -> Pair:
 OVERLAPS = (0.2, 0.4, 0.6, 0.95)  # limits of the groups
 
 
-def scene_data(folder: Path) -> PoseData:
+def scene_data(folder: Path) -> Dataset:
     """The pairs of the scene in `folder`, in groups of similar overlap."""
     scene = read_scene(folder)
+    if not scene.pairs:
+        raise InputError(f"{scene.folder} has no pair of views; render a scene with more of them")
     views = [
         View(Image(name, partial(load_image, scene.folder / name)), scene.intrinsics, pose)
         for name, pose in zip(scene.names, scene.poses, strict=True)
     ]
-    return PoseData(
+    return Dataset(
         scene.folder.name,
         [
             posed_pair(
@@ -140,7 +127,7 @@ class Choice:
     min_baseline: float = 0.05  # metres: below, the direction of the motion is not known well
 
 
-def tum_data(folder: Path, intrinsics: np.ndarray, choice: Choice) -> PoseData:
+def tum_data(folder: Path, intrinsics: np.ndarray, choice: Choice) -> Dataset:
     """The pairs of a sequence; `intrinsics` [3, 3] hold for all images, which are undistorted.
 
     `InputError` where a file is missing or damaged, or no pair is left.
@@ -171,7 +158,7 @@ def tum_data(folder: Path, intrinsics: np.ndarray, choice: Choice) -> PoseData:
             f"{choice.min_baseline} m apart; check the timestamps, or change --tolerance, "
             "--stride or --min_baseline"
         )
-    return PoseData(folder.name, pairs, vars(choice) | {"intrinsics": intrinsics.tolist()})
+    return Dataset(folder.name, pairs, asdict(choice) | {"intrinsics": intrinsics.tolist()})
 
 
 def read_trajectory(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -229,7 +216,10 @@ def timed_images(folder: Path) -> list[tuple[float, Path]]:
         images = []
         for number, words in read_lines(listing):
             (stamp,) = read_numbers(listing, number, words[:1], 1, IMAGE_LINE)
-            images.append((stamp, folder / " ".join(words[1:])))
+            name = " ".join(words[1:])
+            check_relative(f"line {number} of {listing}", name)
+            images.append((stamp, folder / name))
+        _refuse_twice(listing, [path for _, path in images])
         return sorted(images)
     subfolder = folder / IMAGE_FOLDER
     paths = list_images(subfolder if subfolder.is_dir() else folder)
@@ -250,62 +240,27 @@ def read_intrinsics(words: list[str]) -> np.ndarray:
     else:
         number, where = 1, "--intrinsics"
     fx, fy, cx, cy = read_numbers(where, number, words, 4, INTRINSICS)
-    if min(fx, fy) <= 0:
-        raise InputError(
-            f"{where} has a focal length of {min(fx, fy)}; give {INTRINSICS} in pixels"
-        )
-    return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]])
+    return checked_intrinsics(str(where), np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]]))
 
 
 def _stamp(path: Path) -> float:
     try:
-        return float(path.stem)
-    except ValueError as error:
+        stamp = float(path.stem)
+    except ValueError:
+        stamp = np.nan
+    if not np.isfinite(stamp):
         raise InputError(
             f"{path} is not named by its timestamp; rename it, or list the images in "
             f"{IMAGE_LIST} as {IMAGE_LINE}"
-        ) from error
+        )
+    return stamp
 
 
-MODULES = ("numpy", "numpy.core.multiarray", "numpy._core.multiarray")
-REBUILD = {"_reconstruct", "scalar", "ndarray", "dtype"}
-
-
-class ArrayUnpickler(pickle.Unpickler):
-    """Rebuilds arrays and refuses everything else."""
-
-    def find_class(self, module: str, name: str):
-        """The few functions that arrays are rebuilt with; `UnpicklingError` for others."""
-        if module in MODULES and name in REBUILD:
-            return super().find_class(module, name)
-        if (module, name) == ("_codecs", "encode"):  # how older versions write bytes
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it wants to run {module}.{name}")
-
-
-def read_arrays(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Some arrays of an `.npz` file; `InputError` where it is damaged, lacks one or runs code."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return {name: _read_array(archive, f"{name}.npy") for name in names}
-    except (OSError, zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
-        reason = error
-    except (pickle.UnpicklingError, AttributeError, ImportError) as error:
-        reason = error
-    raise InputError(f"cannot read {path} ({reason}); fetch it again from its home")
-
-
-def _read_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    with archive.open(name) as file:
-        major, _ = np.lib.format.read_magic(file)
-        read_header = {
-            1: np.lib.format.read_array_header_1_0,
-            2: np.lib.format.read_array_header_2_0,
-        }[major]
-        shape, _, dtype = read_header(file)
-        if dtype.hasobject:
-            return ArrayUnpickler(file).load().reshape(shape)
-        return np.frombuffer(file.read(), dtype).reshape(shape)
+def _refuse_twice(listing: Path, paths: list[Path]) -> None:
+    """`InputError` where an image is listed twice: one place of the camera would be another's."""
+    twice = [path.name for path, count in Counter(paths).items() if count > 1]
+    if twice:
+        raise InputError(f"{listing} lists {twice[0]} twice; remove one of the lines")
 
 
 Photographs = Callable[[str], Image]
@@ -313,41 +268,41 @@ Photographs = Callable[[str], Image]
 NAME = "MegaDepth-1500"
 RESIZE = Resize("long", 1600)
 PAIRS = 1500
-LISTS = ("0015_0.1_0.3", "0015_0.3_0.5", "0022_0.1_0.3", "0022_0.3_0.5", "0022_0.5_0.7")
-LIST_FOLDERS = (".", "scene_info", "index", "megadepth_test_1500_scene_info")
-PHOTOGRAPHS = "Undistorted_SfM"
-TEXT_LIST = "pairs_calibrated.txt"
+PAIR_LIST = "pairs_calibrated.txt"
+PICKLED = ("Undistorted_SfM", "scene_info", "megadepth_test_1500_scene_info")  # LoFTR's layout
 PAIR_LINE = (
     "two names, two intrinsics of 9 numbers, then a rotation of 9 and a translation of 3, or a 4x4 "
     "matrix"
 )
 CURE = (
-    "MegaDepth-1500 is either megadepth1500.zip of https://cvg-data.inf.ethz.ch/megadepth, or "
-    "megadepth_test_1500.tar of https://github.com/zju3dv/LoFTR (see its README) with the .npz "
-    "files of its assets/megadepth_test_1500_scene_info beside Undistorted_SfM"
+    "MegaDepth-1500 is megadepth1500.zip of https://cvg-data.inf.ethz.ch/megadepth, with "
+    f"{PAIR_LIST} and images/"
 )
 
 
 def is_megadepth(folder: Path) -> bool:
     """Whether a folder has any part of the data set."""
-    folder = Path(folder)
-    known = (PHOTOGRAPHS, TEXT_LIST, *(f"{place}/{LISTS[0]}.npz" for place in LIST_FOLDERS))
-    return any((folder / name).exists() for name in known)
+    names = (PAIR_LIST, *PICKLED)
+    return any((folder / name).exists() for name in names) or any(folder.glob("00??_0.*.npz"))
 
 
-def megadepth_data(folder: Path) -> PoseData:
+def megadepth_data(folder: Path) -> Dataset:
     """The pairs of the data set in `folder`; `InputError` where a part of it is missing."""
     folder = Path(folder)
+    if not (folder / PAIR_LIST).is_file():
+        raise InputError(
+            f"{folder} has no {PAIR_LIST}; LoFTR's lists are pickled Python objects, which are not "
+            f"read here: docs/evaluation.md says how to convert them, or else {CURE}"
+        )
 
     @cache  # one object per photograph, so that it is decoded and hashed once
     def photograph(name: str) -> Image:
         return Image(name, partial(load_image, folder / name), RESIZE)
 
-    read = _pairs_of_text if (folder / TEXT_LIST).is_file() else _pairs_of_arrays
-    pairs = read(folder, photograph)
+    pairs = _listed_pairs(folder / PAIR_LIST, photograph)
     if len(pairs) != PAIRS:
         raise InputError(f"{folder} lists {len(pairs)} pairs, not {PAIRS}; fetch it again: {CURE}")
-    data = PoseData(NAME, pairs, {"resize": str(RESIZE)})
+    data = Dataset(NAME, pairs, {"resize": str(RESIZE)})
     missing = [image.name for image in data.images if not (folder / image.name).is_file()]
     if missing:
         raise InputError(
@@ -363,63 +318,31 @@ def from_colmap(intrinsics: np.ndarray) -> np.ndarray:
     return intrinsics - shift
 
 
-def _view(image: Image, intrinsics: np.ndarray, pose: np.ndarray) -> View:
-    return View(image, from_colmap(np.asarray(intrinsics, float)), np.asarray(pose, float))
-
-
-def _pairs_of_arrays(folder: Path, photograph: Photographs) -> list[Pair]:
-    """LoFTR's layout."""
-    pairs = []
-    for name in LISTS:
-        path = _list_file(folder, f"{name}.npz")
-        arrays = read_arrays(path, ("image_paths", "intrinsics", "poses", "pair_infos"))
-        scene, *overlap = name.split("_")
-        try:
-            pairs += _pairs_of_scene(photograph, arrays, f"{scene}, overlap {' to '.join(overlap)}")
-        except (ValueError, TypeError, IndexError) as error:
-            raise InputError(f"{path} is not a list of image pairs ({error}); {CURE}") from error
-    return pairs
-
-
-def _list_file(folder: Path, name: str) -> Path:
-    for place in LIST_FOLDERS:
-        if (folder / place / name).is_file():
-            return folder / place / name
-    raise InputError(f"{folder} has no {name}; {CURE}")
-
-
-def _pairs_of_scene(
-    photograph: Photographs, arrays: dict[str, np.ndarray], group: str
-) -> list[Pair]:
-    paths, intrinsics, poses = arrays["image_paths"], arrays["intrinsics"], arrays["poses"]
-    views: dict[int, View] = {}
-    pairs = []
-    for (first, second), *_ in arrays["pair_infos"]:
-        for index in {first, second} - views.keys():
-            views[index] = _view(photograph(str(paths[index])), intrinsics[index], poses[index])
-        a, b = views[first], views[second]
-        pairs.append(posed_pair(f"{_short(a)} - {_short(b)}", group, Motion(a, b)))
-    return pairs
-
-
-def _short(view: View) -> str:
-    """The name of a photograph without the folders that all have."""
-    return view.image.name.removeprefix(f"{PHOTOGRAPHS}/").replace("/images/", "/")
-
-
-def _pairs_of_text(folder: Path, photograph: Photographs) -> list[Pair]:
-    """Glue Factory's layout."""
-    path = folder / TEXT_LIST
+def _listed_pairs(path: Path, photograph: Photographs) -> list[Pair]:
+    """The pairs of a list in Glue Factory's layout; `InputError` names a line that is none."""
     pairs = []
     for number, words in read_lines(path):
         matrix = len(words) == 2 + 18 + 16
         values = read_numbers(path, number, words[2:], 34 if matrix else 30, PAIR_LINE)
-        intrinsics, pose = values[:18].reshape(2, 3, 3), np.eye(4)
+        pose = np.eye(4)
         if matrix:
             pose = values[18:].reshape(4, 4)
         else:
             pose[:3, :3], pose[:3, 3] = values[18:27].reshape(3, 3), values[27:]
-        first, second = (photograph(f"images/{name}") for name in words[:2])
-        motion = Motion(_view(first, intrinsics[0], np.eye(4)), _view(second, intrinsics[1], pose))
-        pairs.append(posed_pair(" - ".join(words[:2]), words[0].split("/")[0], motion))
+        where = f"line {number} of {path}"
+        for name in words[:2]:
+            check_relative(where, name)
+        if words[0] == words[1]:
+            raise InputError(f"{where} pairs {words[0]} with itself; remove the line")
+        first, second = (
+            View(photograph(f"images/{name}"), from_colmap(checked_intrinsics(where, matrix)), pose)
+            for name, matrix, pose in zip(
+                words[:2],
+                values[:18].reshape(2, 3, 3),
+                (np.eye(4), checked_pose(where, pose)),
+                strict=True,
+            )
+        )
+        group = words[0].split("/")[0]
+        pairs.append(posed_pair(" - ".join(words[:2]), group, Motion(first, second)))
     return pairs

@@ -1,48 +1,185 @@
-"""Markdown tables of evaluations: the answer, what changes with the system, groups of pairs."""
+"""Records of evaluations as tables, plots and pictures: the answer, what changes, groups, worst."""
 
 import html
 import itertools
 import re
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import matplotlib
+import msgspec
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from msgspec.structs import replace
 
 from aliked.backends import BACKENDS, Spec
 from aliked.cli import markdown
 from aliked.configs import CONFIGS
 from aliked.drawing import write_picture
+from aliked.errors import InputError
 from aliked.files import whole_file
 from benchmark.plots import plain_ticks, save_figure
-from benchmark.records import UNRANKED, UNSTABLE, Measured
+from benchmark.records import UNRANKED, UNSTABLE, Measured, damaged_text, read_lines
 from benchmark.report import milliseconds
-from evaluation.scores import Kind, Outcome, Score, kind_of, paired_difference, section_key
+from evaluation.homography import Homography
+from evaluation.pose import Pose
+from evaluation.sequences import Sequences
+from evaluation.systems import DETECTORS, System
+from evaluation.task import Count, Score, Task, paired_difference
+
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Homography, Pose, Sequences)}
 
 SPEED_NOTES = (
     "ms: median of the compute clock of measure_timings.py on the same machine, with K and image "
     f"size as here ({UNRANKED} and {UNSTABLE} as in its tables); MiB: memory of that process."
 )
 HEADER = ["model", "runtime", "precision"]
-
 NOT_MEASURED = "not measured"
+SCHEMA = 1  # of a record; raised when the meaning of a field changes
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One record of an evaluation, with what tables and plots ask of it."""
+
+    record: dict
+    system: System
+
+    @property
+    def task(self) -> type[Task]:
+        """The kind of evaluation."""
+        return TASKS[self.record["task"]]
+
+    @property
+    def measured(self) -> bool:
+        """Whether it has pairs."""
+        return self.record["status"] == "ok"
+
+    @property
+    def pairs(self) -> list[dict]:
+        """What was found of every pair."""
+        return self.record["pairs"]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height that most images have; of two as frequent ones the smaller."""
+        sizes = self.record["dataset"]["sizes"]
+        return min(
+            (tuple(map(int, size.split("x"))) for size in sizes),
+            key=lambda size: (-sizes[f"{size[0]}x{size[1]}"], size),
+        )
+
+
+class DatasetFacts(msgspec.Struct):
+    """The data set of a record."""
+
+    name: str
+    images: Count
+    sizes: Annotated[
+        dict[Annotated[str, msgspec.Meta(pattern=r"^\d+x\d+$")], Count], msgspec.Meta(min_length=1)
+    ]
+    sha256: str
+
+
+class Machine(msgspec.Struct):
+    """Where a record was made."""
+
+    machine: dict[str, Any]
+    versions: dict[str, str | None]
+    model_path: str | None = None
+
+
+class Parameters(msgspec.Struct):
+    """What every task's numbers depend on."""
+
+    seed: Count
+
+
+class EvaluationRecord(msgspec.Struct):
+    """What a line of evaluate.py's file has to hold, whatever its task."""
+
+    schema: Literal[1]  # `SCHEMA`
+    task: Literal["homography", "pose", "sequences"]
+    system: System
+    status: Literal["ok", "not run"]
+    dataset: DatasetFacts
+    parameters: Parameters
+    configuration: Machine
+    pairs: list[dict] = []
+    reason: str = ""
+
+
+def outcome_of(record: dict, where: str) -> Outcome:
+    """A record with its system; `InputError` where it lacks something, or a value is no such."""
+    try:
+        checked = msgspec.convert(record, EvaluationRecord)
+        msgspec.convert(checked.pairs, list[TASKS[checked.task].row])
+        if (checked.status == "ok") != bool(checked.pairs):
+            raise msgspec.ValidationError(f"it is {checked.status} with {len(checked.pairs)} pairs")
+    except msgspec.ValidationError as error:
+        raise InputError(f"{where} is no record of evaluate.py ({error}); remove it") from error
+    return Outcome(record, checked.system)
+
+
+def read_outcomes(path: Path) -> dict[int, Outcome]:
+    """The outcomes of a file by line number; `InputError` names a line that is none."""
+    records, damaged = read_lines(path, dict)
+    if damaged:
+        raise InputError(f"{damaged_text(path, damaged)}; remove it")
+    return {n: outcome_of(record, f"line {n} of {path}") for n, record in records.items()}
+
+
+def load_outcomes(paths: Sequence[Path]) -> list[Outcome]:
+    """The outcomes of all files, in order; `InputError` where two are of the same."""
+    outcomes, seen = [], {}
+    for path in paths:
+        for number, outcome in read_outcomes(path).items():
+            where = f"line {number} of {path}"
+            key = section_key(outcome), outcome.system
+            if key in seen:
+                raise InputError(
+                    f"{where} and {seen[key]} are of the same system on the same data "
+                    f"({outcome.system}); leave one of the files out"
+                )
+            seen[key] = where
+            outcomes.append(outcome)
+    for section in sections(outcomes):
+        _check_same_pairs(section)
+    return outcomes
+
+
+def _check_same_pairs(section: Sequence[Outcome]) -> None:
+    """Raise `InputError` where systems of one table were measured on different pairs."""
+    named = {o.system: [row["name"] for row in o.pairs] for o in section if o.measured}
+    for system, names in named.items():
+        if names != next(iter(named.values())) or len(set(names)) < len(names):
+            raise InputError(f"the record of {system} is of other pairs than those beside it")
+
+
+def section_key(outcome: Outcome) -> tuple[str, ...]:
+    """Outcomes of one task, on the same data, by the same rules, stand in one table."""
+    record = outcome.record
+    dataset = record["dataset"]
+    rules = repr(sorted(record["parameters"].items()))
+    return record["task"], dataset["name"], dataset["sha256"], rules
 
 
 def timing_of(outcome: Outcome, timings: Sequence[Measured]) -> Measured | None:
     """The timing of a system on images of the size that most have, on the same device."""
     if outcome.system.baseline:
         return None
-    wanted = outcome.system.row(*outcome.size)
+    width, height = outcome.size
+    wanted = asdict(outcome.system) | {"width": width, "height": height, "batch": 1}
     found = [
         timing
         for timing in timings
         if timing.measured
         and timing.row.compile_mode in (None, Spec.compile_mode)
-        and replace(timing.row, image_set="", compile_mode=None) == wanted
+        and all(getattr(timing.row, name) == value for name, value in wanted.items())
         and _same_device(timing, outcome)
     ]
     return min(found, key=lambda timing: timing.row.image_set, default=None)
@@ -90,15 +227,15 @@ def reference_of(outcome: Outcome, section: Sequence[Outcome]) -> Outcome | None
 def section_text(section: Sequence[Outcome], timings: Sequence[Measured]) -> str:
     """All tables of one section."""
     record = section[0].record
-    kind = kind_of(record["task"])
+    task = section[0].task
     measured = [outcome for outcome in section if outcome.measured]
     parts = [f"### {record['task']}: {record['dataset']['name']}", describe(section)]
     if measured:
         timed = any(timing_of(outcome, timings) for outcome in measured)
-        notes = f"{kind.notes} {SPEED_NOTES}" if timed else kind.notes
-        parts += [answer_table(measured, kind, timings), notes]
-        changes = difference_table(measured, kind, record["parameters"]["seed"])
-        groups = group_table(measured, kind.score(kind.headline))
+        notes = f"{task.notes} {SPEED_NOTES}" if timed else task.notes
+        parts += [answer_table(measured, task, timings), notes]
+        changes = difference_table(measured, task, record["parameters"]["seed"])
+        groups = group_table(measured, task.score(task.headline))
         parts += [part for part in (changes, groups) if part]
     return "\n\n".join([*parts, *footnotes(section)])
 
@@ -134,9 +271,9 @@ def name_cells(outcome: Outcome) -> list[str]:
     return [model, system.runtime, system.precision]
 
 
-def answer_table(measured: Sequence[Outcome], kind: Kind, timings: Sequence[Measured]) -> str:
+def answer_table(measured: Sequence[Outcome], task: type[Task], timings: Sequence[Measured]) -> str:
     """Accuracy, speed and memory of every system."""
-    scores = [score for score in kind.scores if _has_numbers(score, measured)]
+    scores = [score for score in task.scores if _has_numbers(score, measured)]
     lines = []
     for outcome in measured:
         values = [score.text(score.value(outcome.pairs)) for score in scores]
@@ -158,9 +295,9 @@ def _has_numbers(score: Score, measured: Sequence[Outcome]) -> bool:
     return not all(np.isnan(score.values(outcome.pairs)).all() for outcome in measured)
 
 
-def difference_table(measured: Sequence[Outcome], kind: Kind, seed: int) -> str | None:
+def difference_table(measured: Sequence[Outcome], task: type[Task], seed: int) -> str | None:
     """What changes against PyTorch in float32 of the same model, with intervals."""
-    scores = [s for s in map(kind.score, kind.compared) if _has_numbers(s, measured)]
+    scores = [s for s in map(task.score, task.compared) if _has_numbers(s, measured)]
     lines = []
     for outcome in measured:
         reference = reference_of(outcome, measured)
@@ -168,9 +305,7 @@ def difference_table(measured: Sequence[Outcome], kind: Kind, seed: int) -> str 
             continue
         cells = []
         for score in scores:
-            change = paired_difference(score, outcome.pairs, reference.pairs, seed)
-            mean, *interval = map(score.change_text, (change.mean, change.low, change.high))
-            cells.append(f"{mean} [{', '.join(interval)}]")
+            cells.append(_change_cell(score, outcome.pairs, reference.pairs, seed))
         lines.append([*name_cells(outcome), *cells])
     if not lines:
         return None
@@ -180,6 +315,15 @@ def difference_table(measured: Sequence[Outcome], kind: Kind, seed: int) -> str 
     )
     table = markdown([*HEADER, *(score.name for score in scores)], lines, left=3)
     return f"{title}\n\n{table}"
+
+
+def _change_cell(score: Score, pairs: list[dict], reference: list[dict], seed: int) -> str:
+    """The change of a score with its interval; a dash where one side was not measured by it."""
+    if np.isnan(score.value(pairs)) or np.isnan(score.value(reference)):
+        return "-"
+    change = paired_difference(score, pairs, reference, seed)
+    mean, *interval = map(score.change_text, (change.mean, change.low, change.high))
+    return f"{mean} [{', '.join(interval)}]"
 
 
 def group_table(measured: Sequence[Outcome], score: Score) -> str | None:
@@ -215,27 +359,26 @@ def draw_section(
     measured = [outcome for outcome in section if outcome.measured]
     if not measured:
         return []
-    kind = kind_of(measured[0].record["task"])
-    title = f"{measured[0].record['task']} {measured[0].record['dataset']['name']}"
+    task = measured[0].task
+    title = f"{task.name} {measured[0].record['dataset']['name']}"
     timed = [(o, t) for o in measured if (t := timing_of(o, timings))]
     figures = {}
     if timed:
-        figures["accuracy and speed"] = draw_pareto(timed, kind, title)
-    if kind.curve:
-        figures["accuracy"] = draw_curves(measured, kind, title)
+        figures["accuracy and speed"] = draw_pareto(timed, task, title)
+    if task.curve:
+        figures["accuracy"] = draw_curves(measured, task, title)
     return [save_figure(figure, folder, f"{name} {what}") for what, figure in figures.items()]
 
 
-def draw_pareto(timed: Sequence[tuple[Outcome, Measured]], kind: Kind, title: str) -> Figure:
+def draw_pareto(timed: Sequence[tuple[Outcome, Measured]], task: type[Task], title: str) -> Figure:
     """The headline score against milliseconds; a line through those that no other one beats."""
     figure, axis = _figure()
-    score = kind.score(kind.headline)
+    score = task.score(task.headline)
     points = []
-    colours = model_colours(outcome for outcome, _ in timed)
     for outcome, timing in timed:
         system = outcome.system
         points.append((timing.compute_ms.p50, score.scale * score.value(outcome.pairs)))
-        marker, colour = MARKERS[system.precision], colours[system.model]
+        marker, colour = MARKERS[system.precision], model_colour(system.model)
         axis.plot(*points[-1], marker, color=colour, label=f"{system.model} {system.precision}")
         offset = (0, -12 if system.precision == "fp32" else 6)  # points; both often lie together
         text = {"textcoords": "offset points", "ha": "center", "fontsize": "x-small"}
@@ -258,26 +401,25 @@ def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
     return best
 
 
-def draw_curves(measured: Sequence[Outcome], kind: Kind, title: str) -> Figure:
+def draw_curves(measured: Sequence[Outcome], task: type[Task], title: str) -> Figure:
     """A score over its thresholds, a line per system."""
     figure, axis = _figure()
-    thresholds = [float(score.name.partition("@")[2]) for score in kind.curve]
-    colours = model_colours(measured)
+    thresholds = [float(score.name.partition("@")[2]) for score in task.curve]
     for outcome in measured:
-        values = [score.scale * score.value(outcome.pairs) for score in kind.curve]
+        values = [score.scale * score.value(outcome.pairs) for score in task.curve]
         system = outcome.system
         line = LINES[system.precision]
-        axis.plot(thresholds, values, line, color=colours[system.model], label=str(system))
-    axis.set_xlabel("threshold")
-    first = kind.curve[0]
+        axis.plot(thresholds, values, line, color=model_colour(system.model), label=str(system))
+    axis.set_xlabel(f"threshold, {task.curve_unit}")
+    first = task.curve[0]
     axis.set_ylabel(first.name.partition("@")[0] + (", %" if first.percent else ""))
     return _finished(figure, axis, title)
 
 
-def model_colours(outcomes: Iterable[Outcome]) -> dict[str, tuple]:
-    """A colour for each model, so that its runtimes and precisions are seen together."""
-    models = dict.fromkeys(outcome.system.model for outcome in outcomes)
-    return dict(zip(models, itertools.cycle(matplotlib.colormaps["tab10"].colors), strict=False))
+def model_colour(model: str) -> tuple[float, float, float]:
+    """The colour of a model, the same in every plot."""
+    models, colours = [*CONFIGS, *DETECTORS], matplotlib.colormaps["tab10"].colors
+    return colours[models.index(model) % len(colours)] if model in models else (0.5, 0.5, 0.5)
 
 
 def _figure() -> tuple[Figure, Axes]:
@@ -307,8 +449,14 @@ Draw = Callable[[Outcome, dict], np.ndarray]
 
 def worst_rows(outcome: Outcome, count: int) -> list[dict]:
     """The pairs of one system that went worst, the worst first."""
-    badness = kind_of(outcome.record["task"]).badness
+    badness = outcome.task.badness
     return sorted(outcome.pairs, key=lambda row: (-badness(row), row["name"]))[:count]
+
+
+def remove_page(folder: Path) -> None:
+    """Remove the page of the worst pairs, and its pictures, from `folder`."""
+    shutil.rmtree(folder / "worst", ignore_errors=True)
+    (folder / "worst.html").unlink(missing_ok=True)
 
 
 def write_page(folder: Path, outcomes: Sequence[Outcome], count: int, draw: Draw) -> Path:
@@ -337,10 +485,10 @@ def write_page(folder: Path, outcomes: Sequence[Outcome], count: int, draw: Draw
 
 def caption_of(row: dict, outcome: Outcome, reference: Outcome | None) -> str:
     """The pair, how bad it is, and how bad it is with PyTorch in float32."""
-    kind = kind_of(outcome.record["task"])
-    text = f"{row['name']}: {kind.badness_text.format(kind.badness(row))}"
+    task = outcome.task
+    text = f"{row['name']}: {task.badness_text.format(task.badness(row))}"
     same = [other for other in reference.pairs if other["name"] == row["name"]] if reference else []
-    return text + "".join(f"; {reference.system}: {kind.badness(other):.1f}" for other in same)
+    return text + "".join(f"; {reference.system}: {task.badness(other):.1f}" for other in same)
 
 
 def report_text(outcomes: Sequence[Outcome], timings: Sequence[Measured]) -> str:
@@ -352,13 +500,12 @@ def write_report(
     outcomes: Sequence[Outcome], timings: Sequence[Measured], folder: Path
 ) -> list[Path]:
     """Write `evaluation.md` and the plots into `folder`; the paths written."""
-
     tables = folder / "evaluation.md"
     with whole_file(tables) as partial:
         partial.write_text(report_text(outcomes, timings))
     names, written = Counter(), [tables]
     for own in sections(outcomes):
-        name = f"{own[0].record['task']} {own[0].record['dataset']['name']}"
+        name = f"{own[0].task.name} {own[0].record['dataset']['name']}"
         names[name] += 1
         numbered = name if names[name] == 1 else f"{name} {names[name]}"
         written += draw_section(own, timings, folder, numbered)

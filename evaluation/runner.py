@@ -1,12 +1,11 @@
-"""Options that every kind of evaluation has."""
+"""Runs an evaluation: systems over the pairs of a task, records, then tables and pictures."""
 
 import argparse
 import hashlib
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -14,19 +13,43 @@ import numpy as np
 from tqdm import tqdm
 
 from aliked.backends import Spec
-from aliked.cli import add_device_option, add_selection_options, add_weights_option, check_selection
-from aliked.configs import CONFIGS, get_config
+from aliked.cli import (
+    add_device_option,
+    add_selection_options,
+    add_weights_option,
+    check_selection,
+    seed,
+    whole,
+)
+from aliked.configs import CONFIGS, Selection, get_config
 from aliked.doctor import installed_versions
 from aliked.errors import InputError
 from aliked.files import sha256, writable_folder
 from aliked.weights import find_weights
 from benchmark.environment import Describe, git_commit
 from benchmark.process import TaskFailed, run_task
-from benchmark.records import append_record, load_records
-from evaluation.report import report_text, write_page, write_report
-from evaluation.scores import SCHEMA, Outcome, kind_of, load_outcomes, resume, system_fields
-from evaluation.store import FeatureStore, Image, store_key
-from evaluation.systems import Place, System, backends_of, open_system, systems_from
+from benchmark.records import Measured, append_record, keep_lines, load_records
+from evaluation.report import (
+    SCHEMA,
+    TASKS,
+    Outcome,
+    load_outcomes,
+    read_outcomes,
+    remove_page,
+    report_text,
+    write_page,
+    write_report,
+)
+from evaluation.systems import (
+    Machine,
+    System,
+    SystemFeatures,
+    backends_of,
+    features_key,
+    open_system,
+    systems_from,
+)
+from evaluation.task import Task
 
 # Half precision where it is fast: PyTorch's on a CPU takes minutes an image.
 SYSTEMS = {
@@ -36,14 +59,16 @@ SYSTEMS = {
 
 
 def add_shared_options(parser: argparse.ArgumentParser) -> None:
-    """What is compared, how it selects keypoints, and where everything goes."""
+    """Add what is compared, how it selects keypoints, and where everything goes."""
     add_system_options(parser.add_argument_group("what is compared"))
     add_selection_options(parser.add_argument_group("keypoints"))
     add_file_options(parser.add_argument_group("files"))
+    # Not given is not the same as the default: `selection_from` refuses what would be ignored.
+    parser.set_defaults(top_k=None, scores_th=None, n_limit=None)
 
 
 def add_system_options(group: argparse._ArgumentGroup) -> None:
-    """Runtimes with their precisions, models, baselines; where they run."""
+    """Add runtimes with their precisions, models, baselines; where they run."""
     group.add_argument(
         "--systems",
         nargs="+",
@@ -71,7 +96,7 @@ def add_system_options(group: argparse._ArgumentGroup) -> None:
 
 
 def add_file_options(group: argparse._ArgumentGroup) -> None:
-    """Records, features, timings, pictures."""
+    """Add records, features, timings, pictures."""
     group.add_argument(
         "--output",
         type=Path,
@@ -99,50 +124,38 @@ def add_file_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--worst",
-        type=int,
+        type=whole(0),
         default=3,
         metavar="N",
         help="worst pairs of each system to draw (default: %(default)s)",
     )
     group.add_argument(
         "--seed",
-        type=int,
+        type=seed,
         default=0,
         help="of robust estimation and of the bootstrap (default: %(default)s)",
     )
 
 
-Rows = list[dict]  # a pair each: "name", "group" and what was found
-
-
-@dataclass(frozen=True)
-class Task:
-    """What one kind of evaluation has to say about one data set."""
-
-    name: str  # of `scores.KINDS`
-    dataset: str
-    images: Sequence[Image]
-    rows: Callable[[FeatureStore], Rows]  # with the features of all images to what was found
-    draw: Callable[[dict, FeatureStore], np.ndarray]  # one of the rows as uint8 [H, W, 3] RGB
-    parameters: dict = field(default_factory=dict)  # what the rows depend on besides the features
-
-
 def run(args: argparse.Namespace, task: Task) -> int:
     """Evaluate every system, then write the tables, the plots and the page of the worst pairs."""
+    timings = load_records(args.timings) if args.timings else []
+    selection = selection_from(args)
     output = output_from(args, task)
-    place, systems = survey(args)
-    common = common_fields(args, task, place)
+    machine, systems = survey(args, selection)
+    common = common_fields(args.seed, selection, task, machine)
     done = resume(output, systems, common) if output.exists() else set()
-    print(f"{task.dataset}: {len(task.images)} images; {len(systems)} systems, {len(done)} done")
-    stores = {system: open_store(args.features, system, place) for system in systems}
+    images = len(task.dataset.images)
+    print(f"{task.dataset.name}: {images} images; {len(systems)} systems, {len(done)} done")
+    features = {system: open_features(args.features, system, machine) for system in systems}
     with tqdm(total=len(systems), initial=len(done), unit="system", disable=None) as bar:
         for system in (s for s in systems if s not in done):
             bar.set_description_str(str(system))
-            record = make_record(system, stores[system], task, place) | common
-            append_record(output, record | provenance(system, place))
+            record = make_record(system, features[system], task, machine) | common
+            append_record(output, record | provenance(system, machine))
             bar.update()
             tqdm.write(describe(system, record))
-    return conclude(args, task, output, stores)
+    return conclude(args, task, output, features, timings)
 
 
 def output_from(args: argparse.Namespace, task: Task) -> Path:
@@ -157,9 +170,21 @@ def output_from(args: argparse.Namespace, task: Task) -> Path:
     return path
 
 
-def survey(args: argparse.Namespace) -> tuple[Place, list[System]]:
+def selection_from(args: argparse.Namespace) -> Selection:
+    """Which keypoints to keep; `InputError` where an option would be ignored, or one is missing."""
+    top_k = Selection.top_k if args.top_k is None else args.top_k
+    ignored = [name for name in ("scores_th", "n_limit") if getattr(args, name) is not None]
+    if top_k > 0 and ignored:
+        raise InputError(
+            f"--{ignored[0]} selects keypoints by score, and --top_k {top_k} by number; leave one "
+            "out (--top_k 0 to select by score)"
+        )
+    scores_th = check_selection(top_k, args.scores_th)
+    return Selection(top_k, scores_th, Selection.n_limit if args.n_limit is None else args.n_limit)
+
+
+def survey(args: argparse.Namespace, selection: Selection) -> tuple[Machine, list[System]]:
     """This machine, and the systems that the options name; `InputError` where there are none."""
-    scores_th = check_selection(args.top_k, args.scores_th)
     models = list(CONFIGS) if "all" in args.models else args.models
     for model in models:
         get_config(model)
@@ -169,60 +194,91 @@ def survey(args: argparse.Namespace) -> tuple[Place, list[System]]:
     except TaskFailed as error:
         raise InputError(str(error)) from error
     own = installed_versions(("poselib", "h5py"))
-    facts["versions"] |= {name: version for name, version in own.items() if version}
+    versions = facts["versions"] | {name: version for name, version in own.items() if version}
     if args.model_path and not args.model_path.is_file():
         raise InputError(f"--model_path {args.model_path} does not exist; export or build it first")
-    place = Place(**facts, weights=args.weights, model_path=args.model_path)
-    texts = args.systems or SYSTEMS[place.device.partition(":")[0]]
-    selection = (args.top_k, scores_th, args.n_limit)
-    return place, systems_from(texts, models, place.device, *selection)
+    machine = Machine(
+        facts["device"],
+        facts["machine"],
+        versions,
+        facts["unavailable"],
+        args.weights,
+        args.model_path,
+    )
+    texts = args.systems or SYSTEMS[machine.device.partition(":")[0]]
+    return machine, systems_from(texts, models, machine.device, selection)
 
 
-def common_fields(args: argparse.Namespace, task: Task, place: Place) -> dict:
+def common_fields(seed: int, selection: Selection, task: Task, machine: Machine) -> dict:
     """What the records of all systems have in common, and what they must to stand in one table."""
-    digests = "".join(f"{image.name} {image.sha256}\n" for image in task.images)
-    sizes = Counter(f"{image.size[0]}x{image.size[1]}" for image in task.images)
-    selection = {name: getattr(args, name) for name in ("top_k", "scores_th", "n_limit")}
+    images = task.dataset.images
+    digests = "".join(f"{image.name} {image.sha256}\n" for image in images)
+    sizes = Counter(f"{image.size[0]}x{image.size[1]}" for image in images)
+    kept = asdict(selection) | ({} if selection.by_threshold else {"scores_th": None})
     return {
         "schema": SCHEMA,
         "task": task.name,
         "dataset": {
-            "name": task.dataset,
-            "images": len(task.images),
+            "name": task.dataset.name,
+            "images": len(images),
             "sizes": dict(sorted(sizes.items())),
             "sha256": hashlib.sha256(digests.encode()).hexdigest(),
         },
-        "parameters": task.parameters | selection | {"seed": args.seed},
+        "parameters": task.parameters | kept | {"seed": seed},
         "configuration": {
-            "machine": place.machine,
-            "versions": place.versions,
-            "model_path": place.model_path and sha256(place.model_path),
+            "machine": machine.facts,
+            "versions": machine.versions,
+            "model_path": machine.model_path and sha256(machine.model_path),
         },
     }
 
 
-def open_store(root: Path, system: System, place: Place) -> FeatureStore:
-    """The features of a system, made when they are needed."""
-    return FeatureStore(root, store_key(system, place), lambda: open_system(system, place))
+def resume(path: Path, systems: list[System], common: dict) -> set[System]:
+    """The systems that `path` already holds, of this same task, data, rules and machine.
+
+    Records of systems that could not run are dropped from the file, to be tried again.
+    `InputError`, and the file unchanged, where a record has something else of `common`.
+    """
+    outcomes = read_outcomes(path)
+    seen: set[System] = set()
+    for number, outcome in outcomes.items():
+        what = [f"another {name}" for name in common if outcome.record.get(name) != common[name]]
+        what += ["a system not asked for"] if outcome.system not in systems else []
+        what += ["a system that is there twice"] if outcome.system in seen else []
+        if what:
+            raise InputError(
+                f"line {number} of {path} is of {what[0]}; pass the same options, or another "
+                "--output"
+            )
+        seen.add(outcome.system)
+    kept = {number: outcome for number, outcome in outcomes.items() if outcome.measured}
+    keep_lines(path, kept)
+    return {outcome.system for outcome in kept.values()}
 
 
-def make_record(system: System, store: FeatureStore, task: Task, place: Place) -> dict:
+def open_features(folder: Path, system: System, machine: Machine) -> SystemFeatures:
+    """The features of a system, extracted when they are needed."""
+    key = features_key(system, machine)
+    return SystemFeatures(folder, key, lambda: open_system(system, machine))
+
+
+def make_record(system: System, features: SystemFeatures, task: Task, machine: Machine) -> dict:
     """Evaluate one system; one that cannot run here is a record too."""
-    record = {"system": system_fields(system), "task": task.name}
-    reason = place.unavailable.get(system.backend)
+    record = {"system": asdict(system), "task": task.name}
+    reason = machine.unavailable.get(system.backend)
     if reason is None:
         try:
-            store.extract(task.images)
+            features.extract(task.dataset.images)
         except InputError as error:  # such as a model file that cannot be made
             reason = str(error)
     if reason:
         return record | {"status": "not run", "reason": reason}
-    return record | {"status": "ok", "pairs": task.rows(store)}
+    return record | {"status": "ok", "pairs": task.rows(features.read)}
 
 
-def provenance(system: System, place: Place) -> dict:
+def provenance(system: System, machine: Machine) -> dict:
     """Where a record comes from."""
-    weights = None if system.baseline else sha256(find_weights(system.model, place.weights))
+    weights = None if system.baseline else sha256(find_weights(system.model, machine.weights))
     return {
         "weights_sha256": weights,
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -235,27 +291,31 @@ def describe(system: System, record: dict) -> str:
     """A system's outcome in a line."""
     if record["status"] != "ok":
         return f"{system}: {record['status']}: {record['reason']}"
-    kind, pairs = kind_of(record["task"]), record["pairs"]
-    score = kind.score(kind.headline)
+    task, pairs = TASKS[record["task"]], record["pairs"]
+    score = task.score(task.headline)
     return f"{system}: {score.name} {score.text(score.value(pairs))} over {len(pairs)} pairs"
 
 
 def conclude(
-    args: argparse.Namespace, task: Task, output: Path, stores: dict[System, FeatureStore]
+    args: argparse.Namespace,
+    task: Task,
+    output: Path,
+    features: dict[System, SystemFeatures],
+    timings: list[Measured],
 ) -> int:
     """Print the tables, write them, the plots and the page of the worst pairs."""
     outcomes = load_outcomes([output])
-    timings = load_records(args.timings) if args.timings else []
     print("\n" + report_text(outcomes, timings))
     print(f"records: {output}")
     folder = output.with_suffix("")
     for path in write_report(outcomes, timings, folder):
         print(f"wrote {path}")
+    remove_page(folder)  # of an older run
     measured = [outcome for outcome in outcomes if outcome.measured]
     if args.worst and measured:
 
         def draw(outcome: Outcome, row: dict) -> np.ndarray:
-            return task.draw(row, stores[outcome.system])
+            return task.picture(row, features[outcome.system].read)
 
         print(f"wrote {write_page(folder, measured, args.worst, draw)}")
     return int(not measured)

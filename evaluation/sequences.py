@@ -1,12 +1,13 @@
-"""Tracks: keypoints followed from image to image."""
+"""Sequences without ground truth: matches that agree with each other, keypoints followed."""
 
 import argparse
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby, pairwise
 from pathlib import Path
+from typing import Annotated
 
-import cv2
+import msgspec
 import numpy as np
 
 from aliked.download import offer_download
@@ -14,12 +15,11 @@ from aliked.drawing import draw_matches
 from aliked.errors import InputError
 from aliked.features import Features
 from aliked.images import list_images, load_image
-from evaluation.estimators import magsac, pose_by_opencv
-from evaluation.pose import add_repeats_option, check_repeats, seeds_of
+from evaluation.estimators import EPIPOLAR_PX, epipolar_inliers
+from evaluation.pairs import Dataset, Image, Pair, match
+from evaluation.pose import add_repeats_option, seeds_of
 from evaluation.pose_datasets import read_intrinsics
-from evaluation.runner import Rows, Task, add_shared_options, run
-from evaluation.scores import Kind, Score
-from evaluation.store import FeatureStore, Image, Pair, match, measure_pairs
+from evaluation.task import Count, Row, Score, Task
 
 
 def track_starts(links: Sequence[np.ndarray]) -> list[tuple[int, int]]:
@@ -38,18 +38,14 @@ def track_starts(links: Sequence[np.ndarray]) -> list[tuple[int, int]]:
     return starts[::-1]
 
 
-def _backwards(links: Sequence[np.ndarray]):
+def _backwards(links: Sequence[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Every pair from the last on, with the pair before it."""
     before = [np.empty((0, 2), int), *links[:-1]]
     return zip(reversed(links), reversed(before), strict=True)
 
 
-INLIER_PX = 1.0  # largest distance of an inlier from its epipolar line
-MIN_MATCHES = 8  # of a fundamental matrix, with one to spare that can disagree
-
-
-def inlier_share(row: dict) -> float:
-    """Of a pair's matches; 0 where there are none."""
+def inlier_ratio(row: dict) -> float:
+    """The share of a pair's matches; 0 where there are none."""
     return row["inliers"] / max(row["matches"], 1)
 
 
@@ -57,73 +53,6 @@ def mean_track(starts: np.ndarray) -> float:
     """Images per track, from [P, 2] numbers of tracks and of the images that they span."""
     tracks, images = starts.sum(axis=0)
     return images / max(tracks, 1)
-
-
-KIND = Kind(
-    scores=(
-        Score("matches", lambda row: row["matches"], percent=False, digits=0),
-        Score("inliers", lambda row: row["inliers"], percent=False, digits=0),
-        Score("inlier ratio", inlier_share),
-        Score("track length", lambda row: row["tracks"], mean_track, percent=False, digits=2),
-    ),
-    compared=("matches", "inliers", "inlier ratio", "track length"),
-    headline="inlier ratio",
-    badness=lambda row: -inlier_share(row),
-    notes=(
-        "Consecutive images, mutual nearest neighbours, no limit of similarity. inliers: matches "
-        f"within {INLIER_PX:g} px of the epipolar lines that most of them agree on, by OpenCV's "
-        "MAGSAC++ (the fundamental matrix, or the essential one where intrinsics are given), "
-        "estimated several times with other random numbers. "
-        "inlier ratio: their share, in %, mean over the pairs. track length: images that a "
-        "keypoint is followed through by inliers, mean over the tracks, at least 2."
-    ),
-)
-
-
-def add_sequences_options(parser: argparse.ArgumentParser) -> None:
-    """The data, and how it is used."""
-    parser.add_argument(
-        "folders", type=Path, nargs="+", metavar="FOLDER", help="images of a sequence, in order"
-    )
-    parser.add_argument(
-        "--intrinsics",
-        nargs="+",
-        metavar="NUMBER",
-        help="FX FY CX CY in pixels, of all images, or a file with these four: inliers of an "
-        "essential matrix instead of a fundamental one",
-    )
-    add_repeats_option(parser)
-    add_shared_options(parser)
-
-
-def run_sequences(args: argparse.Namespace) -> int:
-    """Evaluate on all folders together."""
-    check_repeats(args.repeats)
-    intrinsics = None if args.intrinsics is None else read_intrinsics(args.intrinsics)
-    return run(args, task_of(args.folders, intrinsics, args.seed, args.repeats))
-
-
-def task_of(folders: list[Path], intrinsics: np.ndarray | None, seed: int, repeats: int) -> Task:
-    """What the runner needs to know; `InputError` where a folder is no sequence."""
-    names = [folder.resolve().name for folder in folders]
-    if len(set(names)) < len(names):
-        raise InputError(f"two of the folders have one name ({', '.join(names)}); rename one")
-    sequences = [sequence(folder) for folder in folders]
-    pairs = [pair for images in sequences for pair in consecutive(images)]
-    by_name = {pair.name: pair for pair in pairs}
-    measure_pair = functools.partial(measure, intrinsics=intrinsics, seed=seed, repeats=repeats)
-    return Task(
-        name="sequences",
-        dataset=", ".join(names),
-        images=[image for images in sequences for image in images],
-        rows=lambda store: with_tracks(measure_pairs(pairs, store, measure_pair)),
-        draw=lambda row, store: draw(by_name[row["name"]], row, store),
-        parameters={
-            "inlier_px": INLIER_PX,
-            "repeats": repeats,
-            "intrinsics": None if intrinsics is None else intrinsics.tolist(),
-        },
-    )
 
 
 def sequence(folder: Path) -> list[Image]:
@@ -144,61 +73,118 @@ def consecutive(images: list[Image]) -> list[Pair]:
     ]
 
 
-def measure(
-    pair: Pair,
-    first: Features,
-    second: Features,
-    intrinsics: np.ndarray | None,
-    seed: int,
-    repeats: int,
-) -> dict:
-    """Matches of a pair, and inliers, mean of the repeats.
+class SequencesRow(Row):
+    """What `Sequences.rows` finds of a pair."""
 
-    As `links` the keypoints that are the same: matches that are inliers in most repeats.
-    """
-    matches = match(first, second)
-    points = first.keypoints[matches[:, 0]], second.keypoints[matches[:, 1]]
-    seeds = seeds_of(pair.name, seed, repeats)
-    inliers = np.array([inliers_of(points, intrinsics, own_seed) for own_seed in seeds])
-    return {
-        "keypoints": [len(first), len(second)],
-        "matches": len(matches),
-        "inliers": float(inliers.sum(axis=1).mean()),
-        "links": matches[inliers.mean(axis=0) > 0.5],
-    }
+    inliers: Annotated[float, msgspec.Meta(ge=0)]
+    tracks: Annotated[list[Count], msgspec.Meta(min_length=2, max_length=2)]
 
 
-def inliers_of(
-    points: tuple[np.ndarray, np.ndarray], intrinsics: np.ndarray | None, seed: int
-) -> np.ndarray:
-    """Which matches agree on an epipolar geometry, [P] bool; none where there is none."""
-    nothing = np.zeros(len(points[0]), bool)
-    if intrinsics is not None:
-        pose = pose_by_opencv(*points, intrinsics, intrinsics, seed)
-        return nothing if pose is None else pose.inliers
-    if len(points[0]) < MIN_MATCHES:
-        return nothing
-    matrix, inliers = cv2.findFundamentalMat(*points, magsac(INLIER_PX, seed))
-    return nothing if matrix is None else inliers[:, 0] > 0
+class Sequences(Task):
+    """Pairs of consecutive images, nothing known about them."""
+
+    name = "sequences"
+    row = SequencesRow
+    help = "image sequences without ground truth"
+    scores = (
+        Score("matches", lambda row: row["matches"], percent=False, digits=0),
+        Score("inliers", lambda row: row["inliers"], percent=False, digits=0),
+        Score("inlier ratio", inlier_ratio),
+        Score("track length", lambda row: row["tracks"], mean_track, percent=False, digits=2),
+    )
+    compared = ("matches", "inliers", "inlier ratio", "track length")
+    headline = "inlier ratio"
+    notes = (
+        "Consecutive images, mutual nearest neighbours, no limit of similarity. inliers: matches "
+        f"within {EPIPOLAR_PX:g} px of the epipolar lines that most of them agree on, by OpenCV's "
+        "MAGSAC++ (the fundamental matrix, or the essential one where intrinsics are given), "
+        "estimated several times with other random numbers. "
+        "inlier ratio: their share, in %, mean over the pairs. track length: images that a "
+        "keypoint is followed through by inliers, mean over the tracks, at least 2."
+    )
+
+    def __init__(
+        self, folders: Sequence[Path], intrinsics: np.ndarray | None, seed: int, repeats: int
+    ) -> None:
+        """`intrinsics` [3, 3] of all images, if known; `InputError` for a folder that is none."""
+        names = [folder.resolve().name for folder in folders]
+        if len(set(names)) < len(names):
+            raise InputError(f"two of the folders have one name ({', '.join(names)}); rename one")
+        self.intrinsics, self.seed, self.repeats = intrinsics, seed, repeats
+        parameters = {
+            "inlier_px": EPIPOLAR_PX,
+            "repeats": repeats,
+            "intrinsics": None if intrinsics is None else intrinsics.tolist(),
+        }
+        pairs = [pair for folder in folders for pair in consecutive(sequence(folder))]
+        super().__init__(Dataset(", ".join(names), pairs), parameters)
+
+    @staticmethod
+    def add_options(parser: argparse.ArgumentParser) -> None:
+        """Add the data, and how it is used."""
+        parser.add_argument(
+            "folders", type=Path, nargs="+", metavar="FOLDER", help="images of a sequence, in order"
+        )
+        parser.add_argument(
+            "--intrinsics",
+            nargs="+",
+            metavar="NUMBER",
+            help="FX FY CX CY in pixels, of all images, or a file with these four: inliers of an "
+            "essential matrix instead of a fundamental one",
+        )
+        add_repeats_option(parser)
+
+    @classmethod
+    def from_options(cls, args: argparse.Namespace) -> "Sequences":
+        """Return the task that the options ask for; `InputError` where a folder is no sequence."""
+        intrinsics = None if args.intrinsics is None else read_intrinsics(args.intrinsics)
+        return cls(args.folders, intrinsics, args.seed, args.repeats)
+
+    @staticmethod
+    def badness(row: dict) -> float:
+        """Return how few of the matches agree."""
+        return -inlier_ratio(row)
+
+    def measure(self, pair: Pair, first: Features, second: Features) -> dict:
+        """Return the matches of a pair, and inliers, mean of the repeats.
+
+        As `links` the keypoints that are the same: matches that are inliers in most repeats.
+        """
+        matches = match(first, second)
+        points = first.keypoints[matches[:, 0]], second.keypoints[matches[:, 1]]
+        inliers = np.array(
+            [
+                epipolar_inliers(*points, self.intrinsics, seed)
+                for seed in seeds_of(pair.name, self.seed, self.repeats)
+            ]
+        )
+        return {
+            "keypoints": [len(first), len(second)],
+            "matches": len(matches),
+            "inliers": float(inliers.sum(axis=1).mean()),
+            "links": matches[inliers.mean(axis=0) > 0.5],
+        }
+
+    def rows(self, features: Callable[[Image], Features]) -> list[dict]:
+        """What was found of every pair, and of the tracks through all of a sequence's images."""
+        return with_tracks(super().rows(features))
+
+    def draw(self, pair: Pair, row: dict, first: Features, second: Features) -> np.ndarray:
+        """Return a pair's matches."""
+        return draw_matches(
+            pair.first.load(),
+            first,
+            pair.second.load(),
+            second,
+            match(first, second),
+            f"{pair.name}: {row['inliers']:.0f} inliers of {row['matches']} matches",
+        )
 
 
-def with_tracks(rows: Rows) -> Rows:
+def with_tracks(rows: list[dict]) -> list[dict]:
     """The rows with `tracks` in place of `links`: how many start there, images that they span."""
     for _, group in groupby(rows, lambda row: row["group"]):
         own = list(group)
         for row, starts in zip(own, track_starts([row.pop("links") for row in own]), strict=True):
             row["tracks"] = list(starts)
     return rows
-
-
-def draw(pair: Pair, row: dict, store: FeatureStore) -> np.ndarray:
-    """A pair's matches."""
-    first, second = store.read(pair.first), store.read(pair.second)
-    return draw_matches(
-        pair.first.load(),
-        first,
-        pair.second.load(),
-        second,
-        match(first, second),
-        f"{pair.name}: {row['inliers']:.0f} inliers of {row['matches']} matches",
-    )

@@ -1,18 +1,26 @@
-"""OpenCV's SIFT and ORB behind the call that every runtime has."""
+"""What is compared: runtimes, and OpenCV's SIFT and ORB behind the same call; features kept."""
 
-from collections.abc import Callable
+import hashlib
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
+from tqdm import tqdm
 
-from aliked.backends import BACKENDS, create_extractor, get_backend
+from aliked.backends import BACKENDS, Spec, create_extractor, get_backend
+from aliked.configs import Selection
 from aliked.errors import InputError
 from aliked.features import Features, check_image
+from aliked.files import code_digest, sha256
+from aliked.store import FeatureStore
+from aliked.weights import find_weights
 from benchmark.artifacts import BuildFile, build_files, cached_path
 from benchmark.process import TaskFailed
 from benchmark.rows import Row, device_of
+from evaluation.pairs import Image
 
 ORB_BITS = 256
 
@@ -22,7 +30,7 @@ class Baseline:
 
     def __init__(self, name: str, top_k: int):
         self.name, self.top_k = name, top_k
-        create, self.to_unit_length = DETECTORS[name]
+        create, self.to_unit_length, self.dim = DETECTORS[name]
         self.detector = create(top_k)
 
     def __call__(self, image: np.ndarray) -> Features:
@@ -31,7 +39,7 @@ class Baseline:
         grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
         found, rows = self.detector.detectAndCompute(grey, None)
         if rows is None:
-            return Features(*(np.zeros(shape, np.float32) for shape in ((0, 2), 0, (0, 1))))
+            return Features(*(np.zeros(shape, np.float32) for shape in ((0, 2), 0, (0, self.dim))))
         keypoints = np.array([keypoint.pt for keypoint in found], np.float32)
         scores = np.array([keypoint.response for keypoint in found], np.float32)
         # SIFT returns more where several orientations of one place have the same response.
@@ -54,9 +62,10 @@ def unit_bits(rows: np.ndarray) -> np.ndarray:
     return (2 * bits - 1) / np.float32(ORB_BITS**0.5)
 
 
-DETECTORS: dict[str, tuple[Callable, Callable]] = {
-    "sift": (lambda top_k: cv2.SIFT_create(nfeatures=top_k), unit_vectors),
-    "orb": (lambda top_k: cv2.ORB_create(nfeatures=top_k), unit_bits),
+# How to make one, to bring its descriptors to unit length, and how long they are then.
+DETECTORS: dict[str, tuple[Callable, Callable, int]] = {
+    "sift": (lambda top_k: cv2.SIFT_create(nfeatures=top_k), unit_vectors, 128),
+    "orb": (lambda top_k: cv2.ORB_create(nfeatures=top_k), unit_bits, ORB_BITS),
 }
 
 
@@ -82,48 +91,62 @@ class System:
         """Whether it is one of OpenCV's detectors."""
         return self.backend == OPENCV
 
-    def row(self, width: int, height: int) -> Row:
-        """The timing script's row for single images of this size, without its image set."""
-        size = {"width": width, "height": height, "batch": 1}
-        return Row(**asdict(self), **size, image_set="", compile_mode=None)
-
     @property
     def runtime(self) -> str:
         """The backend in words, with the place where that is not clear from it."""
-        return "OpenCV" if self.baseline else self.row(0, 0).runtime
+        if self.baseline:
+            return "OpenCV"
+        on_cpu = self.device == "cpu" and not self.backend.endswith("-cpu")
+        return f"{self.backend} (CPU)" if on_cpu else self.backend
 
     @property
-    def selection(self) -> str:
-        """Which keypoints, in words."""
-        return str(self.top_k) if self.baseline else str(self.row(0, 0).selection)
+    def selection(self) -> Selection:
+        """Which keypoints are kept."""
+        usual = Selection()
+        th, limit = self.scores_th, self.n_limit
+        return Selection(self.top_k, usual.scores_th if th is None else th, limit or usual.n_limit)
+
+    def spec(self, machine: "Machine", model_path: Path | None) -> Spec:
+        """The extractor that this system is, on a machine."""
+        return Spec(
+            model=self.model,
+            **asdict(self.selection),
+            precision=self.precision,
+            device=self.device if self.device == "cpu" else machine.device,
+            weights=machine.weights,
+            model_path=model_path,
+        )
+
+    def row(self, width: int, height: int) -> Row:
+        """The benchmark's row for single images of this size, whatever they show."""
+        size = {"width": width, "height": height, "batch": 1}
+        return Row(**asdict(self), **size, image_set="", compile_mode=None)
 
     def __str__(self) -> str:
         return " ".join(filter(None, (self.runtime, self.precision, self.model)))
 
 
 def systems_from(
-    texts: list[str], models: list[str], device: str, top_k: int, scores_th: float, n_limit: int
+    texts: list[str], models: list[str], device: str, selection: Selection
 ) -> list[System]:
     """The systems that BACKEND[:PRECISION], "sift" and "orb" name, each backend with each model.
 
     `device` is a real one, such as "cpu" or "cuda:0". A baseline has as many keypoints as the
     others at most have. `InputError` for a name that is none.
     """
-    by_threshold = top_k <= 0
-    selection = {
-        "top_k": max(top_k, 0),
-        "scores_th": scores_th if by_threshold else None,
-        "n_limit": n_limit if by_threshold else None,
+    kept = {
+        "top_k": max(selection.top_k, 0),
+        "scores_th": selection.scores_th if selection.by_threshold else None,
+        "n_limit": selection.n_limit if selection.by_threshold else None,
     }
     systems = []
     for text in texts:
         if text in DETECTORS:
-            limit = n_limit if by_threshold else top_k
-            systems.append(System(OPENCV, "cpu", text, "", limit, None, None))
+            systems.append(System(OPENCV, "cpu", text, "", selection.limit, None, None))
             continue
         backend, precision = _runtime(text)
         place = device_of(backend, device)
-        systems += [System(backend, place, model, precision, **selection) for model in models]
+        systems += [System(backend, place, model, precision, **kept) for model in models]
     return list(dict.fromkeys(systems))
 
 
@@ -147,41 +170,40 @@ def _runtime(text: str) -> tuple[str, str]:
 
 
 @dataclass(frozen=True)
-class Place:
+class Machine:
     """Where systems run, and with which files."""
 
     device: str  # such as "cuda:1"
-    machine: dict
+    facts: dict  # of its hardware
     versions: dict
     unavailable: dict[str, str | None]  # backend to the reason why it cannot run here
     weights: Path | None = None
     model_path: Path | None = None  # a model file for the backends that run one of its kind
 
 
-def given_file(system: System, place: Place) -> Path | None:
+def given_file(system: System, machine: Machine) -> Path | None:
     """The user's model file, for a backend that runs one of its kind."""
-    if system.baseline or place.model_path is None:
+    if system.baseline or machine.model_path is None:
         return None
     suffix = get_backend(system.backend).suffix
-    return place.model_path if place.model_path.suffix == suffix else None
+    return machine.model_path if machine.model_path.suffix == suffix else None
 
 
-def open_system(system: System, place: Place) -> Extract:
+def open_system(system: System, machine: Machine) -> Extract:
     """What extracts the features; `InputError` where it cannot run here."""
     if system.baseline:
         return Baseline(system.model, system.top_k)
-    path, suffix = given_file(system, place), get_backend(system.backend).suffix
+    path, suffix = given_file(system, machine), get_backend(system.backend).suffix
     if suffix and path is None:
-        return FileExtractor(system, place, suffix)
-    spec = system.row(0, 0).spec(place.device, place.weights, path)
-    return create_extractor(system.backend, spec)
+        return FileExtractor(system, machine, suffix)
+    return create_extractor(system.backend, system.spec(machine, path))
 
 
 class FileExtractor:
     """A runtime that runs a model file: one for each image size, made and kept as for timing."""
 
-    def __init__(self, system: System, place: Place, suffix: str):
-        self.system, self.place, self.suffix = system, place, suffix
+    def __init__(self, system: System, machine: Machine, suffix: str):
+        self.system, self.machine, self.suffix = system, machine, suffix
         self.extractors: dict[tuple[int, int], Extract] = {}
 
     def __call__(self, image: np.ndarray) -> Features:
@@ -192,15 +214,59 @@ class FileExtractor:
         return self.extractors[size](image)
 
     def _open(self, row: Row) -> Extract:
-        place = self.place
-        made_on = {"versions": place.versions, "machine": place.machine}
-        path = cached_path(row, self.suffix, place.weights, made_on)
-        spec = row.spec(place.device, place.weights, None)
-        build = BuildFile(spec, (row.batch, row.height, row.width), path)
+        machine = self.machine
+        made_on = {"versions": machine.versions, "machine": machine.facts}
+        path = cached_path(row, self.suffix, machine.weights, made_on)
+        build = BuildFile(self.system.spec(machine, None), (row.batch, row.height, row.width), path)
         made = build_files([build])[path]
         if isinstance(made, TaskFailed):
             raise InputError(f"the model file of {row} cannot be made: {made}") from made
-        return create_extractor(row.backend, row.spec(place.device, place.weights, path))
+        return create_extractor(row.backend, self.system.spec(machine, path))
 
 
-NOT_MEASURED = "not measured"
+def features_key(system: System, machine: Machine) -> dict:
+    """What the features of `system` depend on besides the image."""
+    key = {
+        "system": asdict(system),
+        "versions": machine.versions,
+        "code": code_digest(Path(__file__)),
+    }
+    if system.baseline:
+        return key
+    file = given_file(system, machine)
+    return key | {
+        "weights": sha256(find_weights(system.model, machine.weights)),
+        "model_path": file and sha256(file),
+        "gpu": machine.facts.get("gpu") if system.device == "cuda" else None,
+    }
+
+
+class SystemFeatures:
+    """The features of one system: extracted once, kept in a store of its own between runs.
+
+    An image goes by the hash of its pixels, so that all data sets share what they share.
+    """
+
+    def __init__(self, folder: Path, key: dict, open_extractor: Callable[[], Extract]) -> None:
+        """`key` as of `features_key`; the store is in `folder`, under a name made of it."""
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+        names = (key["system"][name] for name in ("model", "backend", "precision"))
+        path = Path(folder) / ("-".join(filter(None, (*names, digest))) + ".h5")
+        # ORB's bits shrink to a twentieth.
+        self.store = FeatureStore.open(path, key, compression="lzf")
+        self._open_extractor = open_extractor
+
+    def extract(self, images: Sequence[Image]) -> int:
+        """Extract the features of those images that are not there yet; how many these were."""
+        missing = [image for image in images if image.sha256 not in self.store]
+        if missing:
+            extractor = self._open_extractor()
+            with self.store:
+                bar = tqdm(missing, desc="features", unit="image", leave=False, disable=None)
+                for image in bar:
+                    self.store.write(image.sha256, extractor(image.load()), image.size)
+        return len(missing)
+
+    def read(self, image: Image) -> Features:
+        """The features of an image that has been through `extract`."""
+        return self.store.read(image.sha256)

@@ -14,7 +14,7 @@ LARGEST_VIEW = 1.2  # of the source's shorter side
 HORIZON = 0.05  # the homogeneous denominator below which a point is as good as at infinity
 
 
-class Pair(NamedTuple):
+class ViewPairs(NamedTuple):
     """Two views of each image, and how their pixels correspond."""
 
     first: torch.Tensor  # [B, 3, S, S] in [0, 1]
@@ -124,7 +124,7 @@ def view(sources: torch.Tensor, to_source: torch.Tensor, size: int) -> torch.Ten
 
 def random_pairs(
     sources: torch.Tensor, size: int, limits: Geometry, share: float, generator: torch.Generator
-) -> Pair:
+) -> ViewPairs:
     """Two views of each source, float [B, 3, H, W] in [0, 1], `size` pixels square."""
     count = len(sources)
     motion = random_homographies(count, limits, share, generator)
@@ -134,4 +134,4 @@ def random_pairs(
     first = view(sources, frame @ to_unit, size)
     second = view(sources, frame @ inverse(motion) @ to_unit, size)
     homography = inverse(to_unit) @ motion @ to_unit
-    return Pair(first, second, homography / homography[:, 2:, 2:])
+    return ViewPairs(first, second, homography / homography[:, 2:, 2:])

@@ -9,7 +9,7 @@ from aliked.detection import Detections, inner, refine, select_top_k, suppress_n
 from aliked.model import ALIKED
 from aliked.sampling import bilinear_sample
 from training import losses
-from training.geometry import Pair, inside, inverse, project, uniform
+from training.geometry import ViewPairs, inside, inverse, project, uniform
 from training.settings import Losses
 
 
@@ -34,7 +34,7 @@ def detect_for_training(model: ALIKED, score_map: torch.Tensor, count: int) -> D
 
 
 def common_points(
-    pair: Pair, found: tuple[Detections, Detections], count: int, generator: torch.Generator
+    pair: ViewPairs, found: tuple[Detections, Detections], count: int, generator: torch.Generator
 ) -> Points:
     """Both views' keypoints and `count` random points, each where either view shows it."""
     size = pair.first.shape[-1]
@@ -55,7 +55,7 @@ def common_points(
 
 
 def keypoint_losses(
-    pair: Pair, found: tuple[Detections, Detections], settings: Losses
+    pair: ViewPairs, found: tuple[Detections, Detections], settings: Losses
 ) -> dict[str, torch.Tensor]:
     """The losses of where keypoints are: `reprojection` and `dispersity`."""
     size = pair.first.shape[-1]
@@ -73,7 +73,7 @@ def keypoint_losses(
     }
 
 
-def near_pairs(pair: Pair, points: Points, radius: float) -> torch.Tensor:
+def near_pairs(pair: ViewPairs, points: Points, radius: float) -> torch.Tensor:
     """Which points of the two views are closer than `radius`, true matches left out; [B, N, N]."""
     projected, _ = project(points.first, pair.homography)
     near = losses.pixel_distances(projected, points.second) < radius
@@ -81,7 +81,7 @@ def near_pairs(pair: Pair, points: Points, radius: float) -> torch.Tensor:
 
 
 def descriptor_losses(
-    pair: Pair,
+    pair: ViewPairs,
     points: Points,
     descriptors: tuple[torch.Tensor, torch.Tensor],
     scores: tuple[torch.Tensor, torch.Tensor],
@@ -107,7 +107,7 @@ def descriptor_losses(
 
 def pair_losses(
     model: ALIKED,
-    pair: Pair,
+    pair: ViewPairs,
     settings: Losses,
     generator: torch.Generator,
     half_precision: bool = False,

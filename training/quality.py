@@ -8,10 +8,10 @@ if it agrees with the epipolar geometry that most matches agree with.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,17 +20,17 @@ import numpy as np
 
 from aliked import cli
 from aliked.backends import Spec, create_extractor
+from aliked.cli import markdown, seed, whole
 from aliked.features import Features
 from aliked.files import whole_file
 from aliked.images import list_images, load_image
-from aliked.matching import match_mutual
-from evaluation.systems import Baseline
+from evaluation.estimators import epipolar_inliers
+from evaluation.homography import CORRECT_PX, match_distances
+from evaluation.pairs import Image, Pair, match
+from evaluation.systems import Baseline, Extract
 
 TRAINED, OFFICIAL = "aliked-t16-homography", "aliked-t16"
-CORRECT = 3.0  # pixels from where the homography puts the point
-EPIPOLAR = 1.0  # pixels from the epipolar line
-ANY_SIMILARITY = -1.0
-Extract = Callable[[np.ndarray], Features]
+CONSECUTIVE = "consecutive"  # the kind of pairs whose homography is not known
 
 
 @dataclass(frozen=True)
@@ -47,18 +47,6 @@ STRENGTHS = {
     "medium": Strength(25, 0.5, 0.10),
     "strong": Strength(45, 0.8, 0.18),
 }
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two images and, where it is known, the homography between them."""
-
-    folder: str
-    kind: str  # a strength, or "consecutive"
-    name: str
-    first: np.ndarray  # uint8 [H, W, 3] RGB
-    second: np.ndarray
-    homography: np.ndarray | None  # [3, 3], pixels of `first` to pixels of `second`
 
 
 @dataclass(frozen=True)
@@ -92,59 +80,68 @@ def random_homography(
     return cv2.getPerspectiveTransform(corners.astype(np.float32), moved.astype(np.float32))
 
 
-def spread(paths: list[Path], count: int) -> list[Path]:
-    """At most `count` of the paths, evenly spread."""
-    return [paths[i] for i in np.unique(np.linspace(0, len(paths) - 1, count).astype(int))]
+def spread(images: list[Image], count: int) -> list[Image]:
+    """At most `count` of the images, evenly spread."""
+    return [images[i] for i in np.unique(np.linspace(0, len(images) - 1, count).astype(int))]
 
 
-def folder_pairs(folder: Path, images: int, seed: int) -> Iterator[Pair]:
+def warped(image: Image, homography: np.ndarray) -> np.ndarray:
+    """An image through a homography to one of its own size, mirrored beyond its edges."""
+    return cv2.warpPerspective(
+        image.load(),
+        homography,
+        image.size,
+        flags=cv2.INTER_AREA,
+        borderMode=cv2.BORDER_REFLECT,
+    )
+
+
+def folder_pairs(folder: Path, images: int, seed: int) -> list[Pair]:
     """The pairs of a folder: `images` of each strength, and as many of consecutive images."""
-    paths = list_images(folder)
-    for index, path in enumerate(spread(paths, images)):
-        image = load_image(path)
-        size = image.shape[:2]
+    sources = [
+        Image(path.name, functools.partial(load_image, path)) for path in list_images(folder)
+    ]
+    pairs = []
+    for index, image in enumerate(spread(sources, images)):
+        width, height = image.size
         for number, (kind, strength) in enumerate(STRENGTHS.items()):
             rng = np.random.default_rng((seed, index, number))
-            homography = random_homography(*size, strength, rng)
-            warped = cv2.warpPerspective(
-                image, homography, size[::-1], flags=cv2.INTER_AREA, borderMode=cv2.BORDER_REFLECT
-            )
-            yield Pair(folder.name, kind, path.name, image, warped, homography)
-    starts = spread(paths[:-1], images) if len(paths) > 1 else []
-    following = dict(itertools.pairwise(paths))
-    for path in starts:
-        second = following[path]
-        name = f"{path.name} {second.name}"
-        yield Pair(folder.name, "consecutive", name, load_image(path), load_image(second), None)
+            homography = random_homography(height, width, strength, rng)
+            pixels = functools.partial(warped, image, homography)
+            second = Image(f"{image.name} {kind}", pixels)
+            pairs.append(Pair(image.name, kind, image, second, homography))
+    following = dict(itertools.pairwise(sources))
+    for first in spread(sources[:-1], images) if len(sources) > 1 else []:
+        second = following[first]
+        pairs.append(Pair(f"{first.name} {second.name}", CONSECUTIVE, first, second, None))
+    return pairs
 
 
-def correct_by_homography(first: np.ndarray, second: np.ndarray, homography: np.ndarray) -> int:
-    """How many matched keypoints, [P, 2] each, the homography brings within `CORRECT` pixels."""
-    projected = cv2.perspectiveTransform(first[None].astype(np.float64), homography)[0]
-    return int((np.linalg.norm(projected - second, axis=1) < CORRECT).sum())
+def count_correct(pair: Pair, first: Features, second: Features, matches: np.ndarray) -> int:
+    """How many matches the homography, or else an epipolar geometry of most of them, agrees with.
+
+    Within `CORRECT_PX` of where the homography puts them, or 1 px of their epipolar lines.
+    """
+    if pair.truth is not None:
+        return int((match_distances(pair, first, second, matches) <= CORRECT_PX).sum())
+    points = first.keypoints[matches[:, 0]], second.keypoints[matches[:, 1]]
+    return int(epipolar_inliers(*points, intrinsics=None, seed=0).sum())
 
 
-def correct_by_epipolar_geometry(first: np.ndarray, second: np.ndarray) -> int:
-    """How many matched keypoints, [P, 2] each, agree with one fundamental matrix."""
-    if len(first) < 8:
-        return 0
-    cv2.setRNGSeed(0)
-    _, inliers = cv2.findFundamentalMat(
-        first, second, cv2.USAC_MAGSAC, EPIPOLAR, confidence=0.9999, maxIters=10000
-    )
-    return 0 if inliers is None else int(inliers.sum())
+def measure(folder: str, pairs: list[Pair], system: str, extract: Extract) -> list[Record]:
+    """Match all pairs by mutual nearest neighbours and count."""
 
+    @functools.cache
+    def features(image: Image) -> Features:
+        return extract(image.load())
 
-def measure(pair: Pair, system: str, extract: Extract) -> Record:
-    """Match a pair by mutual nearest neighbours and count."""
-    a, b = extract(pair.first), extract(pair.second)
-    i, j = match_mutual(a.descriptors, b.descriptors, ANY_SIMILARITY).T
-    first, second = a.keypoints[i], b.keypoints[j]
-    if pair.homography is None:
-        correct = correct_by_epipolar_geometry(first, second)
-    else:
-        correct = correct_by_homography(first, second, pair.homography)
-    return Record(pair.folder, pair.kind, pair.name, system, len(i), correct)
+    records = []
+    for pair in pairs:
+        first, second = features(pair.first), features(pair.second)
+        matches = match(first, second)
+        correct = count_correct(pair, first, second, matches)
+        records.append(Record(folder, pair.group, pair.name, system, len(matches), correct))
+    return records
 
 
 def systems(args: argparse.Namespace) -> dict[str, Extract]:
@@ -165,30 +162,34 @@ def systems(args: argparse.Namespace) -> dict[str, Extract]:
 def table(records: list[Record]) -> str:
     """Mean matching accuracy in percent and correct matches per pair, as Markdown."""
     names = list(dict.fromkeys(record.system for record in records))
-    lines = ["| images | pairs | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
+    rows = []
     for folder, kind in dict.fromkeys((record.folder, record.kind) for record in records):
-        rows = [r for r in records if (r.folder, r.kind) == (folder, kind)]
+        own = [r for r in records if (r.folder, r.kind) == (folder, kind)]
         cells = []
         for name in names:
-            own = [record for record in rows if record.system == name]
-            accuracy = 100 * np.mean([record.accuracy for record in own])
-            cells.append(f"{accuracy:.1f}, {np.mean([record.correct for record in own]):.0f}")
-        lines.append(f"| {folder} | {kind} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            of_system = [record for record in own if record.system == name]
+            accuracy = 100 * np.mean([record.accuracy for record in of_system])
+            cells.append(f"{accuracy:.1f}, {np.mean([record.correct for record in of_system]):.0f}")
+        rows.append([folder, kind, *cells])
+    return markdown(["images", "pairs", *names], rows, left=2)
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m training.quality",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="image folders")
     parser.add_argument("--weights", type=Path, metavar="FILE", help="default: the shipped ones")
-    parser.add_argument("--images", type=int, default=8, help="per folder (default: %(default)s)")
-    parser.add_argument("--top_k", type=int, default=1000, help="keypoints (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the homographies (default: 0)")
+    parser.add_argument(
+        "--images", type=whole(1), default=8, help="per folder (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--top_k", type=whole(1), default=1000, help="keypoints (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=seed, default=0, help="of the homographies (default: 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--output", type=Path, metavar="FILE", help="a JSON line per pair")
     return parser
@@ -196,12 +197,13 @@ def parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     """Measure all pairs with all systems, print the table, write the records."""
+    pairs = {folder.name: folder_pairs(folder, args.images, args.seed) for folder in args.folders}
     compared = systems(args)
     records = [
-        measure(pair, name, extract)
-        for folder in args.folders
-        for pair in folder_pairs(folder, args.images, args.seed)
+        record
+        for folder, own in pairs.items()
         for name, extract in compared.items()
+        for record in measure(folder, own, name, extract)
     ]
     print(table(records))
     if args.output:

@@ -19,7 +19,7 @@ from aliked.errors import InputError
 from aliked.files import whole_file, writable_folder
 from aliked.model import ALIKED
 from training.appearance import change_appearance
-from training.geometry import Pair, random_pairs
+from training.geometry import ViewPairs, random_pairs
 from training.model import TrainableALIKED
 from training.objective import pair_losses, weighted_sum
 from training.pool import TRAIN, make_pool
@@ -91,7 +91,7 @@ class Trainer:
         with whole_file(path) as partial:
             torch.save(state, partial)
 
-    def draw_pair(self, pool: torch.Tensor, progress: float) -> Pair:
+    def draw_pair(self, pool: torch.Tensor, progress: float) -> ViewPairs:
         """A fresh batch of views of random images of the pool, uint8 [N, H, W, 3].
 
         The image sizes take turns; a batch has as many pairs as have about `batch_pixels`.
@@ -106,7 +106,7 @@ class Trainer:
         first, second = (
             change_appearance(v, settings.appearance, self.generator) for v in pair[:2]
         )
-        return Pair(first, second, pair.homography)
+        return ViewPairs(first, second, pair.homography)
 
     def train_step(self, pool: torch.Tensor, progress: float) -> dict[str, torch.Tensor]:
         """One update; the unweighted losses by name."""
@@ -174,7 +174,9 @@ class Clock:
         return self.trainer.seconds - self.before >= self.limit
 
 
-def train(trainer: Trainer, pool: torch.Tensor, pairs: list[Pair], clock: Clock, out: Path) -> None:
+def train(
+    trainer: Trainer, pool: torch.Tensor, pairs: list[ViewPairs], clock: Clock, out: Path
+) -> None:
     """Train until the end or until the clock stops; log, validate and save on the way."""
     run = trainer.settings.run
     losses, scores = Log(out / "losses.csv"), Log(out / "validation.csv")
@@ -195,7 +197,7 @@ def train(trainer: Trainer, pool: torch.Tensor, pairs: list[Pair], clock: Clock,
     trainer.save(out / "checkpoint.pt")
 
 
-def measure(trainer: Trainer, pairs: list[Pair]) -> dict[str, float]:
+def measure(trainer: Trainer, pairs: list[ViewPairs]) -> dict[str, float]:
     """The validation scores of the averaged weights."""
     return asdict(validate(trainer.average, pairs, trainer.settings.validation.top_k))
 

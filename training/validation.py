@@ -9,7 +9,7 @@ from aliked.features import Features
 from aliked.matching import match_mutual
 from aliked.model import ALIKED
 from training.appearance import change_appearance
-from training.geometry import Pair, inside, project, random_pairs
+from training.geometry import ViewPairs, inside, project, random_pairs
 from training.pool import VALIDATE, make_pool
 from training.settings import Settings
 
@@ -26,7 +26,7 @@ class Scores:
     error: float  # pixels: median distance of correct matches
 
 
-def make_pairs(settings: Settings, device: torch.device) -> list[Pair]:
+def make_pairs(settings: Settings, device: torch.device) -> list[ViewPairs]:
     """The validation pairs: the same for a seed on the same kind of device; uint8 views of one."""
     pool = make_pool(VALIDATE, settings.run.seed, settings.validation_pool)
     generator = torch.Generator(device).manual_seed(settings.run.seed)
@@ -42,7 +42,7 @@ def make_pairs(settings: Settings, device: torch.device) -> list[Pair]:
             generator,
         )
         views = (change_appearance(v, settings.appearance, generator) for v in pair[:2])
-        pairs.append(Pair(*views, pair.homography))
+        pairs.append(ViewPairs(*views, pair.homography))
     return pairs
 
 
@@ -56,7 +56,7 @@ def extract(model: ALIKED, image: torch.Tensor, top_k: int) -> Features:
     )
 
 
-def pair_scores(first: Features, second: Features, pair: Pair) -> Scores:
+def pair_scores(first: Features, second: Features, pair: ViewPairs) -> Scores:
     """`Scores` of one pair of views."""
     size = pair.first.shape[-1]
     own, other = (torch.from_numpy(f.keypoints)[None].double() for f in (first, second))
@@ -74,7 +74,7 @@ def pair_scores(first: Features, second: Features, pair: Pair) -> Scores:
     )
 
 
-def validate(model: ALIKED, pairs: list[Pair], top_k: int) -> Scores:
+def validate(model: ALIKED, pairs: list[ViewPairs], top_k: int) -> Scores:
     """Mean `Scores` over all pairs."""
     scores = [
         pair_scores(extract(model, pair.first, top_k), extract(model, pair.second, top_k), pair)

@@ -12,7 +12,7 @@ import torch
 from aliked.backends import Spec
 from aliked.backends.pytorch import choose_device, load_model, named, to_features
 from aliked.errors import InputError
-from aliked.features import Extractor, Features
+from aliked.features import Extractor, Features, check_images
 from aliked.model import PRECISIONS
 from aliked.transfer import upload
 
@@ -57,6 +57,7 @@ class FusedExtractor(Extractor):
 
     def extract_batch(self, images: np.ndarray) -> list[Features]:
         """Return each image's `Features` of uint8 [B, H, W, 3] RGB, copies included."""
+        check_images(images)
         with torch.cuda.device(self.device):
             plan = self._plan(images)
             upload(images, self.device, plan.images)
@@ -65,6 +66,7 @@ class FusedExtractor(Extractor):
 
     def to_device(self, images: np.ndarray) -> torch.Tensor:
         """Return uint8 [B, H, W, 3] RGB on the device."""
+        check_images(images)
         return upload(images, self.device)
 
     def infer(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:

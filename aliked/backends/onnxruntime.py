@@ -17,7 +17,7 @@ from aliked import gpu
 from aliked.backends import Spec
 from aliked.backends.tensorrt_library import HOPPER, numbers
 from aliked.errors import InputError, how_to_install
-from aliked.features import OUTPUTS, Extractor, Features, features_of_batch
+from aliked.features import OUTPUTS, Extractor, Features, check_images, features_of_batch
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 TENSORRT = "TensorrtExecutionProvider"
@@ -305,6 +305,7 @@ class ONNXRuntimeExtractor(Extractor):
 
     def _prepare(self, images: np.ndarray) -> np.ndarray:
         """uint8 [B, H, W, 3] to what the file's input takes."""
+        check_images(images)
         self._check_size(images)
         if self.input.type == "tensor(uint8)":
             return np.ascontiguousarray(images)

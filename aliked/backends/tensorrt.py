@@ -33,7 +33,7 @@ from aliked.backends.tensorrt_library import (
     register_plugins,
 )
 from aliked.errors import InputError, how_to_install
-from aliked.features import OUTPUTS, Extractor, Features, features_of_batch
+from aliked.features import OUTPUTS, Extractor, Features, check_images, features_of_batch
 from aliked.files import sha256, whole_file
 from aliked.threads import copied_parts
 
@@ -570,6 +570,7 @@ class TensorRTExtractor(Extractor):
 
     def _stage(self, images: np.ndarray) -> None:
         """Write uint8 [B, H, W, 3] into the pinned input, in the engine's type and layout."""
+        check_images(images)
         uint8 = self.dtype == np.uint8
         values = images if uint8 else images.transpose(0, 3, 1, 2)
         self._prepare(values.shape)

@@ -10,11 +10,15 @@ from tqdm import tqdm
 
 from aliked.backends import BACKENDS, Spec
 from aliked.cli import (
+    Parser,
     add_device_option,
     add_selection_options,
+    add_size_option,
     add_weights_option,
     check_selection,
     command_line,
+    cosine,
+    positive,
 )
 from aliked.comparison import (
     ImageComparison,
@@ -33,16 +37,25 @@ from aliked.configs import CONFIGS, get_config
 from aliked.doctor import packages
 from aliked.download import offer_download
 from aliked.drawing import draw_differences, write_picture
-from aliked.errors import InputError
 from aliked.features import Extractor
-from aliked.files import sha256, whole_file, writable_folder, write_json
+from aliked.files import (
+    check_writable,
+    remove_files,
+    sha256,
+    whole_file,
+    writable_folder,
+    write_json,
+)
 from aliked.images import list_images, load_image
+from aliked.parity import RADIUS_PX
 from aliked.weights import find_weights
+
+WRITTEN = ("comparison.md", "comparison.json", "dot_products.png", "keypoints_*.png")
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         description=__doc__,
         epilog="Without further options PyTorch in half precision is compared with PyTorch in "
         f"float32, which runs everywhere. Backends: {', '.join(BACKENDS)}.",
@@ -59,16 +72,17 @@ def parser() -> argparse.ArgumentParser:
             f"--{role}_model_path", type=Path, metavar="FILE", help="its .onnx or .trt file"
         )
     add_model_options(p.add_argument_group("both sides"))
+    add_size_option(p)
     p.add_argument(
         "--radius",
-        type=float,
-        default=0.5,
+        type=positive,
+        default=RADIUS_PX,
         metavar="PX",
         help="keypoints further apart are not the same (default: %(default)s)",
     )
     p.add_argument(
         "--min_similarity",
-        type=float,
+        type=cosine,
         default=0.75,
         metavar="COSINE",
         help="lowest descriptor similarity of a match, -1 to 1 (default: %(default)s)",
@@ -96,8 +110,6 @@ def add_model_options(group: argparse._ArgumentGroup) -> None:
 
 def sides_from(args: argparse.Namespace) -> tuple[Side, Side]:
     """What to compare; `InputError` where the options do not go together."""
-    if args.radius <= 0:
-        raise InputError(f"--radius {args.radius} pairs nothing; give pixels above 0, such as 0.5")
     reference = choose_side("reference", args.reference, args.reference_model_path, "fp32")
     other = choose_side("other", args.other, args.other_model_path, "fp16")
     return reference, other
@@ -110,7 +122,7 @@ def spec_from(args: argparse.Namespace, sides: tuple[Side, Side]) -> Spec:
     return Spec(
         model=model,
         top_k=args.top_k,
-        scores_th=check_selection(args.top_k, args.scores_th),
+        scores_th=check_selection(args.top_k, args.scores_th, args.n_limit),
         n_limit=args.n_limit,
         device=args.device,
         weights=args.weights,
@@ -118,11 +130,15 @@ def spec_from(args: argparse.Namespace, sides: tuple[Side, Side]) -> Spec:
 
 
 def compare(
-    paths: list[Path], reference: Extractor, other: Extractor, radius: float
+    paths: list[Path],
+    reference: Extractor,
+    other: Extractor,
+    radius: float,
+    max_size: int | None = None,
 ) -> Iterator[tuple[np.ndarray, ImageComparison]]:
     """Each image with what both runtimes find in it, when its turn comes."""
     for path in tqdm(paths, unit="image", disable=None):  # no bar where nobody looks
-        image = load_image(path)
+        image = load_image(path, max_size=max_size)
         yield image, compare_image(path.name, reference(image), other(image), radius)
 
 
@@ -144,14 +160,17 @@ def main(args: argparse.Namespace) -> None:
     paths = list_images(args.images)
     sides = sides_from(args)
     spec = spec_from(args, sides)
+    folder = args.output or Path("output") / time.strftime("compare-%Y%m%d-%H%M%S")
+    check_writable(folder)
     extractors = [open_side(side, spec) for side in sides]
-    output = writable_folder(args.output or Path("output") / time.strftime("compare-%Y%m%d-%H%M%S"))
+    output = writable_folder(folder)
+    remove_files(output, *WRITTEN)  # an older run's
 
     labels = [side.label(extractor) for side, extractor in zip(sides, extractors, strict=True)]
     title = f"{spec.model}: {labels[1]} against {labels[0]}"
 
     numbers, previous = Numbers(), None
-    for image, found in compare(paths, *extractors, args.radius):
+    for image, found in compare(paths, *extractors, args.radius, args.max_size):
         numbers.add_image(found)
         if previous:
             numbers.add_matches(compare_matches(previous, found, args.min_similarity))
@@ -177,6 +196,7 @@ def provenance(
         "radius_px": args.radius,
         "min_similarity": args.min_similarity,
         "folder": str(args.images),
+        "max_size": args.max_size,
         "versions": packages(),
         "command": command_line(),
     }
@@ -192,4 +212,4 @@ def write_results(output: Path, title: str, numbers: Numbers, facts: dict) -> No
     with whole_file(output / "comparison.md") as partial:
         partial.write_text(text + "\n")
     write_json(output / "comparison.json", facts | summary)
-    print(f"wrote comparison.md, comparison.json, dot_products.png and keypoints_*.png to {output}")
+    print(f"wrote {', '.join(WRITTEN)} to {output}")

@@ -8,9 +8,18 @@ from pathlib import Path
 
 import numpy as np
 
-from aliked.cli import add_extractor_options, extractor_from
+from aliked.backends import create_extractor, get_backend
+from aliked.cli import (
+    Parser,
+    add_extractor_options,
+    add_lines_option,
+    add_size_option,
+    cosine,
+    extractor_spec,
+)
 from aliked.download import offer_download
 from aliked.drawing import (
+    LINES,
     draw_matches,
     draw_motion,
     show,
@@ -20,12 +29,13 @@ from aliked.drawing import (
 )
 from aliked.errors import InputError
 from aliked.features import Extractor, Features
-from aliked.files import writable_folder
+from aliked.files import check_writable, remove_files, writable_folder
 from aliked.images import list_images, load_image
 from aliked.matching import match_mutual
 from aliked.weights import describe_weights
 
 MAX_FRAMES = 100  # of the animation, which is held in memory
+ANIMATION = "motion.webp"
 
 
 @dataclass(frozen=True)
@@ -38,7 +48,7 @@ class Frame:
 
 
 @dataclass(frozen=True)
-class Pair:
+class MatchedFrames:
     """Two consecutive images and their matches."""
 
     first: Frame
@@ -60,8 +70,8 @@ class Pair:
             f"{matches_text(len(self.matches), self.displacement())}"
         )
 
-    def picture(self) -> np.ndarray:
-        """Both images and the matches between them."""
+    def picture(self, lines: int | None) -> np.ndarray:
+        """Both images and at most `lines` matches between them (None: all)."""
         first, second = self.first, self.second
         return draw_matches(
             first.image,
@@ -70,6 +80,7 @@ class Pair:
             second.features,
             self.matches,
             self.summary(),
+            lines=lines,
         )
 
     def motion(self) -> np.ndarray:
@@ -83,22 +94,23 @@ class Pair:
 class Files:
     """Pairs as one picture each, and one animation."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, lines: int | None) -> None:
+        self.folder, self.lines = folder, lines
         self.pictures: list[Path] = []
         self.frames: list[np.ndarray] = []
+        remove_files(folder, "pair_*.jpg", ANIMATION)  # of an older run
 
-    def present(self, pair: Pair) -> bool:
+    def present(self, pair: MatchedFrames) -> bool:
         """Write the pair's picture; True: go on."""
         self.pictures.append(self.folder / f"pair_{len(self.pictures) + 1:04}.jpg")
-        write_picture(self.pictures[-1], pair.picture())
+        write_picture(self.pictures[-1], pair.picture(self.lines))
         if len(self.frames) < MAX_FRAMES:
             self.frames.append(pair.motion())
         return True
 
     def close(self) -> None:
         """Write the animation and say where everything is."""
-        animation = self.folder / "motion.webp"
+        animation = self.folder / ANIMATION
         write_animation(animation, self.frames)
         print(f"pictures:  {self.pictures[0]} to {self.pictures[-1].name}")
         shown = len(self.frames)
@@ -109,9 +121,12 @@ class Files:
 class Window:
     """Pairs in a window, one after the other."""
 
-    def present(self, pair: Pair) -> bool:
+    def __init__(self, lines: int | None) -> None:
+        self.lines = lines
+
+    def present(self, pair: MatchedFrames) -> bool:
         """Show the pair until a key is pressed; False where the user has seen enough."""
-        return show("ALIKED matches", pair.picture())
+        return show("ALIKED matches", pair.picture(self.lines))
 
     def close(self) -> None:
         """Leave the window to the end of the program."""
@@ -119,18 +134,20 @@ class Window:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__,
         epilog="In the window any key goes on to the next pair, q or Esc quits.",
     )
     add_extractor_options(parser)
+    add_size_option(parser)
     parser.add_argument(
         "--min_similarity",
-        type=float,
+        type=cosine,
         default=0.75,
         metavar="COSINE",
         help="lowest descriptor similarity of a match, -1 to 1 (default: %(default)s)",
     )
+    add_lines_option(parser, LINES)
     parser.add_argument(
         "--output",
         type=Path,
@@ -146,17 +163,23 @@ def main(args: argparse.Namespace) -> None:
     paths = list_images(args.images)
     if len(paths) < 2:
         raise InputError(f"{args.images} has one image; give a folder with at least two")
-    extractor = extractor_from(args)
+    spec = extractor_spec(args)
     obstacle = None if args.output else why_no_window()
-    output = writable_folder(args.output or Path("demo")) if args.output or obstacle else None
+    folder = (args.output or Path("demo")) if args.output or obstacle else None
+    if folder:
+        check_writable(folder)
+    extractor = create_extractor(args.backend, spec)
+    output = folder and writable_folder(folder)
     model = args.model_path or f"{args.model} ({describe_weights(args.model, args.weights)})"
     print(f"{model} on {extractor.name}, {len(paths)} images")
+    if get_backend(args.backend).compiles:
+        print("compiling at the first image of each size, which takes minutes")
     if obstacle:
         print(f"no window, because {obstacle}: writing pictures into {output}")
 
-    view = Files(output) if output else Window()
+    view = Files(output, args.lines) if output else Window(args.lines)
     count = matches = displacement = 0
-    for pair in match_consecutive(paths, extractor, args.min_similarity):
+    for pair in match_consecutive(paths, extractor, args.min_similarity, args.max_size):
         print(pair.summary())
         count += 1
         matches += len(pair.matches)
@@ -168,19 +191,19 @@ def main(args: argparse.Namespace) -> None:
 
 
 def match_consecutive(
-    paths: list[Path], extractor: Extractor, min_similarity: float
-) -> Iterator[Pair]:
+    paths: list[Path], extractor: Extractor, min_similarity: float, max_size: int | None
+) -> Iterator[MatchedFrames]:
     """Match neighbours; each image is read, and its features extracted, when its turn comes."""
 
     def frame(path: Path) -> Frame:
-        image = load_image(path)
+        image = load_image(path, max_size=max_size)
         return Frame(path, image, extractor(image))
 
     for first, second in pairwise(map(frame, paths)):
         matches = match_mutual(
             first.features.descriptors, second.features.descriptors, min_similarity
         )
-        yield Pair(first, second, matches)
+        yield MatchedFrames(first, second, matches)
 
 
 def matches_text(count: int, displacement: float) -> str:

@@ -4,7 +4,14 @@ import cv2
 import numpy as np
 import pytest
 
-from aliked.drawing import GAP, draw_matches, draw_motion, write_animation, write_picture
+from aliked.drawing import (
+    GAP,
+    choose_lines,
+    draw_matches,
+    draw_motion,
+    write_animation,
+    write_picture,
+)
 from aliked.features import Features
 
 NO_MATCHES = np.empty((0, 2), np.int64)
@@ -50,6 +57,39 @@ def test_right_matches_are_green_and_wrong_ones_red():
     picture = draw_matches(image, points, image, points, matches, "", correct).astype(int)
     (right, wrong) = picture[50, 100], picture[250, 100]
     assert right[1] > right[0] + 100 and wrong[0] > wrong[1] + 100
+
+
+def test_few_lines_are_drawn_spread_over_the_image_the_most_similar_first():
+    """A hundred matches crowd one corner, one is in each of the others."""
+    random = np.random.default_rng(0)
+    crowd = random.uniform(0, 50, (100, 2))
+    corners = np.array([[600.0, 10], [10, 400], [600, 400]])
+    points = np.vstack([crowd, corners])
+    similarity = np.r_[random.uniform(0.8, 1, 100), [0.1, 0.1, 0.1]]
+    chosen = choose_lines(points, similarity, 4)
+    assert chosen.tolist() == [int(similarity.argmax()), 100, 101, 102]
+    assert choose_lines(points, similarity, 0).tolist() == []
+    assert choose_lines(points, similarity, 103).tolist() == list(range(103))
+    assert choose_lines(np.zeros((5, 2)), np.arange(5.0), 2).tolist() == [3, 4]  # all at one place
+
+
+def test_right_and_wrong_lines_keep_their_shares():
+    random = np.random.default_rng(0)
+    points, correct = random.uniform(0, 600, (400, 2)), np.arange(400) < 300
+    chosen = choose_lines(points, random.uniform(size=400), 40, correct)
+    assert len(set(chosen.tolist())) == 40 and correct[chosen].sum() == 30
+
+
+def test_matches_that_are_not_drawn_are_counted_in_the_caption():
+    points = features(*[(20 + 12 * i, 20 + 9 * i) for i in range(40)])
+    matches = np.repeat(np.arange(40)[:, None], 2, axis=1)
+    image = grey(480, 640)
+    few, every = (
+        draw_matches(image, points, image, points, matches, "caption", lines=n) for n in (5, None)
+    )
+    between = slice(0, 480), slice(500, 1140)  # where lines are and hardly a keypoint
+    assert 0 < coloured(few)[between].sum() < coloured(every)[between].sum() / 3
+    assert (few[490:] != every[490:]).any()
 
 
 def test_a_keypoint_without_partner_is_drawn_without_colour():

@@ -1,11 +1,13 @@
 """Image files as users have them: every kind that is read, every kind that is refused."""
 
+import os
 import struct
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 from skimage import data
 
 from aliked.errors import InputError
@@ -199,3 +201,59 @@ def test_images_of_another_size_are_named_with_both_sizes(tmp_path, photo):
     written(tmp_path / "3.png", encode(photo[:50], ".png"))
     with pytest.raises(InputError, match=r"3\.png has 96x50 pixels but .*1\.png has 96x64"):
         list(require_same_size(read(tmp_path)))
+
+
+def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    for path in list_images(tmp_path):
+        with pytest.raises(InputError, match=rf"{path.name} is no regular file"):
+            load_image(path)
+
+
+@pytest.mark.parametrize(
+    ("mode", "options", "what"),
+    [
+        ("LAB", {}, "another space than RGB"),
+        ("RGB", {"compression": "jpeg"}, "a JPEG inside"),
+        ("YCbCr", {"compression": "jpeg"}, "a JPEG inside"),
+    ],
+)
+def test_a_tiff_whose_colours_would_be_wrong_is_refused(tmp_path, photo, mode, options, what):
+    Image.fromarray(photo).convert(mode).save(tmp_path / "odd.tif", **options)
+    with pytest.raises(InputError, match=rf"odd\.tif is a TIFF .*{what}"):
+        load_image(tmp_path / "odd.tif")
+
+
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [("RGB", {"compression": "tiff_lzw"}), ("RGBA", {}), ("CMYK", {})],
+)
+def test_other_tiffs_keep_their_colours(tmp_path, photo, mode, options):
+    Image.fromarray(photo).convert(mode).save(tmp_path / "usual.tif", **options)
+    np.testing.assert_array_equal(load_image(tmp_path / "usual.tif"), photo)
+
+
+def test_a_grey_jpeg_inside_a_tiff_has_no_colours_to_mistake(tmp_path, photo):
+    Image.fromarray(photo).convert("L").save(tmp_path / "grey.tif", compression="jpeg")
+    assert load_image(tmp_path / "grey.tif").shape == photo.shape
+
+
+def test_images_of_formats_that_are_not_read_are_named(tmp_path, photo, capsys):
+    written(tmp_path / "1.png", encode(photo, ".png"))
+    for name in ("b.GIF", "a.heic", "notes.txt", ".hidden.gif"):
+        (tmp_path / name).touch()
+    assert [path.name for path in list_images(tmp_path)] == ["1.png"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "2 files passed over (a.heic, b.GIF)" in line
+    (tmp_path / "1.png").unlink()
+    with pytest.raises(InputError, match="no image in"):
+        list_images(tmp_path)
+
+
+def test_a_large_image_is_reduced_to_its_longer_side(tmp_path, photo):
+    path = written(tmp_path / "photo.png", encode(photo, ".png"))  # 96x64
+    assert load_image(path, max_size=48).shape == (32, 48, 3)
+    np.testing.assert_array_equal(load_image(path, max_size=96), photo)
+    tall = written(tmp_path / "tall.png", encode(photo[:, :6], ".png"))  # 6x64
+    assert load_image(tall, max_size=32).shape == (32, 5, 3)  # no smaller than detection takes

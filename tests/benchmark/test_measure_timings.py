@@ -181,16 +181,18 @@ def test_resuming_nothing_is_refused(tmp_path, monkeypatch):
 def test_what_demo_pair_takes_is_taken(tmp_path):
     """Its options, word for word, and a folder as the output."""
     words = "assets/sequence_640x480 --model aliked-t16-homography --backend pytorch --top_k 500 "
-    words += f"--device cpu --min_similarity 0.8 --output {tmp_path}"
+    words += "--device cpu --min_similarity 0.8 --precision fp32 --lines 50 "
+    words += f"--max_size 320 --output {tmp_path}"
     demo = demo_pair.parser().parse_args(words.split())
     args = measure_timings.parser().parse_args(words.split())
     assert measure_timings.output_from(args) == (tmp_path / "timings.jsonl", tmp_path)
-    for name in vars(demo).keys() - {"images", "model", "backend", "top_k"}:
+    for name in vars(demo).keys() - {"images", "model", "backend", "top_k", "precision", "lines"}:
         assert getattr(args, name) == getattr(demo, name), name
     assert args.folders == [demo.images]
     grid = measure_timings.grid_from(args)
     found = (grid.models, grid.backends, grid.top_ks)
     assert found == ([demo.model], [demo.backend], [demo.top_k])
+    assert grid.precisions == [demo.precision]
 
 
 def test_images_of_several_sizes_are_rows_of_their_own(photographs, tmp_path):

@@ -127,7 +127,16 @@ def test_records_are_not_overwritten(finished):
         (["assets", "--models", "aliked-x"], "unknown model 'aliked-x'"),
         (["assets", "--top_k", "0"], "pass --scores_th as well"),
         (["assets", "--output", "table.md"], "not the name of a .jsonl file"),
-        (["assets", "--short_side", "2"], "give at least 32"),
+        (
+            ["assets", "--setting", "1024", "--top_k", "300"],
+            "--setting 1024 decides --top_k itself",
+        ),
+        (["assets", "--setting", "1024", "--top_k", "1000"], "decides --top_k itself"),
+        (["assets", "--setting", "1024", "--short_side", "200"], "decides --short_side itself"),
+        (["assets", "--setting", "5000", "--scores_th", "0.2"], "decides --scores_th itself"),
+        (["assets", "--setting", "5000", "--n_limit", "5000"], "decides --n_limit itself"),
+        (["assets", "--n_limit", "20"], "--n_limit selects keypoints by score, and --top_k 1000"),
+        (["assets", "--top_k", "9", "--scores_th", "0.2"], "--scores_th selects keypoints by"),
     ],
 )
 def test_bad_input_is_refused(arguments, sentence, scenes, monkeypatch):
@@ -136,6 +145,47 @@ def test_bad_input_is_refused(arguments, sentence, scenes, monkeypatch):
     usual = ["--systems", "sift"] if "--systems" not in arguments else []
     with pytest.raises(InputError, match=sentence):
         run("homography", *arguments, *usual)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--short_side", "2"], "give at least 32"),
+        (["--seed", str(2**63)], "--seed: 9223372036854775808 is no whole number"),
+        (["--seed", "-1"], "--seed: -1 is no whole number"),
+        (["--worst", "-1"], "--worst: -1 is no whole number"),
+        (["--scores_th", "nan"], "--scores_th: nan is no number from 0 to 1"),
+        (["--scores_th", "7"], "--scores_th: 7 is no number from 0 to 1"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(arguments, sentence):
+    with pytest.raises(InputError, match=sentence):
+        run("homography", "assets", *arguments)
+
+
+@pytest.mark.parametrize("damage", ["{", '{"schema": 1}', "[]", '{"task": "homography"}'])
+def test_a_damaged_file_of_records_is_named_and_left_as_it_was(finished, tmp_path, damage):
+    folder, options, _ = finished
+    first, second = (folder / "records.jsonl").read_text().splitlines()
+    output = tmp_path / "records.jsonl"
+    text = f"{first}\n{damage}\n{second}\n"
+    output.write_text(text)
+    with pytest.raises(InputError, match=r"line 2 of .*records\.jsonl"):
+        run(*options, "--output", output, "--resume")
+    assert output.read_text() == text
+
+
+def test_pictures_of_an_older_run_do_not_stay(finished, tmp_path):
+    folder, options, _ = finished
+    output = tmp_path / "records.jsonl"
+    output.write_text((folder / "records.jsonl").read_text())
+    run(*options, "--output", output, "--resume", "--worst", 2)
+    assert len(list((tmp_path / "records" / "worst").glob("*.jpg"))) == 2 * 2
+    run(*options, "--output", output, "--resume", "--worst", 1)
+    assert len(list((tmp_path / "records" / "worst").glob("*.jpg"))) == 2 * 1
+    run(*options, "--output", output, "--resume", "--worst", 0)
+    assert not (tmp_path / "records" / "worst").exists()
+    assert not (tmp_path / "records" / "worst.html").exists()
 
 
 def test_bad_input_is_one_sentence_and_status_2(tmp_path):

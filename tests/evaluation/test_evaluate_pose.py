@@ -1,7 +1,6 @@
 """`evaluate.py pose` and `evaluate.py sequences` as users run them, with SIFT on a few images."""
 
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,20 +10,26 @@ import numpy as np
 import pytest
 
 import evaluate
+from aliked import cli
 from evaluation.scene import FILE, Scene, read_scene, write_scene
 
 ROOT = Path(__file__).resolve().parents[2]
 SCENE = ROOT / "assets" / "scene_640x480"
 
 
-def refused(*args) -> str:
-    """The one sentence of a refusal."""
-    result = subprocess.run(
-        [sys.executable, ROOT / "evaluate.py", *map(str, args)], capture_output=True, text=True
-    )
-    assert result.returncode == 2, result.stderr
-    (sentence,) = result.stderr.splitlines()
-    return sentence
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """The one sentence that the script refuses options with, run in this process."""
+
+    def refused(*args) -> str:
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, args)])
+        with pytest.raises(SystemExit) as end:
+            cli.run(evaluate.main, evaluate.parser())
+        assert end.value.code == 2
+        (sentence,) = capsys.readouterr().err.splitlines()
+        return sentence
+
+    return refused
 
 
 def run(folder: Path, *args) -> dict:
@@ -101,7 +106,7 @@ def test_a_sequence_needs_no_ground_truth(tmp_path):
         assert 100 <= row["inliers"] <= row["matches"] <= 300
 
 
-def test_bad_input_is_refused_in_one_sentence(tmp_path):
+def test_bad_input_is_refused_in_one_sentence(refused, tmp_path):
     assert "has no scene.json, no groundtruth.txt" in refused("pose", tmp_path)
     assert "megadepth1500.zip" in refused("pose", tmp_path)
     (tmp_path / "groundtruth.txt").write_text("1 2 3\n")
@@ -109,5 +114,6 @@ def test_bad_input_is_refused_in_one_sentence(tmp_path):
     camera = ["--intrinsics", 500, 500, 320, 240]
     assert "line 1 of" in refused("pose", tmp_path, *camera)
     (tmp_path / "Undistorted_SfM").mkdir()
-    assert "has no 0015_0.1_0.3.npz" in refused("pose", tmp_path)
+    assert "pickled Python objects, which are not read here" in refused("pose", tmp_path)
+    assert "--stride is for sequences in TUM's format" in refused("pose", SCENE, "--stride", 3)
     assert "no image in" in refused("sequences", tmp_path)

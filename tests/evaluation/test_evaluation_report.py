@@ -1,5 +1,6 @@
 """Tables and plots of evaluations, from records."""
 
+import copy
 import random
 
 import numpy as np
@@ -9,8 +10,8 @@ from msgspec.structs import replace
 import draw_report as report
 from aliked.errors import InputError
 from benchmark.records import load_records
-from evaluation.report import frontier, report_text
-from evaluation.scores import Score, load_outcomes, paired_difference
+from evaluation.report import frontier, load_outcomes, report_text
+from evaluation.task import Score, paired_difference
 from tests.helpers import timing_records
 from tests.helpers.evaluation_records import FP16, FP32, SIFT, record
 from tests.helpers.timing_records import ROW, measured, write_records
@@ -93,6 +94,38 @@ def test_a_pair_without_a_homography_is_a_failure(table):
 
 def test_a_measure_that_nobody_took_has_no_column(table):
     assert "PoseLib" not in cells(table([record(FP32, ERRORS)]), 0, "aliked-t16")
+
+
+def test_a_measure_that_one_system_lacks_is_no_zero(table):
+    """As where PoseLib was installed for one of the runs only."""
+    both = record(FP32, ERRORS)
+    for pair in both["pairs"]:
+        pair["corner_error"] = pair["corner_error"] | {"poselib": 0.0}
+    text = table([both, record(FP16, ERRORS)])
+    assert cells(text, 0, "aliked-t16", "pytorch (CPU)")["AUC@3 PoseLib"] == "100.0"
+    assert cells(text, 0, "aliked-t16", "onnxruntime-cpu")["AUC@3 PoseLib"] == "-"
+    assert cells(text, 1, "aliked-t16", "onnxruntime-cpu")["AUC@3 PoseLib"] == "-"
+
+
+def test_a_pose_table_without_poselib_has_no_column_of_it(table):
+    pose = {
+        "keypoints": [1000, 1000], "matches": 400, "inliers": 300, "epipolar": 200, "correct": None,
+        "rotation": 1.0, "direction": 2.0, "errors": {"opencv": [2.0, None]},
+    }  # fmt: skip
+    rows = [{"name": f"{i}", "group": "all"} | pose for i in range(4)]
+    text = table([record(FP32, [], task="pose", pairs=rows)])
+    line = cells(text, 0, "aliked-t16", "pytorch (CPU)")
+    assert "AUC@10 PoseLib" not in line and "MMA@3" not in line
+    assert 0 < float(line["AUC@10"]) < 50  # half of the repeats found no pose
+
+
+def test_the_area_under_the_curve_is_the_fields(table):
+    """SuperGlue's and glue-factory's of errors 0.5, 1.5 and a failure, up to 3 px, by hand.
+
+    Straight from (0, 0) to (0.5, 1/3) to (1.5, 2/3), level to 3: 1/12 + 1/2 + 1, divided by 3.
+    """
+    line = cells(table([record(FP32, [0.5, 1.5, None])]), 0, "aliked-t16")
+    assert line["AUC@3"] == f"{100 * (1 / 12 + 1 / 2 + 1) / 3:.1f}"
 
 
 def test_times_are_those_of_the_same_system_size_and_machine(table):
@@ -182,3 +215,35 @@ def test_one_report_draws_timings_and_evaluations_between_their_own_markers(tmp_
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"tables.md", "evaluation.md"} <= names
     assert "homography_assets_accuracy_and_speed.png" in names
+
+
+DAMAGES = {
+    "no system": lambda r: r.pop("system"),
+    "a system of another kind": lambda r: r["system"].update(top_k="many"),
+    "a system too much": lambda r: r["system"].pop("device"),
+    "another task": lambda r: r.update(task="juggling"),
+    "another status": lambda r: r.update(status="fine"),
+    "no pairs": lambda r: r.update(pairs=[]),
+    "pairs of another kind": lambda r: r.update(pairs={"a": 1}),
+    "a pair without errors": lambda r: r["pairs"][0].pop("corner_error"),
+    "a negative error": lambda r: r["pairs"][0].update(corner_error={"opencv": -1.0}),
+    "an error in words": lambda r: r["pairs"][0].update(corner_error={"opencv": "small"}),
+    "too few thresholds": lambda r: r["pairs"][0].update(correct=[1, 2]),
+    "no sizes": lambda r: r["dataset"].update(sizes={}),
+    "odd sizes": lambda r: r["dataset"].update(sizes={"large": 3}),
+    "no seed": lambda r: r["parameters"].pop("seed"),
+    "no machine": lambda r: r["configuration"].pop("machine"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_record_that_is_none_is_named(table, damage):
+    damaged = copy.deepcopy(record(FP32, ERRORS))
+    DAMAGES[damage](damaged)
+    with pytest.raises(InputError, match=r"line 2 of .*evaluations\.jsonl is no record"):
+        table([record(SIFT, ERRORS), damaged])
+
+
+def test_systems_of_other_pairs_do_not_stand_in_one_table(table):
+    with pytest.raises(InputError, match="onnxruntime-cpu fp16 aliked-t16 is of other pairs"):
+        table([record(FP32, ERRORS), record(FP16, ERRORS[:4])])

@@ -5,8 +5,8 @@ import pytest
 
 from aliked.features import Features
 from evaluation.estimators import homography_estimators
-from evaluation.homography import KIND, homography_of, measure, median_error
-from evaluation.store import Image, Pair, Resize, scaling
+from evaluation.homography import Homography, homography_of, inside, median_error
+from evaluation.pairs import Dataset, Image, Pair, Resize, scaling
 from tests.helpers.planes import moved
 
 WIDTH, HEIGHT = 320, 240
@@ -32,10 +32,15 @@ def pair(truth: np.ndarray) -> Pair:
     return Pair("pair", "group", Image("a", lambda: grey), Image("b", lambda: grey), truth)
 
 
+def measure(pair: Pair, first: Features, second: Features, seed: int) -> dict:
+    """What the task finds of a pair."""
+    return Homography(Dataset("made up", [pair]), None, seed).measure(pair, first, second)
+
+
 def scores(truth: np.ndarray, first: Features, second: Features) -> dict[str, float]:
     """Every column, of this one pair."""
     row = measure(pair(truth), first, second, seed=0)
-    return {score.name: score.value([row]) for score in (*KIND.scores, *KIND.curve)}
+    return {score.name: score.value([row]) for score in (*Homography.scores, *Homography.curve)}
 
 
 def test_the_same_features_under_the_identity_score_100_percent():
@@ -55,9 +60,9 @@ def test_a_known_shift_gives_the_known_error():
     assert (found["repeatability"], found["matching score"]) == (1, 1)
     # The homography moves every corner by 2 px.
     assert [found[f"accuracy@{t}"] for t in (1, 3, 5)] == [0, 1, 1]
-    # The share of pairs is 0 up to 2 px and 1 from there on.
-    assert found["AUC@3"] == pytest.approx(1 / 3, abs=1e-3)
-    assert found["AUC@5"] == pytest.approx(3 / 5, abs=1e-3)
+    # SuperGlue's recall curve of one pair: straight from (0, 0) to (2 px, 1), level from there on.
+    assert found["AUC@3"] == pytest.approx((1 + 1) / 3, abs=1e-3)
+    assert found["AUC@5"] == pytest.approx((1 + 3) / 5, abs=1e-3)
 
 
 def test_shuffled_matches_score_about_nothing_but_the_keypoints_are_repeated():
@@ -86,6 +91,12 @@ def test_of_several_estimates_the_middle_one_counts():
     estimates = [None, moved(1, 0), moved(90, 0), moved(2, 0), moved(0, 3)]
     assert median_error(estimates, truth, size) == pytest.approx(3)
     assert median_error([None, None, None, *estimates[1:3]], truth, size) is None
+
+
+def test_an_image_begins_and_ends_half_a_pixel_beyond_its_pixels_centres():
+    """By hand, of 4x3 pixels: from -0.5 on, up to below 3.5 and 2.5."""
+    points = np.array([[-0.5, -0.5], [-0.51, 0], [0, -0.51], [3.49, 2.49], [3.5, 0], [0, 2.5]])
+    assert inside(points, (4, 3)).tolist() == [True, False, False, True, False, False]
 
 
 def test_keypoints_that_the_other_image_does_not_show_do_not_count():

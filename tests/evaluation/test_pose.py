@@ -8,18 +8,17 @@ import pytest
 
 from aliked.features import Features
 from evaluation.estimators import pose_estimators
+from evaluation.pairs import Dataset, Pair
 from evaluation.pose import (
-    KIND,
+    Pose,
     agree,
     direction_error,
     epipolar_distance,
-    measure,
     rotation_error,
     seeds_of,
 )
 from evaluation.pose_datasets import scene_data
-from evaluation.scores import error_auc
-from evaluation.store import Pair
+from evaluation.task import error_auc
 
 REPEATS = 3  # of every estimation
 SCENE = Path(__file__).resolve().parents[2] / "assets" / "scene_640x480"
@@ -48,12 +47,12 @@ def exact(pair: Pair, names: np.ndarray | None = None) -> tuple[Features, Featur
 
 
 def measured(pair: Pair, first: Features, second: Features, seed: int = 0) -> dict:
-    return measure(pair, first, second, seed, REPEATS)
+    return Pose(Dataset("made up", [pair]), seed, REPEATS).measure(pair, first, second)
 
 
 def scores(row: dict) -> dict[str, float]:
     """Every column, of this one pair."""
-    return {score.name: score.value([row]) for score in KIND.scores}
+    return {score.name: score.value([row]) for score in Pose.scores}
 
 
 def turn(axis: list[float], degrees: float) -> np.ndarray:
@@ -136,7 +135,7 @@ def test_half_of_the_matches_may_be_wrong(pairs):
 def test_shuffled_matches_are_a_failure(pairs):
     shuffle = np.random.default_rng(0).permutation
     rows = [measured(pair, *exact(pair, shuffle)) for pair in pairs[:2]]
-    for score in KIND.scores:
+    for score in Pose.scores:
         if score.name.startswith(("AUC@5", "MMA", "epipolar")):
             assert score.value(rows) < 0.1, score.name
 
@@ -153,7 +152,7 @@ def test_a_pair_with_too_few_matches_counts_as_a_failure(pairs, count):
     assert row["rotation"] is row["direction"] is None
     assert scores(row)["AUC@20"] == 0
     good = measured(pairs[0], *exact(pairs[0]))
-    auc = next(score for score in KIND.scores if score.name == "AUC@20")
+    auc = next(score for score in Pose.scores if score.name == "AUC@20")
     assert auc.value([row, good]) == pytest.approx(0.5, abs=0.01)  # not dropped
 
 

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from aliked.errors import InputError
-from evaluation import pose_datasets
 from evaluation.pose import rotation_error
 from evaluation.pose_datasets import (
     Choice,
@@ -116,56 +115,6 @@ def test_intrinsics_are_four_numbers_or_a_file_with_them(tmp_path):
 
 
 COLMAP = np.array([[500.0, 0, 400], [0, 500, 300], [0, 0, 1]])  # of 800x600 pixels
-NAMES = [
-    f"Undistorted_SfM/{scene}/images/{index}.png" for scene in ("0015", "0022") for index in "01"
-]
-
-
-def object_array(values: list) -> np.ndarray:
-    """As the published files have them: an array of Python objects, None where one is missing."""
-    array = np.empty(len(values), object)
-    array[:] = values
-    return array
-
-
-def write_list(path: Path, pairs: int = 300, **changes) -> None:
-    """One of the five lists; the second camera is 1 m to the right of the first."""
-    pose = np.eye(4)
-    pose[0, 3] = -1
-    arrays = {
-        "image_paths": object_array([None, *NAMES[:2]]),
-        "intrinsics": object_array([None, COLMAP, COLMAP]),
-        "poses": object_array([None, np.eye(4), pose]),
-        "pair_infos": object_array([(np.array([1, 2]), 0.2, np.zeros((3, 4)))] * pairs),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, **(arrays | changes))
-
-
-@pytest.fixture
-def published(tmp_path) -> Path:
-    """The layout of LoFTR, with two photographs."""
-    for name in NAMES[:2]:
-        write_image(tmp_path / name, 800, 600)
-    for name in pose_datasets.LISTS:
-        write_list(tmp_path / "scene_info" / f"{name}.npz")
-    return tmp_path
-
-
-def test_megadepth_is_read_as_published(published):
-    data = megadepth_data(published)
-    assert len(data.pairs) == 1500
-    assert len(data.images) == 2
-    assert {pair.group for pair in data.pairs} >= {"0015, overlap 0.1 to 0.3"}
-    motion = data.pairs[0].truth
-    np.testing.assert_allclose(motion.relative_pose[:3, 3], [-1, 0, 0])
-    # The long side becomes 1600: twice the size. COLMAP's centre of the image is (400, 300), the
-    # corner of a pixel; (799.5, 599.5) is the same place from the centre of the first pixel.
-    assert data.pairs[0].first.size == (1600, 1200)
-    expected = [[1000, 0, 799.5], [0, 1000, 599.5], [0, 0, 1]]
-    np.testing.assert_allclose(motion.intrinsics[0], expected, atol=1e-9)
-
-
 TO_THE_RIGHT = np.array([[1, 0, 0, -1], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
 
 
@@ -189,38 +138,91 @@ def test_megadepth_in_the_layout_of_glue_factory(tmp_path, pose):
         megadepth_data(tmp_path)
 
 
-def test_what_is_missing_of_megadepth_is_named_and_where_it_is(published):
-    (published / NAMES[1]).unlink()
+def write_list(folder: Path, pairs: int = 1500) -> str:
+    """MegaDepth-1500 with two photographs; a line of its list."""
+    for index in range(2):
+        write_image(folder / "images" / "0015" / f"{index}.png", 800, 600)
+    numbers = [*COLMAP.ravel(), *COLMAP.ravel(), *TO_THE_RIGHT.ravel()]
+    line = " ".join(["0015/0.png", "0015/1.png", *map(str, numbers)])
+    (folder / "pairs_calibrated.txt").write_text("\n".join([line] * pairs))
+    return line
+
+
+def test_megadepth_is_read_as_published(tmp_path):
+    write_list(tmp_path)
+    data = megadepth_data(tmp_path)
+    assert len(data.pairs) == 1500
+    assert len(data.images) == 2
+    assert {pair.group for pair in data.pairs} == {"0015"}
+    motion = data.pairs[0].truth
+    np.testing.assert_allclose(motion.relative_pose[:3, 3], [-1, 0, 0])
+    # The long side becomes 1600: twice the size. COLMAP's centre of the image is (400, 300), the
+    # corner of a pixel; (799.5, 599.5) is the same place from the centre of the first pixel.
+    assert data.pairs[0].first.size == (1600, 1200)
+    expected = [[1000, 0, 799.5], [0, 1000, 599.5], [0, 0, 1]]
+    np.testing.assert_allclose(motion.intrinsics[0], expected, atol=1e-9)
+
+
+def test_what_is_missing_of_megadepth_is_named_and_where_it_is(tmp_path):
+    write_list(tmp_path)
+    (tmp_path / "images" / "0015" / "1.png").unlink()
     with pytest.raises(
-        InputError, match=rf"lacks 1 of its 2 photographs, such as {NAMES[1]}; .*LoFTR"
+        InputError, match=r"lacks 1 of its 2 photographs, such as images/0015/1.png; .*https"
     ):
-        megadepth_data(published)
-    write_list(published / "scene_info" / "0022_0.3_0.5.npz", pairs=299)
+        megadepth_data(tmp_path)
+    write_list(tmp_path, pairs=1499)
     with pytest.raises(InputError, match="lists 1499 pairs, not 1500"):
-        megadepth_data(published)
-    (published / "scene_info" / "0022_0.1_0.3.npz").unlink()
-    with pytest.raises(InputError, match=r"has no 0022_0.1_0.3.npz; MegaDepth-1500 is .*https"):
-        megadepth_data(published)
+        megadepth_data(tmp_path)
 
 
-def test_a_half_downloaded_list_is_named(published):
-    path = published / "scene_info" / "0015_0.1_0.3.npz"
-    path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(InputError, match=r"cannot read .*0015_0.1_0.3.npz"):
-        megadepth_data(published)
+def test_a_list_of_pickled_objects_is_not_read(tmp_path):
+    """LoFTR's layout: reading it would build whatever objects the file asks for."""
+    for names in (["0015_0.1_0.3.npz"], ["scene_info/x.npz"], ["Undistorted_SfM/0015/1.jpg"]):
+        folder = tmp_path / names[0].partition("/")[0]
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            np.savez(folder / name, image_paths=np.array([None], object))
+        with pytest.raises(InputError, match=r"pickled Python objects.*how to convert them"):
+            megadepth_data(folder)
 
 
-class Command:
-    """Runs a command when it is unpickled."""
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda words: ["../../etc/1.png", *words[1:]], "line 1501 of .* has '../../etc/1.png'"),
+        (lambda words: [words[0], *words[:1], *words[2:]], "pairs 0015/0.png with itself"),
+        (lambda words: [*words[:2], "-500", *words[3:]], "line 1501 .* focal length of -500"),
+        (lambda words: [*words[:10], "2", *words[11:]], "line 1501 .* intrinsics that are not"),
+        (lambda words: [*words[:20], "2", *words[21:]], "the pose of line 1501 .* is no rotation"),
+        (lambda words: [*words[:20], "nan", *words[21:]], "line 1501 .* is not two names"),
+        (lambda words: [*words[:-1], "2"], "the pose of line 1501 .* is no rotation"),
+    ],
+)
+def test_a_line_that_is_no_pair_is_named(tmp_path, damage, sentence):
+    line = write_list(tmp_path)
+    with open(tmp_path / "pairs_calibrated.txt", "a") as file:
+        file.write("\n" + " ".join(damage(line.split())) + "\n")
+    with pytest.raises(InputError, match=sentence):
+        megadepth_data(tmp_path)
 
-    def __reduce__(self):
-        return Path.touch, (Path("touched"),)
+
+@pytest.mark.parametrize(
+    ("listing", "sentence"),
+    [
+        ("0.0 ../frame.png\n", "line 1 of .*rgb.txt has '../frame.png'"),
+        ("0.0 /etc/frame.png\n", "line 1 of .*rgb.txt has '/etc/frame.png'"),
+        ("0.0\n", "line 1 of .*rgb.txt has ''"),
+        ("0.0 0.01.png\n1.0 0.01.png\n", "rgb.txt lists 0.01.png twice"),
+        ("nan 0.01.png\n", "line 1 of .*rgb.txt is not `timestamp file`"),
+    ],
+)
+def test_a_list_of_images_that_is_none_is_named(sequence, listing, sentence):
+    (sequence / "rgb.txt").write_text(listing)
+    with pytest.raises(InputError, match=sentence):
+        tum_data(sequence, CAMERA, Choice(stride=1))
 
 
-def test_a_list_with_code_in_it_is_refused_and_not_run(published, monkeypatch):
-    monkeypatch.chdir(published)
-    path = published / "scene_info" / "0015_0.1_0.3.npz"
-    write_list(path, image_paths=object_array([Command()]))
-    with pytest.raises(InputError, match=r"cannot read .*it wants to run pathlib"):
-        megadepth_data(published)
-    assert not Path("touched").exists()
+def test_an_image_named_nan_has_no_timestamp(sequence):
+    write_image(sequence / "nan.png")
+    with pytest.raises(InputError, match=r"nan.png is not named by its timestamp"):
+        tum_data(sequence, CAMERA, Choice())

@@ -1,6 +1,7 @@
 """The synthetic scene: its geometry by hand, its pictures against its geometry."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -184,4 +185,74 @@ def test_pairs_of_views_that_do_not_exist_are_refused(copy):
     data = json.loads((copy / FILE).read_text())
     (copy / FILE).write_text(json.dumps(data | {"pairs": [[0, 24]]}))
     with pytest.raises(InputError, match="pairs views that it does not have"):
+        read_scene(copy)
+
+
+def changed(**changes):
+    return lambda data: data | changes
+
+
+def of_view(**changes):
+    return lambda data: data | {"views": [data["views"][0] | changes, *data["views"][1:]]}
+
+
+def scaled_pose(factor: float):
+    def change(data):
+        pose = np.array(data["views"][0]["pose"])
+        pose[:3, :3] *= factor
+        return of_view(pose=pose.tolist())(data)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (changed(size=[641, 480]), r"000000.webp has 640x480 pixels and .* says 641x480"),
+        (changed(size=[640.0, "480"]), r"cannot read the scene in .*size"),
+        (changed(size=[-640, 480]), r"cannot read the scene in .*size"),
+        (changed(pairs=[[1, 1]]), "pairs view 1 with itself"),
+        (changed(pairs=[[0, -1]]), r"cannot read the scene in .*pairs"),
+        (changed(pairs=[[0, 1.5]]), r"cannot read the scene in .*pairs"),
+        (changed(pairs=[[0, 1], [0, 1]]), "has a pair twice"),
+        (changed(intrinsics=[[0, 0, 9], [0, 9, 9], [0, 0, 1]]), "focal length of 0"),
+        (changed(intrinsics=[[9, 0, 9], [0, 9, 9], [0, 1, 1]]), "intrinsics that are not"),
+        (changed(intrinsics=[[9, 0, 9], [0, 9, 9]]), r"cannot read the scene in .*intrinsics"),
+        (changed(faces=[{"corner": [0, 0, 0], "edges": [[1, 0, 0], [1, 0, 0]]}]), "no rectangle"),
+        (changed(faces=[{"corner": [0, 0], "edges": []}]), r"cannot read the scene in .*corner"),
+        (changed(faces=None), r"cannot read the scene in .*faces"),
+        (changed(lights=[]), r"cannot read the scene in .*lights"),
+        (of_view(pose="eye"), r"cannot read the scene in .*pose"),
+        (of_view(pose=np.diag([1.0, 1, -1, 1]).tolist()), "pose of 000000.webp .* mirrored"),
+        (of_view(file="../000000.webp"), "has '../000000.webp' where an image of its own"),
+        (scaled_pose(1.1), "pose of 000000.webp .* scaled"),
+    ],
+)
+def test_a_scene_that_would_be_scored_wrongly_is_refused(copy, change, sentence):
+    data = json.loads((copy / FILE).read_text())
+    (copy / FILE).write_text(json.dumps(change(data)))
+    with pytest.raises(InputError, match=sentence):
+        read_scene(copy)
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "1e999", '"1"', "null"])
+def test_a_number_that_is_none_is_refused(copy, number):
+    text = (copy / FILE).read_text()
+    (copy / FILE).write_text(text.replace("768.0", number, 1))
+    with pytest.raises(InputError, match=r"scene\.json"):
+        read_scene(copy)
+
+
+def test_a_scene_that_is_no_regular_file_is_refused(copy):
+    (copy / FILE).unlink()
+    os.mkfifo(copy / FILE)
+    with pytest.raises(InputError, match="is no regular file"):
+        read_scene(copy)
+
+
+def test_two_views_of_one_place_have_no_direction_between_them(copy):
+    data = json.loads((copy / FILE).read_text())
+    data["views"][1]["pose"] = data["views"][0]["pose"]
+    (copy / FILE).write_text(json.dumps(data | {"pairs": [[0, 1]]}))
+    with pytest.raises(InputError, match="views 0 and 1, which have one place"):
         read_scene(copy)

@@ -5,8 +5,8 @@ import pytest
 
 from aliked.errors import InputError
 from aliked.features import Features
-from evaluation.sequences import KIND, measure, task_of, track_starts, with_tracks
-from evaluation.store import Image, Pair
+from evaluation.pairs import Image, Pair
+from evaluation.sequences import Sequences, track_starts, with_tracks
 from tests.helpers.textures import texture
 
 CAMERA = np.array([[500.0, 0, 320], [0, 500, 240], [0, 0, 1]])
@@ -29,8 +29,20 @@ def test_images_without_links_have_no_tracks():
     assert track_starts([links()]) == [(0, 0)]
 
 
+def measure(
+    pair: Pair,
+    first: Features,
+    second: Features,
+    intrinsics: np.ndarray | None,
+    seed: int,
+    repeats: int,
+) -> dict:
+    """What the task finds of a pair."""
+    return Sequences([], intrinsics, seed, repeats).measure(pair, first, second)
+
+
 def score(rows: list[dict], name: str) -> float:
-    return next(score for score in KIND.scores if score.name == name).value(rows)
+    return next(score for score in Sequences.scores if score.name == name).value(rows)
 
 
 def test_track_length_is_the_mean_over_tracks_and_sequences_are_apart():
@@ -83,8 +95,8 @@ def test_a_folder_that_is_no_sequence_is_refused(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(tmp_path / name), texture(32, 48))
     with pytest.raises(InputError, match="a has one image"):
-        task_of([tmp_path / "a"], None, 0, 1)
+        Sequences([tmp_path / "a"], None, 0, 1)
     with pytest.raises(InputError, match=r"one name \(b, b\)"):
-        task_of([tmp_path / "b", tmp_path / "c" / "b"], None, 0, 1)
-    task = task_of([tmp_path / "b"], None, 0, 1)
-    assert [image.name for image in task.images] == ["b/1.png", "b/2.png"]
+        Sequences([tmp_path / "b", tmp_path / "c" / "b"], None, 0, 1)
+    task = Sequences([tmp_path / "b"], None, 0, 1)
+    assert [image.name for image in task.dataset.images] == ["b/1.png", "b/2.png"]

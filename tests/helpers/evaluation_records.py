@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 
-from evaluation.scores import SCHEMA
+from evaluation.report import SCHEMA
 from evaluation.systems import System
 from tests.helpers.timing_records import CONFIGURATION
 

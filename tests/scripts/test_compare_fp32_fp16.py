@@ -21,8 +21,6 @@ from aliked.comparison import (
     compare_image,
     compare_matches,
     draw_histogram,
-    find_mutual_closest_keypoints,
-    measure_differences,
     open_side,
     report_text,
     write_histogram,
@@ -33,6 +31,7 @@ from aliked.export.builder import BuildOptions
 from aliked.export.engine import Request, convert
 from aliked.features import Features
 from aliked.files import sha256
+from aliked.parity import compare_features, pair_features
 from tests.helpers.fake_tensorrt import VERSIONS
 from tests.helpers.fake_tensorrt.installed import install
 from tests.helpers.small_models import write_small_model
@@ -75,7 +74,7 @@ THREE = features((10.3, 10.3, 0.9), (30.3, 10.3, 0.5), (50.3, 10.3, 0.7))
 def test_keypoints_are_paired_with_the_mutually_closest():
     """Two keypoints claim the same one: the closer gets it, the other has no partner."""
     reference = features((10, 10, 1), (10.4, 10, 1), (50, 10, 1))
-    pairs = find_mutual_closest_keypoints(reference, features((50.1, 10, 1), (10.1, 10, 1)), 0.5)
+    pairs = pair_features(reference, features((50.1, 10, 1), (10.1, 10, 1)), 0.5)
     assert pairs.reference.tolist() == [0, 2]
     assert pairs.other.tolist() == [1, 0]
     assert pairs.shift == pytest.approx([0.1, 0.1], abs=1e-5)  # float32 coordinates
@@ -91,9 +90,9 @@ def test_missed_and_extra_keypoints_are_ranked_by_score():
 
 
 def test_another_order_is_no_difference():
-    differences = measure_differences(compare(THREE, rows(THREE, [2, 0, 1])))
-    assert differences.shift.tolist() == differences.score.tolist() == [0, 0, 0]
-    assert differences.dot.tolist() == [1, 1, 1]
+    pairs = compare(THREE, rows(THREE, [2, 0, 1])).pairs
+    assert pairs.shift.tolist() == pairs.score_difference.tolist() == [0, 0, 0]
+    assert pairs.dot.tolist() == [1, 1, 1]
 
 
 def test_differences_are_those_of_the_pairs():
@@ -121,7 +120,17 @@ def test_differences_are_those_of_the_pairs():
 def test_pairs_on_two_sides_of_a_pixel_edge_are_counted():
     first = features((10.01, 10.5, 0.9), (30.5, 10.5, 0.5))
     total = summary_of(compare(first, moved(first, -0.02)))["total"]
-    assert total["crossed_pixel_edge"] == 1
+    assert total["at_pixel_edge"] == 1
+
+
+def test_both_stages_mean_the_same_by_a_pixel_edge():
+    """Within rounding of a whole coordinate, or in different pixels: stage 3 and 4 agree."""
+    first = features((10.0004, 10.5, 0.9), (30.0, 10.5, 0.5), (50.01, 10.5, 0.7), (70.3, 10.5, 0.8))
+    other = moved(first, -0.0002)
+    other.keypoints[2, 0] -= 0.02
+    parity, total = compare_features(first, other), summary_of(compare(first, other))["total"]
+    assert parity.at_edge == total["at_pixel_edge"] == 3
+    assert parity.common == total["both"] == 4
 
 
 def test_matches_are_kept_lost_and_gained_by_their_keypoints():
@@ -334,7 +343,6 @@ def test_an_engine_is_compared_with_its_file(run, folder, models, tmp_path, monk
         ("--model aliked", "unknown model 'aliked'"),
         ("--top_k 0", "pass --scores_th"),
         ("--top_k 0 --scores_th 0.2 --other_model_path fp16.onnx", "in another way; pass --top_k"),
-        ("--radius 0", "give pixels above 0"),
         ("--other tensorrt", "cannot run here: there is no GPU"),
     ],
 )
@@ -353,6 +361,45 @@ def test_bad_options_are_refused_in_one_sentence(
     (sentence,) = err.splitlines()
     assert says in sentence
     assert sorted(tmp_path.iterdir()) == before  # no output folder either
+
+
+@pytest.mark.parametrize("radius", ["0", "-1", "nan", "inf", "wide"])
+def test_a_radius_that_pairs_nothing_is_refused(run, folder, tmp_path, radius):
+    status, _, err = run(folder, f"--radius={radius}")
+    assert status == 2 and f"--radius: {radius} is no number above 0" in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("similarity", ["nan", "5", "-1.1"])
+def test_a_similarity_that_is_no_cosine_is_refused(run, folder, similarity):
+    status, _, err = run(folder, f"--min_similarity={similarity}")
+    assert status == 2 and f"--min_similarity: {similarity} is no number from -1 to 1" in err
+
+
+def test_pictures_of_an_older_run_do_not_stay(run, folder, models, tmp_path):
+    (tmp_path / "out").mkdir()
+    for name in ("keypoints_0009.png", "comparison.md", "notes.txt"):
+        (tmp_path / "out" / name).write_text("old")
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "0.png").write_bytes((folder / "0.png").read_bytes())
+    path = models["fp32"]
+    status, _, err = run(
+        tmp_path / "one", "--reference_model_path", path, "--other_model_path", path,
+        "--top_k", 20, "--output", tmp_path / "out",
+    )  # fmt: skip
+    assert status == 0, err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "comparison.json", "comparison.md", "dot_products.png", "keypoints_0001.png", "notes.txt",
+    ]  # fmt: skip
+
+
+def test_large_images_can_be_reduced(run, folder, models, tmp_path):
+    status, _, err = run(
+        folder, "--reference", "pytorch", "--top_k", 20, "--max_size", 32, "--device", "cpu",
+        "--output", tmp_path / "out",
+    )  # fmt: skip
+    assert status == 0, err
+    assert results(tmp_path / "out")["max_size"] == 32
 
 
 def test_two_different_models_are_refused(run, folder, models, tmp_path):

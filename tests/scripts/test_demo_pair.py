@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from skimage import data
 
+from aliked import cli
+from aliked.commands import match
 from aliked.drawing import why_no_window
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,11 +41,34 @@ def sequence(tmp_path_factory) -> Path:
     return folder
 
 
-def refused(result: subprocess.CompletedProcess) -> str:
-    """The one sentence of a refusal."""
-    assert result.returncode == 2, result.stderr
-    (sentence,) = result.stderr.splitlines()
-    return sentence
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Run the script in this process, which has PyTorch: status, stdout and stderr."""
+
+    def run(*args) -> tuple[int, str, str]:
+        monkeypatch.chdir(tmp_path)
+        for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr(sys, "argv", ["demo_pair.py", *map(str, args)])
+        with pytest.raises(SystemExit) as end:
+            cli.run(match.main, match.parser())
+        captured = capsys.readouterr()
+        return end.value.code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def refused(run):
+    """The one sentence that the script refuses options with, before it prints anything else."""
+
+    def refused(*args) -> str:
+        status, _, err = run(*args)
+        assert status == 2, err
+        (sentence,) = err.splitlines()
+        return sentence
+
+    return refused
 
 
 def test_the_true_motion_is_found_and_drawn(sequence, tmp_path):
@@ -61,55 +86,114 @@ def test_the_true_motion_is_found_and_drawn(sequence, tmp_path):
     assert "demo/pair_0001.jpg" in lines[5] and "demo/motion.webp" in lines[6]
 
 
-def test_threshold_mode_needs_a_threshold(sequence, tmp_path):
-    assert "pass --scores_th" in refused(demo(sequence, "--top_k", 0))
-    result = demo(
-        sequence, "--top_k", 0, "--scores_th", 0.2, "--n_limit", 30,
-        "--output", tmp_path / "out",
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert "0.png - 1.png: 30 and 30 keypoints" in result.stdout
-    assert "no window" not in result.stdout  # files were asked for
+def test_threshold_mode_needs_a_threshold(sequence, run, refused):
+    assert "pass --scores_th" in refused(sequence, "--top_k", 0)
+    options = ["--top_k", 0, "--scores_th", 0.2, "--n_limit", 30, "--output", "out"]
+    status, out, err = run(sequence, *options)
+    assert status == 0, err
+    assert "0.png - 1.png: 30 and 30 keypoints" in out
+    assert "no window" not in out  # files were asked for
 
 
-def test_a_similarity_that_nothing_reaches_gives_no_matches(sequence, tmp_path):
-    result = demo(
-        sequence, "--top_k", 50, "--min_similarity", 1.1,
-        "--output", tmp_path / "out",
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert "in total: 2 pairs, 0 matches\n" in result.stdout
+def test_a_similarity_that_nothing_reaches_gives_no_matches(sequence, run):
+    status, out, err = run(sequence, "--top_k", 50, "--min_similarity", 1, "--output", "out")
+    assert status == 0, err
+    assert "in total: 2 pairs, 0 matches\n" in out
 
 
-def test_bad_input_is_refused_in_one_sentence(sequence, tmp_path):
-    assert "gone" in refused(demo(tmp_path / "gone"))
-    assert "no image in" in refused(demo(tmp_path))
-    assert "unknown model 'aliked'" in refused(demo(sequence, "--model", "aliked"))
-    assert "unknown backend 'caffe'" in refused(demo(sequence, "--backend", "caffe"))
-    assert "--backend onnxruntime" in refused(demo(sequence, "--model_path", "model.onnx"))
-    assert "--model_path" in refused(demo(sequence, "--backend", "onnxruntime", cwd=tmp_path))
+@pytest.mark.parametrize(("lines", "drawn"), [("7", 7), ("0", 0), ("all", None)])
+def test_as_many_lines_are_drawn_as_asked_for(sequence, run, monkeypatch, lines, drawn):
+    counts = []
+
+    def draw(*args, lines):
+        counts.append(lines)
+        return np.zeros((8, 8, 3), np.uint8)
+
+    monkeypatch.setattr(match, "draw_matches", draw)
+    status, _, err = run(sequence, "--top_k", 50, "--lines", lines, "--output", "out")
+    assert (status, counts) == (0, [drawn, drawn]), err
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--min_similarity=nan", "--min_similarity=5", "--lines=-1", "--lines=few", "--max_size=0"],
+)
+def test_numbers_out_of_range_are_refused(sequence, run, option):
+    status, out, err = run(sequence, option)
+    name, _, value = option.partition("=")
+    assert (status, out) == (2, "") and f"{name}: {value} is no" in err
+
+
+def test_pictures_of_an_older_run_do_not_stay(sequence, run, tmp_path):
+    (tmp_path / "out").mkdir()
+    for name in ("pair_0007.jpg", "notes.txt"):
+        (tmp_path / "out" / name).write_text("old")
+    status, _, err = run(sequence, "--top_k", 50, "--output", "out")
+    assert status == 0, err
+    written = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert written == ["motion.webp", "notes.txt", "pair_0001.jpg", "pair_0002.jpg"]
+
+
+def test_large_images_are_reduced(sequence, run, tmp_path):
+    status, _, err = run(sequence, "--top_k", 50, "--max_size", 80, "--output", "out")
+    assert status == 0, err
+    # 80x64 pixels each, enlarged until the text fits.
+    height, width = cv2.imread(str(tmp_path / "out" / "pair_0001.jpg")).shape[:2]
+    assert width == 640 and abs(height - 28 - 64 * 640 / (2 * 80 + 6)) < 2
+
+
+def test_bad_input_is_refused_in_one_sentence(sequence, refused, tmp_path):
+    assert "gone" in refused(tmp_path / "gone")
+    assert "no image in" in refused(tmp_path)
+    assert "unknown model 'aliked'" in refused(sequence, "--model", "aliked")
+    assert "unknown backend 'caffe'" in refused(sequence, "--backend", "caffe")
+    assert "--backend onnxruntime" in refused(sequence, "--model_path", "model.onnx")
+    assert "--model_path" in refused(sequence, "--backend", "onnxruntime")
+    own = refused(sequence, "--backend", "onnxruntime", "--precision", "fp16")
+    assert "runs a file, whose precision is its own" in own
+    only = refused(sequence, "--backend", "pytorch-amp", "--precision", "fp32")
+    assert "has fp16 only" in only
     assert not list(tmp_path.iterdir())  # no output folder either
 
 
-def test_one_image_is_not_a_pair(sequence, tmp_path):
+def test_bad_input_of_the_script_is_one_sentence_and_status_2(tmp_path):
+    result = demo(tmp_path / "gone", cwd=tmp_path)
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
+
+
+def test_a_backend_with_one_precision_runs_in_it(sequence, run):
+    for options in ([], ["--precision", "fp16"]):
+        arguments = ["--backend", "pytorch-amp", *options, "--top_k", 50, "--device", "cpu"]
+        status, out, err = run(sequence, *arguments, "--output", "out")
+        assert status == 0, err
+        assert "0.png - 1.png: 50 and 50 keypoints" in out
+
+
+def test_one_image_is_not_a_pair(sequence, refused, tmp_path):
     (tmp_path / "0.png").write_bytes((sequence / "0.png").read_bytes())
-    assert "has one image" in refused(demo(tmp_path))
+    assert "has one image" in refused(tmp_path)
 
 
-def test_an_output_folder_that_cannot_be_made_is_refused_first(sequence, tmp_path):
+def test_an_output_folder_that_cannot_be_made_is_refused_first(
+    sequence, run, tmp_path, monkeypatch
+):
+    """Before the model is loaded, which takes seconds."""
+
+    def load(*_):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(match, "create_extractor", load)
     (tmp_path / "file").touch()
-    result = demo(sequence, "--output", tmp_path / "file" / "out")
-    assert "cannot write into" in refused(result)
-    assert result.stdout == ""
+    status, out, err = run(sequence, "--output", tmp_path / "file" / "out")
+    assert (status, out) == (2, "") and "cannot write into" in err
 
 
-def test_a_truncated_image_ends_the_run_by_name(sequence, tmp_path):
+def test_a_truncated_image_ends_the_run_by_name(sequence, refused, tmp_path):
     for path in sequence.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "2.jpg").write_bytes(cv2.imencode(".jpg", data.coffee())[1].tobytes()[:5000])
     (tmp_path / "2.png").unlink()
-    result = demo(tmp_path, "--top_k", 50, "--output", tmp_path / "out")
-    assert "2.jpg is truncated" in refused(result)
+    assert "2.jpg is truncated" in refused(tmp_path, "--top_k", 50, "--output", tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["pair_0001.jpg"]
 
 

@@ -7,7 +7,7 @@ import torch
 
 from aliked.model import ALIKED
 from training import losses
-from training.geometry import Pair, project
+from training.geometry import ViewPairs, project
 from training.objective import detect_for_training, pair_losses
 from training.settings import Losses
 
@@ -143,7 +143,7 @@ def test_every_weight_is_trained_by_a_pair():
     torch.manual_seed(0)
     model = ALIKED("aliked-t16")
     first = torch.rand(2, 3, 64, 64)
-    pair = Pair(
+    pair = ViewPairs(
         first, first.flip(3), torch.tensor([[-1.0, 0, 63], [0, 1, 0], [0, 0, 1]]).repeat(2, 1, 1)
     )
     parts = pair_losses(model, pair, SETTINGS, torch.Generator().manual_seed(0))

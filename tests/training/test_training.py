@@ -147,7 +147,7 @@ def test_settings_with_impossible_image_sizes_are_refused(tmp_path, sizes):
 
 def run(*arguments, environment=None):
     command = [sys.executable, "-m", "training.train", "--device", "cpu", *map(str, arguments)]
-    return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=1200)
 
 
 @pytest.mark.skipif(

@@ -1,5 +1,6 @@
 """Features that are extracted once and kept, and the systems that they are of."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,14 +8,23 @@ import cv2
 import numpy as np
 import pytest
 
+from aliked.configs import Selection
 from aliked.errors import InputError
 from aliked.features import Features
 from aliked.images import load_image
 from benchmark.process import TaskFailed
 from evaluation import systems
-from evaluation.runner import Task, make_record
-from evaluation.store import FeatureStore, Image, Resize, match
-from evaluation.systems import Baseline, Place, systems_from
+from evaluation.homography import Homography
+from evaluation.pairs import Dataset, Image, Resize, match
+from evaluation.runner import make_record
+from evaluation.systems import (
+    Baseline,
+    Machine,
+    System,
+    SystemFeatures,
+    features_key,
+    systems_from,
+)
 from tests.helpers.small_models import write_small_model
 from tests.helpers.textures import texture
 
@@ -43,7 +53,7 @@ def image(seed: int, resize: Resize | None = None) -> Image:
 
 
 def test_features_come_back_as_they_were(tmp_path):
-    store = FeatureStore(tmp_path, KEY, Extractor)
+    store = SystemFeatures(tmp_path, KEY, Extractor)
     assert store.extract([image(1), image(2)]) == 2
     expected, found = Extractor()(image(2).load()), store.read(image(2))
     for name, values in vars(expected).items():
@@ -52,12 +62,58 @@ def test_features_come_back_as_they_were(tmp_path):
 
 
 def test_nothing_is_extracted_twice_and_then_no_extractor_is_opened(tmp_path):
-    FeatureStore(tmp_path, KEY, Extractor).extract([image(1), image(2)])
+    SystemFeatures(tmp_path, KEY, Extractor).extract([image(1), image(2)])
 
     def refuse():
         raise AssertionError("opened")
 
-    assert FeatureStore(tmp_path, KEY, refuse).extract([image(2), image(1)]) == 0
+    assert SystemFeatures(tmp_path, KEY, refuse).extract([image(2), image(1)]) == 0
+
+
+def keyed(system, machine) -> str:
+    """What `features_key` says of a system on a machine."""
+    return json.dumps(features_key(system, machine), sort_keys=True)
+
+
+def test_whatever_decides_the_features_is_in_their_key(tmp_path, monkeypatch):
+    """One part changed after the other: another name for the file, so that nothing stale is read"""
+    weights, others = tmp_path / "aliked-t16.pth", tmp_path / "others.pth"
+    monkeypatch.setattr(systems, "find_weights", lambda name, path: path)
+    weights.write_bytes(b"weights")
+    others.write_bytes(b"other weights")
+    model = write_small_model(tmp_path / "model.onnx")
+    machine = Machine("cuda:0", {"gpu": "Some GPU"}, {"torch": "1"}, {}, weights)
+    system = System("fused", "cuda", "aliked-t16", "fp16", 500, None, None)
+    onnx = System("onnxruntime", "cuda", "aliked-t16", "fp16", 500, None, None)
+    keys = {
+        "as it is": keyed(system, machine),
+        "precision": keyed(replace(system, precision="fp32"), machine),
+        "top_k": keyed(replace(system, top_k=600), machine),
+        "threshold": keyed(replace(system, top_k=0, scores_th=0.2, n_limit=500), machine),
+        "backend": keyed(replace(system, backend="pytorch"), machine),
+        "model": keyed(replace(system, model="aliked-n16"), machine),
+        "versions": keyed(system, replace(machine, versions={"torch": "2"})),
+        "GPU": keyed(system, replace(machine, facts={"gpu": "Another GPU"})),
+        "weights": keyed(system, replace(machine, weights=others)),
+        "a file": keyed(onnx, replace(machine, model_path=model)),
+        "no file": keyed(onnx, machine),
+    }
+    assert len(set(keys.values())) == len(keys)
+    weights.write_bytes(b"weights trained on")
+    assert keyed(system, machine) != keys["as it is"]
+    model.write_bytes(model.read_bytes() + b" ")
+    assert keyed(onnx, replace(machine, model_path=model)) != keys["a file"]
+    monkeypatch.setattr(systems, "code_digest", lambda *files: "another version of the code")
+    weights.write_bytes(b"weights")
+    assert keyed(system, machine) != keys["as it is"]
+
+
+def test_the_code_of_a_key_is_the_packages_and_that_of_the_baselines(monkeypatch):
+    seen = []
+    monkeypatch.setattr(systems, "code_digest", lambda *files: seen.extend(files) or "digest")
+    (sift,) = systems_from(["sift"], [], "cpu", Selection(500))
+    assert features_key(sift, MACHINE)["code"] == "digest"
+    assert seen == [Path(systems.__file__)]
 
 
 @pytest.mark.parametrize(
@@ -69,27 +125,38 @@ def test_nothing_is_extracted_twice_and_then_no_extractor_is_opened(tmp_path):
     ],
 )
 def test_another_system_or_other_weights_have_features_of_their_own(tmp_path, key):
-    FeatureStore(tmp_path, KEY, Extractor).extract([image(1)])
-    assert FeatureStore(tmp_path, key, Extractor).extract([image(1)]) == 1
+    SystemFeatures(tmp_path, KEY, Extractor).extract([image(1)])
+    assert SystemFeatures(tmp_path, key, Extractor).extract([image(1)]) == 1
+
+
+def test_features_under_the_name_of_another_system_are_refused(tmp_path):
+    SystemFeatures(tmp_path, KEY, Extractor).extract([image(1)])
+    other = KEY | {"weights": "34"}
+    SystemFeatures(tmp_path, other, Extractor).extract([image(1)])
+    first, second = sorted(tmp_path.glob("*.h5"))
+    first.write_bytes(second.read_bytes())
+    with pytest.raises(InputError, match="has features of another weights"):
+        for key in (KEY, other):
+            SystemFeatures(tmp_path, key, Extractor)
 
 
 def test_a_resized_image_is_another_image(tmp_path):
-    store = FeatureStore(tmp_path, KEY, Extractor)
+    store = SystemFeatures(tmp_path, KEY, Extractor)
     assert store.extract([image(1), image(1, Resize("short", 16))]) == 2
 
 
 def test_an_interrupted_run_goes_on_where_it_was(tmp_path):
     images = [image(seed) for seed in range(5)]
     with pytest.raises(KeyboardInterrupt):
-        FeatureStore(tmp_path, KEY, lambda: Extractor(last=3)).extract(images)
+        SystemFeatures(tmp_path, KEY, lambda: Extractor(last=3)).extract(images)
     assert not list(tmp_path.rglob("*.partial*"))
     rest = Extractor()
-    assert FeatureStore(tmp_path, KEY, lambda: rest).extract(images) == 2
+    assert SystemFeatures(tmp_path, KEY, lambda: rest).extract(images) == 2
     assert rest.calls == 2
 
 
 def test_an_image_without_keypoints_can_be_kept(tmp_path):
-    store = FeatureStore(tmp_path, KEY, lambda: Extractor(keypoints=0))
+    store = SystemFeatures(tmp_path, KEY, lambda: Extractor(keypoints=0))
     store.extract([image(1)])
     assert len(store.read(image(1))) == 0
     assert match(store.read(image(1)), store.read(image(1))).shape == (0, 2)
@@ -130,7 +197,7 @@ def test_orb_is_matched_by_its_hamming_distance(frames):
 
 def test_systems_are_every_runtime_with_every_model_and_each_baseline_once():
     texts = ["pytorch", "pytorch:fp16", "sift"]
-    found = systems_from(texts, ["aliked-t16", "aliked-n32"], "cpu", 500, 0.2, 5000)
+    found = systems_from(texts, ["aliked-t16", "aliked-n32"], "cpu", Selection(500))
     assert [str(system) for system in found] == [
         "pytorch (CPU) fp32 aliked-t16",
         "pytorch (CPU) fp32 aliked-n32",
@@ -141,7 +208,7 @@ def test_systems_are_every_runtime_with_every_model_and_each_baseline_once():
 
 
 def test_a_baseline_has_as_many_keypoints_as_the_others_may_have():
-    model, orb = systems_from(["pytorch", "orb"], ["aliked-t16"], "cpu", 0, 0.2, 4000)
+    model, orb = systems_from(["pytorch", "orb"], ["aliked-t16"], "cpu", Selection(0, 0.2, 4000))
     assert (model.top_k, model.scores_th, model.n_limit) == (0, 0.2, 4000)
     assert orb.top_k == 4000
 
@@ -149,10 +216,12 @@ def test_a_baseline_has_as_many_keypoints_as_the_others_may_have():
 @pytest.mark.parametrize("text", ["abacus", "pytorch:fp64", "pytorch-amp:fp32", "surf"])
 def test_an_unknown_system_is_named(text):
     with pytest.raises(InputError, match=text.partition(":")[0]):
-        systems_from([text], ["aliked-t16"], "cpu", 500, 0.2, 5000)
+        systems_from([text], ["aliked-t16"], "cpu", Selection(500))
 
 
-PLACE = Place("cpu", {"cpu": "Some CPU"}, {"onnxruntime": "1"}, {"tensorrt": "it is not installed"})
+MACHINE = Machine(
+    "cpu", {"cpu": "Some CPU"}, {"onnxruntime": "1"}, {"tensorrt": "it is not installed"}
+)
 
 
 def test_a_runtime_that_runs_files_gets_one_for_each_image_size(tmp_path, monkeypatch, weights_dir):
@@ -168,8 +237,8 @@ def test_a_runtime_that_runs_files_gets_one_for_each_image_size(tmp_path, monkey
 
     monkeypatch.setattr(systems, "build_files", make)
     monkeypatch.setattr(systems, "cached_path", lambda row, *_: tmp_path / f"{row.size}.onnx")
-    (system,) = systems_from(["onnxruntime-cpu"], ["aliked-t16"], "cpu", 20, 0.2, 5000)
-    extractor = systems.open_system(system, replace(PLACE, weights=weights_dir))
+    (system,) = systems_from(["onnxruntime-cpu"], ["aliked-t16"], "cpu", Selection(20))
+    extractor = systems.open_system(system, replace(MACHINE, weights=weights_dir))
     for height, width in ((32, 48), (40, 56), (32, 48)):
         assert len(extractor(texture(height, width))) == 20
     assert made_for == [{"width": 48, "height": 32}, {"width": 56, "height": 40}]
@@ -178,21 +247,21 @@ def test_a_runtime_that_runs_files_gets_one_for_each_image_size(tmp_path, monkey
 def test_a_runtime_whose_file_cannot_be_made_says_why(monkeypatch, weights_dir):
     failed = TaskFailed("no kernel for it")
     monkeypatch.setattr(systems, "build_files", lambda builds: {b.path: failed for b in builds})
-    (system,) = systems_from(["onnxruntime-cpu"], ["aliked-t16"], "cpu", 20, 0.2, 5000)
-    extractor = systems.open_system(system, replace(PLACE, weights=weights_dir))
+    (system,) = systems_from(["onnxruntime-cpu"], ["aliked-t16"], "cpu", Selection(20))
+    extractor = systems.open_system(system, replace(MACHINE, weights=weights_dir))
     with pytest.raises(InputError, match="cannot be made: no kernel for it"):
         extractor(texture(32, 48))
 
 
 def test_a_users_model_file_is_used_for_every_size(tmp_path):
     path = write_small_model(tmp_path / "dynamic.onnx", top_k=20, dynamic=True)
-    (system,) = systems_from(["onnxruntime-cpu"], ["aliked-t16"], "cpu", 20, 0.2, 5000)
-    extractor = systems.open_system(system, replace(PLACE, model_path=path))
+    (system,) = systems_from(["onnxruntime-cpu"], ["aliked-t16"], "cpu", Selection(20))
+    extractor = systems.open_system(system, replace(MACHINE, model_path=path))
     assert [len(extractor(texture(*size))) for size in ((32, 48), (40, 56))] == [20, 20]
 
 
 def test_a_system_that_cannot_run_here_is_a_record_that_says_why(tmp_path):
-    (system,) = systems_from(["tensorrt"], ["aliked-t16"], "cuda", 20, 0.2, 5000)
-    task = Task("homography", "data", [image(1)], rows=None, draw=None)
-    record = make_record(system, FeatureStore(tmp_path, KEY, Extractor), task, PLACE)
+    (system,) = systems_from(["tensorrt"], ["aliked-t16"], "cuda", Selection(20))
+    task = Homography(Dataset("data", []), None, 0)
+    record = make_record(system, SystemFeatures(tmp_path, KEY, Extractor), task, MACHINE)
     assert (record["status"], record["reason"]) == ("not run", "it is not installed")
