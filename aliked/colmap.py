@@ -36,7 +36,7 @@ FOCAL, FOCAL_35MM, ORIENTATION = 0x920A, 0xA405, 0x112
 GRAVITY = {0: (0.0, 1.0, 0.0), 1: (-1.0, 0.0, 0.0), 2: (0.0, -1.0, 0.0), 3: (1.0, 0.0, 0.0)}
 
 
-def pycolmap() -> Any:
+def _pycolmap() -> Any:
     """The module; `InputError` where it is missing."""
     try:
         import pycolmap
@@ -58,7 +58,7 @@ class Cameras:
             raise InputError(
                 f"unknown camera mode {self.mode!r}; choose one of {', '.join(CAMERA_MODES)}"
             )
-        models = pycolmap().CameraModelId.__members__
+        models = _pycolmap().CameraModelId.__members__
         if self.model not in models or self.model == "INVALID":
             names = ", ".join(name for name in models if name != "INVALID")
             raise InputError(f"COLMAP has no camera model {self.model!r}; choose one of {names}")
@@ -67,7 +67,7 @@ class Cameras:
 @contextlib.contextmanager
 def open_database(path: Path) -> Iterator[Any]:
     """A COLMAP database, made if it is missing; `InputError` where it is no such file."""
-    colmap = pycolmap()
+    colmap = _pycolmap()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         level, colmap.logging.minloglevel = colmap.logging.minloglevel, 4  # it is said below
@@ -121,7 +121,7 @@ class ImageWriter:
         self, database: Any, store: FeatureStore, folder: Path, type_name: str, cameras: Cameras
     ):
         self.database, self.store, self.folder, self.cameras = database, store, folder, cameras
-        self.colmap = pycolmap()
+        self.colmap = _pycolmap()
         self.type = self.colmap.FeatureExtractorType.__members__[type_name]
         self.shared: dict[Any, tuple[Any, int]] = {}  # camera and rig, by what images share
 
@@ -362,7 +362,7 @@ def write_matches(
     with open_database(path) as database:
         numbers = {image.name: image.image_id for image in database.read_all_images()}
         while some := list(itertools.islice(pairs, TRANSACTION)):
-            with pycolmap().DatabaseTransaction(database):
+            with _pycolmap().DatabaseTransaction(database):
                 for first, second in some:
                     ids = [numbers.get(name) for name in (first, second)]
                     # A file that was skipped is in no pair.

@@ -244,11 +244,14 @@ def test_keypoints_have_colmaps_origin():
 
 
 def test_the_shipped_scene_is_reconstructed(tmp_path):
-    """All 24 views, half of them within 0.5 degrees and 2 cm, in a yard 8 m deep."""
+    """All 24 views of a yard 8 m deep within 1 degree and 5 cm, half within 0.3 and 1 cm.
+
+    Measured over six seeds: at most 0.5 degrees and 2 cm.
+    """
     scene = json.loads((SCENE / "scene.json").read_text())
     names = [view["file"] for view in scene["views"]]
     database = tmp_path / "database.db"
-    job = Job(SCENE, spec=Spec(device="cpu", top_k=1000))
+    job = Job(SCENE, spec=Spec(device="cpu", top_k=2000))
     with FeatureStore.open(tmp_path / "features.h5", job.key()) as store:
         extract(job, store)
     cameras = Cameras("single", "SIMPLE_PINHOLE")
@@ -257,18 +260,19 @@ def test_the_shipped_scene_is_reconstructed(tmp_path):
     write_matches(database, store, pairs, MutualMatcher(0.6))
 
     pycolmap.logging.minloglevel = 2
-    pycolmap.set_random_seed(0)
     verification = pycolmap.TwoViewGeometryOptions()
     verification.ransac.max_num_trials = 1000  # a tenth of the time, and enough here
+    verification.ransac.random_seed = 0
+    mapping = pycolmap.IncrementalPipelineOptions(random_seed=0, num_threads=1)
+    mapping.mapper.abs_pose_max_error = 4  # COLMAP's 12 px are for larger photographs
     pycolmap.geometric_verification(database, two_view_geometry_options=verification)
-    maps = pycolmap.incremental_mapping(database, SCENE, tmp_path / "sparse")
+    maps = pycolmap.incremental_mapping(database, SCENE, tmp_path / "sparse", mapping)
 
     assert len(maps) == 1 and maps[0].num_reg_images() == 24
     truth = {view["file"]: np.array(view["pose"]) for view in scene["views"]}
     turn, shift = pose_errors(maps[0], truth)
-    assert np.median(list(turn.values())) < 0.5 and np.median(list(shift.values())) < 0.02
-    # Measured: 0.9 degrees and 9 cm, for a view that shares little with the others.
-    assert max(turn.values()) < 2 and max(shift.values()) < 0.2
+    assert np.median(list(turn.values())) < 0.3 and np.median(list(shift.values())) < 0.01
+    assert max(turn.values()) < 1 and max(shift.values()) < 0.05
     (camera,) = maps[0].cameras.values()
     assert abs(camera.params[0] / scene["intrinsics"][0][0] - 1) < 0.01
 
