@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -43,7 +42,6 @@ def parser() -> argparse.ArgumentParser:
     )
     add_extractor_options(parser)
     parser.set_defaults(backend="auto")
-    parser.add_argument("--precision", choices=("fp32", "fp16"), default="fp32")
     _add_image_options(parser.add_argument_group("images"))
     _add_output_options(parser.add_argument_group("output"))
     _add_colmap_options(parser.add_argument_group("COLMAP"))
@@ -200,7 +198,7 @@ def job_of(args: argparse.Namespace) -> Job:
     return Job(
         images=args.images,
         backend=args.backend,
-        spec=replace(extractor_spec(args), precision=args.precision),
+        spec=extractor_spec(args),
         max_size=args.max_size,
         masks=args.masks,
         batch_size=args.batch_size,
