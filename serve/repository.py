@@ -178,7 +178,7 @@ def parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("extractor")
     add_model_options(group)
     group.add_argument("--backend", default="pytorch", metavar="NAME")
-    group.add_argument("--precision", choices=("fp32", "fp16"))
+    group.add_argument("--precision", choices=("fp32", "fp16"), help="of a backend without a file")
     group.add_argument("--model_path", type=Path, metavar="FILE", help="of a backend that runs one")
     add_device_option(group)
     add_selection_options(group)
@@ -226,8 +226,8 @@ def python_models(args: argparse.Namespace) -> dict[str, tuple[str, dict[str, Pa
     """The three models that need the Python backend only."""
     dim = get_config(args.model).dim
     common = {"project": str(ROOT)}
-    spec = vars(extractor_spec(args)).items()
-    spec = {name: str(v.resolve()) if isinstance(v, Path) else v for name, v in spec}
+    spec = vars(extractor_spec(args))
+    spec = {name: str(v.resolve()) if isinstance(v, Path) else v for name, v in spec.items()}
     extract = common | {"role": "extract", "backend": args.backend, "spec": spec}
     match = common | {"role": "match", "min_similarity": args.min_similarity}
     images = [
