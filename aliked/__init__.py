@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from aliked.errors import InputError
     from aliked.features import Features
     from aliked.images import load_image
+    from aliked.lightglue import LightGlue
+    from aliked.matches import Matches
     from aliked.matching import match_mutual
     from aliked.model import ALIKED
 
@@ -21,6 +23,8 @@ __all__ = [
     "ALIKED",
     "Features",
     "InputError",
+    "LightGlue",
+    "Matches",
     "Spec",
     "create_extractor",
     "load_image",
@@ -30,6 +34,8 @@ _MODULES = {
     "ALIKED": "model",
     "Features": "features",
     "InputError": "errors",
+    "LightGlue": "lightglue",
+    "Matches": "matches",
     "Spec": "backends",
     "create_extractor": "backends",
     "load_image": "images",

@@ -18,7 +18,7 @@ from torch import nn
 
 from aliked.errors import InputError
 from aliked.features import Features
-from aliked.matches import NO_MATCHES, Matches, Size, check_features
+from aliked.matches import NO_MATCHES, Matches, Size, check_matchable
 from aliked.model import PRECISIONS
 from aliked.weights import LIGHTGLUE, load_state_dict
 
@@ -350,7 +350,7 @@ class LightGlue(nn.Module):
         numbers, and for features that are not finite.
         """
         for features, size in ((features0, size0), (features1, size1)):
-            check_features(features, size, self.descriptor_dim)
+            check_matchable(features, size, self.descriptor_dim)
         if not (len(features0) and len(features1)):
             return NO_MATCHES
         tensors = (

@@ -1,8 +1,8 @@
-"""What a learned matcher returns, and the checks of what it takes, without PyTorch."""
+"""What a matcher takes and returns, without PyTorch."""
 
+import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -37,9 +37,10 @@ class PairMatches:
 NO_MATCHES = Matches(np.empty((0, 2), np.int64), np.empty(0, np.float32))
 
 
-class Matcher(Protocol):
-    """One runtime holding one matcher."""
+class Matcher(abc.ABC):
+    """One runtime holding one matcher; `LightGlue`, a PyTorch module, counts as one."""
 
+    @abc.abstractmethod
     def match(self, features0: Features, features1: Features, size0: Size, size1: Size) -> Matches:
         """Matches of two images' `Features`, given each image's (width, height) in pixels."""
 
@@ -51,7 +52,7 @@ def matches_of_rows(matches0: np.ndarray, scores0: np.ndarray) -> Matches:
     return Matches(np.stack([matched, partners], axis=1), scores0[matched].astype(np.float32))
 
 
-def check_features(features: Features, size: Size, dim: int) -> None:
+def check_matchable(features: Features, size: Size, dim: int) -> None:
     """Raise `InputError` unless a matcher of `dim`-long descriptors can take these features.
 
     Keypoints and descriptors must be finite, and `size` the image's width and height.

@@ -19,11 +19,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from aliked import cli, files
 from aliked.backends import Spec
-from aliked.backends.fused_pair import FusedPair, capture
+from aliked.backends.fused_lightglue import FusedPair, capture
 from aliked.images import list_images, load_image
 from aliked.lightglue import LightGlue
-from aliked.match_parity import MATCH_FP16, MATCH_FP32, compare_matches, in_terms_of, judge_matches
 from aliked.model import ALIKED
+from aliked.parity import MATCH_FP16, MATCH_FP32, compare_matches, in_terms_of, judge_matches
 from aliked.weights import LIGHTGLUE, load_state_dict
 
 ATTENTION = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}

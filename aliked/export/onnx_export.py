@@ -13,6 +13,7 @@ import onnx
 import onnx_ir
 import onnxscript.optimizer
 import torch
+from onnx_ir.passes import common as passes
 from torch import nn
 
 from aliked.configs import RADIUS, STRIDE, Form
@@ -210,15 +211,25 @@ def export_standard(graph: nn.Module, options: ExportOptions, verbose: bool, row
 
 
 def fold_constants(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Without the arithmetic on known shapes that tracing writes into the graph."""
+    """Without arithmetic on constants and without repetition: a third to a half of the nodes.
+
+    The optimiser of onnxscript does this and then rewrites patterns, which takes five to ten times
+    as long and saves one node in a hundred.
+    """
     model = onnx_ir.from_proto(proto)
-    onnxscript.optimizer.optimize_ir(
+    onnxscript.optimizer.fold_constants(
         model,
-        num_iterations=4,
-        stop_if_no_change=False,
+        onnx_shape_inference=True,
         # Left alone by default, as it can grow a file; here it makes shapes and small grids.
         should_fold=lambda node: True if node.op_type == "ConstantOfShape" else None,
     )
+    for tidy in (
+        passes.RemoveUnusedNodesPass(),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.DeduplicateInitializersPass(),
+    ):
+        tidy(model)
     return onnx_ir.to_proto(model)
 
 

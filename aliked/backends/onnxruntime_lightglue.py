@@ -1,5 +1,6 @@
 """ONNX Runtime on the files that `convert_lightglue_to_onnx.py` writes."""
 
+import abc
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,11 @@ from aliked.errors import InputError
 from aliked.features import Features, check_image
 from aliked.matches import (
     NO_MATCHES,
+    Matcher,
     Matches,
     PairMatches,
     Size,
-    check_features,
+    check_matchable,
     matches_of_rows,
 )
 
@@ -21,7 +23,7 @@ FEATURES = ("keypoints", "descriptors", "mask", "size")  # each with 0 and 1 beh
 COLMAP_FEATURES = ("kpts", "desc", "image_size")
 
 
-class MatcherSession:
+class MatcherSession(Matcher):
     """What the files with a matcher alone have in common: one session, by default on CUDA."""
 
     features: tuple[str, ...]
@@ -46,7 +48,7 @@ class MatcherSession:
         """
         sides = ((features0, size0), (features1, size1))
         for features, size in sides:
-            check_features(features, size, self.shapes[f"{self.features[1]}0"][2])
+            check_matchable(features, size, self.shapes[f"{self.features[1]}0"][2])
         if not (len(features0) and len(features1)):
             return NO_MATCHES
         inputs = {}
@@ -56,9 +58,9 @@ class MatcherSession:
         matches0, scores0 = (rows.reshape(-1) for rows in self.session.run(self.outputs, inputs))
         return matches_of_rows(matches0, scores0)
 
+    @abc.abstractmethod
     def rows(self, features: Features, size: Size) -> dict[str, np.ndarray]:
         """One image's inputs by name, without the batch."""
-        raise NotImplementedError
 
 
 class ONNXRuntimeMatcher(MatcherSession):
