@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from aliked.features import Features
     from aliked.images import load_image
     from aliked.lightglue import LightGlue
-    from aliked.matches import Matches
-    from aliked.matching import match_mutual
+    from aliked.matching import Matches, match_mutual
     from aliked.model import ALIKED
 
 __all__ = [
@@ -35,7 +34,7 @@ _MODULES = {
     "Features": "features",
     "InputError": "errors",
     "LightGlue": "lightglue",
-    "Matches": "matches",
+    "Matches": "matching",
     "Spec": "backends",
     "create_extractor": "backends",
     "load_image": "images",

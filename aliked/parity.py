@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from aliked.features import Features
-from aliked.matches import Matches
-from aliked.matching import check_lengths, mutual_nearest_keypoints
+from aliked.matching import Matches, check_lengths, mutual_nearest_keypoints
 
 RADIUS_PX = 0.5  # keypoints further apart are not the same
 EDGE_PX = 1e-3  # rounding: 8 float32 steps of a coordinate in a 1241 px wide image

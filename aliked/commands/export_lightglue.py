@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from aliked.cli import add_model_options, command_line
+from aliked.cli import add_matcher_weights, add_model_options, command_line
 from aliked.configs import Form
 from aliked.doctor import installed_versions
 from aliked.download import offer_download
@@ -79,13 +79,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="check on the first N pairs of the folder (default: %(default)s)",
     )
-    p.add_argument(
-        "--matcher_weights",
-        type=Path,
-        metavar="PATH",
-        help=f"{LIGHTGLUE}.pth, or a folder with it (default: $ALIKED_WEIGHTS_DIR, the user "
-        "cache, download)",
-    )
+    add_matcher_weights(p)
     add_model_options(p.add_argument_group("extractor, which gives the features of the check"))
     add_graph_options(p.add_argument_group("graph"))
     p.set_defaults(model=MODEL)

@@ -27,7 +27,7 @@ from aliked.export.onnx_export import OPSETS, fold_constants, silence
 from aliked.features import Features
 from aliked.files import whole_file
 from aliked.lightglue import LightGlue, Output, filter_matches
-from aliked.matches import Size
+from aliked.matching import Size
 from aliked.model import ALIKED, to_tensor
 from aliked.parity import (
     MATCH_FP16,

@@ -31,7 +31,7 @@ from aliked.fused import pipeline, reference
 from aliked.fused.weights import pack as pack_weights
 from aliked.images import list_images, load_image
 from aliked.lightglue import LightGlue, PairAttention, fused_attention
-from aliked.matches import Matches, matches_of_rows
+from aliked.matching import Matches, matches_of_rows
 from aliked.model import ALIKED
 from aliked.parity import (
     MATCH_FP16,

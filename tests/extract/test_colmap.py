@@ -10,10 +10,8 @@ from aliked import colmap as module
 from aliked.backends import Spec
 from aliked.colmap import (
     Cameras,
-    MutualMatcher,
     exhaustive_pairs,
     in_colmap,
-    mutual_on_device,
     read_pairs,
     sequential_pairs,
     write_features,
@@ -22,7 +20,7 @@ from aliked.colmap import (
 from aliked.errors import InputError
 from aliked.extraction import Job, extract
 from aliked.features import Features
-from aliked.matching import match_mutual
+from aliked.matching import MutualMatcher, match_mutual, mutual_on_device
 from aliked.store import FeatureStore
 from tests.helpers.photos import noise, write_photo
 
@@ -235,7 +233,7 @@ def test_tensors_are_matched_as_arrays_are(counts):
     first, second = (features(seed, count).descriptors for seed, count in enumerate(counts))
     for limit in (-1, 0.2):
         found = mutual_on_device(torch.from_numpy(first), torch.from_numpy(second), limit)
-        np.testing.assert_array_equal(found, match_mutual(first, second, limit))
+        np.testing.assert_array_equal(found.indices, match_mutual(first, second, limit))
 
 
 def test_keypoints_have_colmaps_origin():
