@@ -342,8 +342,11 @@ def add_matcher_weights(group: argparse._ActionsContainer) -> None:
     )
 
 
-def matcher_from(args: argparse.Namespace, model: str) -> Matcher:
+def matcher_from(args: argparse.Namespace, model: str, mutual_device: str = "cpu") -> Matcher:
     """The matcher that the command line asks for, for descriptors of `model`.
+
+    LightGlue runs on `--device`, mutual nearest neighbours, which need no PyTorch on a CPU, on
+    `mutual_device`.
 
     `InputError` where an option would be ignored, or the matcher is made for other descriptors.
     """
@@ -357,4 +360,6 @@ def matcher_from(args: argparse.Namespace, model: str) -> Matcher:
     elif args.matcher_weights is not None:
         raise InputError("--matcher_weights are LightGlue's; pass --matcher lightglue as well")
     limit = MIN_SIMILARITY if args.min_similarity is None else args.min_similarity
-    return create_matcher(args.matcher or "mutual", args.device, args.matcher_weights, limit)
+    name = args.matcher or "mutual"
+    device = mutual_device if name == "mutual" else args.device
+    return create_matcher(name, device, args.matcher_weights, limit)

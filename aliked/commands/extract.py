@@ -150,7 +150,7 @@ def main(args: argparse.Namespace) -> None:
     names = [] if is_video(args.images) else find_images(args.images)
     if args.match and names:
         pairs_of(args, names)  # whose file should be good before the work, not after
-    matcher = matcher_from(args, args.model) if args.match else None
+    matcher = matcher_from(args, args.model, mutual_device=args.device) if args.match else None
     try:
         with FeatureStore.open(output, job.key()) as store:
             done = len(store)

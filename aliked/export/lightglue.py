@@ -23,7 +23,7 @@ from aliked.backends.onnxruntime_lightglue import (
 from aliked.configs import STRIDE
 from aliked.errors import InputError
 from aliked.export.deform_conv_onnx import standard_deform_conv
-from aliked.export.onnx_export import OPSETS, fold_constants, silence
+from aliked.export.onnx_export import OPSETS, exported_form, fold_constants, silence
 from aliked.features import Features
 from aliked.files import whole_file
 from aliked.lightglue import LightGlue, Output, filter_matches
@@ -219,6 +219,7 @@ def export_pair(
     threshold = matcher.filter_threshold
     with (
         standard_deform_conv(options.deform_conv, options.opset),
+        exported_form(model, options.dynamic),
         written_in_steps(matcher, threshold),
     ):
         proto = _trace(graph, inputs, _pair_axes(graph, options), options.opset)

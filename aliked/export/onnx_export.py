@@ -244,7 +244,8 @@ def export_onnx(
     check_options(options, rows)
     graph = make_graph(model, options)
     export = export_native if options.deform_conv == "native" else export_standard
-    with torch.inference_mode(), silence(not verbose), exported_form(model, options):
+    dynamic = bool(symbolic_axes(options))
+    with torch.inference_mode(), silence(not verbose), exported_form(model, dynamic):
         proto = export(graph, options, verbose, 0 if options.io == "colmap" else rows)
     if options.uint8_input:
         measure_behind_the_cast(proto)
@@ -257,10 +258,10 @@ def export_onnx(
 
 
 @contextlib.contextmanager
-def exported_form(model: ALIKED, options: ExportOptions) -> Iterator[None]:
+def exported_form(model: ALIKED, dynamic: bool) -> Iterator[None]:
     """Have the model write itself for runtimes, by the sampling method it already has."""
     before = model.form
-    model.form = Form(before.sampling, exported=True, dynamic=bool(symbolic_axes(options)))
+    model.form = Form(before.sampling, exported=True, dynamic=dynamic)
     try:
         yield
     finally:
