@@ -174,6 +174,18 @@ def test_a_run_that_was_killed_goes_on_and_gives_the_same_database(tmp_path, pho
     assert len(read_all(whole)["matches"]) == 6
 
 
+def test_a_matcher_is_given_every_image_once_with_its_size(database, photos):
+    class Sizes(MutualMatcher):
+        seen: list = []  # noqa: RUF012
+
+        def prepare(self, features, size):
+            self.seen.append(size)
+            return super().prepare(features, size)
+
+    write_matches(database, stored(photos, NAMES), exhaustive_pairs(NAMES), Sizes(-1))
+    assert Sizes.seen == [(64, 48)] * len(NAMES)
+
+
 def test_another_database_is_refused_and_left_as_it_is(tmp_path, database, photos):
     before = read_all(database)
     with pytest.raises(InputError, match=r"has an image a/2\.jpg that is not among"):
