@@ -1,6 +1,7 @@
 """Tables and plots of evaluations, from records."""
 
 import copy
+import dataclasses
 import random
 
 import numpy as np
@@ -164,7 +165,7 @@ def test_changes_are_against_pytorch_fp32_of_the_same_model(table):
 
 
 def test_a_matcher_is_compared_with_mutual_and_its_precision_with_itself(table):
-    glue = replace(FP32, matcher="lightglue"), replace(FP16, matcher="lightglue")
+    glue = [dataclasses.replace(system, matcher="lightglue") for system in (FP32, FP16)]
     text = table(
         [
             record(FP32, [1.0, 1.0]),
