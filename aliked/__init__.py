@@ -14,13 +14,16 @@ if TYPE_CHECKING:
     from aliked.errors import InputError
     from aliked.features import Features
     from aliked.images import load_image
-    from aliked.matching import match_mutual
+    from aliked.lightglue import LightGlue
+    from aliked.matching import Matches, match_mutual
     from aliked.model import ALIKED
 
 __all__ = [
     "ALIKED",
     "Features",
     "InputError",
+    "LightGlue",
+    "Matches",
     "Spec",
     "create_extractor",
     "load_image",
@@ -30,6 +33,8 @@ _MODULES = {
     "ALIKED": "model",
     "Features": "features",
     "InputError": "errors",
+    "LightGlue": "lightglue",
+    "Matches": "matching",
     "Spec": "backends",
     "create_extractor": "backends",
     "load_image": "images",

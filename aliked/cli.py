@@ -14,6 +14,15 @@ from typing import NoReturn
 from aliked.backends import BACKENDS, Spec, get_backend
 from aliked.configs import CONFIGS, get_config
 from aliked.errors import EXTRAS, InputError, missing_package
+from aliked.matching import (
+    LIGHTGLUE_DIM,
+    MATCHERS,
+    MIN_SIMILARITY,
+    Matcher,
+    check_descriptor_length,
+    create_matcher,
+)
+from aliked.weights import LIGHTGLUE
 
 
 class Parser(argparse.ArgumentParser):
@@ -303,3 +312,54 @@ def extractor_spec(args: argparse.Namespace) -> Spec:
         weights=args.weights,
         model_path=args.model_path,
     )
+
+
+def add_matcher_options(group: argparse._ArgumentGroup) -> None:
+    """How the features of two images are matched; `matcher_from` knows what was not given."""
+    group.add_argument(
+        "--matcher",
+        choices=MATCHERS,
+        help="mutual nearest neighbours of the descriptors, or LightGlue (default: mutual)",
+    )
+    add_matcher_weights(group)
+    group.add_argument(
+        "--min_similarity",
+        type=cosine,
+        metavar="COSINE",
+        help="mutual: lowest descriptor similarity of a match, -1 to 1 (default: "
+        f"{MIN_SIMILARITY})",
+    )
+
+
+def add_matcher_weights(group: argparse._ActionsContainer) -> None:
+    """Where LightGlue's weights are."""
+    group.add_argument(
+        "--matcher_weights",
+        type=Path,
+        metavar="PATH",
+        help=f"{LIGHTGLUE}.pth, or a folder with it (default: $ALIKED_WEIGHTS_DIR, the user "
+        "cache, download)",
+    )
+
+
+def matcher_from(args: argparse.Namespace, model: str, mutual_device: str = "cpu") -> Matcher:
+    """The matcher that the command line asks for, for descriptors of `model`.
+
+    LightGlue runs on `--device`, mutual nearest neighbours, which need no PyTorch on a CPU, on
+    `mutual_device`.
+
+    `InputError` where an option would be ignored, or the matcher is made for other descriptors.
+    """
+    if args.matcher == "lightglue":
+        if args.min_similarity is not None:
+            raise InputError(
+                "--min_similarity is of mutual matching, and LightGlue has a score of its own; "
+                "leave it out"
+            )
+        check_descriptor_length(get_config(model).dim, LIGHTGLUE_DIM)
+    elif args.matcher_weights is not None:
+        raise InputError("--matcher_weights are LightGlue's; pass --matcher lightglue as well")
+    limit = MIN_SIMILARITY if args.min_similarity is None else args.min_similarity
+    name = args.matcher or "mutual"
+    device = mutual_device if name == "mutual" else args.device
+    return create_matcher(name, device, args.matcher_weights, limit)

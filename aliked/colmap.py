@@ -20,11 +20,10 @@ from aliked.errors import InputError, missing_package
 from aliked.extraction import TURNS
 from aliked.features import Features
 from aliked.images import natural
-from aliked.matching import match_mutual
+from aliked.matching import Matcher
 from aliked.store import FeatureStore
 
 TYPES = {"aliked-n16rot": "ALIKED_N16ROT", "aliked-n32": "ALIKED_N32"}  # of COLMAP's own models
-MIN_SIMILARITY = 0.75  # of a match; COLMAP's 0.85 leaves small models few matches to map with
 CAMERA_MODES = ("auto", "single", "folder", "image")
 FOCAL_FACTOR = 1.2  # times the longer side: COLMAP's guess where EXIF says nothing
 BLOCK = 50  # images a side of a block of pairs, whose descriptors stay in memory
@@ -312,52 +311,15 @@ def read_pairs(path: Path, names: Container[str]) -> list[tuple[str, str]]:
     return list(pairs.values())
 
 
-class MutualMatcher:
-    """Mutual nearest neighbours in descriptors, on the GPU where one is given."""
-
-    def __init__(self, min_similarity: float, device: str = "cpu"):
-        self.min_similarity, self.device = min_similarity, device
-
-    def prepare(self, features: Features) -> Any:
-        """What is kept of an image for its pairs."""
-        if self.device == "cpu":
-            return features.descriptors
-        import torch
-
-        return torch.from_numpy(features.descriptors).to(self.device)
-
-    def __call__(self, first: Any, second: Any) -> np.ndarray:
-        """Indices [P, 2] of what `prepare` made of two images, ascending in the first."""
-        if self.device == "cpu":
-            return match_mutual(first, second, self.min_similarity)
-        return mutual_on_device(first, second, self.min_similarity)
-
-
-def mutual_on_device(first: Any, second: Any, min_similarity: float) -> np.ndarray:
-    """`match_mutual` of two tensors, [N, D] and [M, D], computed where they are."""
-    import torch
-
-    from aliked.model import plain_float32
-
-    if not len(first) or not len(second):
-        return np.empty((0, 2), np.int64)
-    with plain_float32():
-        similarity = first @ second.T
-    value, best = similarity.max(1)
-    rows = torch.arange(len(first), device=first.device)
-    kept = (similarity.argmax(0)[best] == rows) & (value >= min_similarity)
-    return torch.stack([rows[kept], best[kept]], 1).cpu().numpy()
-
-
 def write_matches(
     path: Path,
     store: FeatureStore,
     pairs: Pairs,
-    matcher: MutualMatcher,
+    matcher: Matcher,
     report: Callable[[], None] = lambda: None,
 ) -> None:
     """Match those pairs that the database has no matches of yet."""
-    cache = Cache(lambda name: matcher.prepare(store.read(name)))
+    cache = Cache(lambda name: matcher.prepare(store.read(name), store.size(name)))
     pairs = iter(pairs)
     with open_database(path) as database:
         numbers = {image.name: image.image_id for image in database.read_all_images()}
@@ -367,7 +329,7 @@ def write_matches(
                     ids = [numbers.get(name) for name in (first, second)]
                     # A file that was skipped is in no pair.
                     if None not in ids and not database.exists_matches(*ids):
-                        found = matcher(cache[first], cache[second])
+                        found = matcher.match_prepared(cache[first], cache[second]).indices
                         database.write_matches(*ids, found.astype(np.uint32))
                     report()
 

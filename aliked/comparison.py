@@ -15,7 +15,7 @@ from aliked.cli import markdown
 from aliked.errors import InputError
 from aliked.features import Extractor, Features
 from aliked.files import whole_file
-from aliked.matching import match_mutual
+from aliked.matching import Matcher, Size
 from aliked.parity import FeaturePairs, count_not_finite, pair_features
 
 PRECISIONS = ("fp32", "fp16")
@@ -159,6 +159,7 @@ class ImageComparison:
     reference: Features
     other: Features
     pairs: FeaturePairs
+    size: Size | None  # width and height in pixels, for matchers that ask for it
 
     @property
     def missed(self) -> np.ndarray:
@@ -200,14 +201,15 @@ class MatchChange:
 
 
 def compare_image(
-    name: str, reference: Features, other: Features, radius: float
+    name: str, reference: Features, other: Features, radius: float, size: Size | None = None
 ) -> ImageComparison:
     """Sort both runtimes' features of one image by score and pair them, at most `radius` px apart.
 
     `InputError` when the descriptors differ in length: these are two models, not two runtimes.
     """
     reference, other = by_score(reference), by_score(other)
-    return ImageComparison(name, reference, other, pair_features(reference, other, radius))
+    pairs = pair_features(reference, other, radius)
+    return ImageComparison(name, reference, other, pairs, size)
 
 
 def by_score(features: Features) -> Features:
@@ -217,16 +219,15 @@ def by_score(features: Features) -> Features:
 
 
 def compare_matches(
-    first: ImageComparison, second: ImageComparison, min_similarity: float
+    first: ImageComparison, second: ImageComparison, matcher: Matcher
 ) -> MatchChange:
-    """Match two images by descriptor with either runtime, and see which matches are the same.
+    """Match two images with either runtime's features, and see which matches are the same.
 
     Two matches are the same when the keypoints at both their ends are pairs.
     """
-    expected = match_mutual(
-        first.reference.descriptors, second.reference.descriptors, min_similarity
-    )
-    found = match_mutual(first.other.descriptors, second.other.descriptors, min_similarity)
+    sizes = first.size, second.size
+    expected = matcher.match(first.reference, second.reference, *sizes).indices
+    found = matcher.match(first.other, second.other, *sizes).indices
     ends = (first, expected[:, 0], found[:, 0]), (second, expected[:, 1], found[:, 1])
     translated = np.stack([_in_reference(image, new) for image, _, new in ends], axis=1)
     detected = [np.isin(old, image.pairs.reference) for image, old, _ in ends]
@@ -367,7 +368,7 @@ def _number(value: np.floating) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def report_text(title: str, numbers: dict, radius: float) -> str:
+def report_text(title: str, numbers: dict, radius: float, matcher: str = "mutual") -> str:
     """What `Numbers.summary` gave, as Markdown; `radius` of the pairs in pixels."""
     total = numbers["total"]
     return "\n\n".join(
@@ -382,7 +383,7 @@ def report_text(title: str, numbers: dict, radius: float) -> str:
             _difference_table(total),
             _descriptor_table(total),
             _paragraph(_why_dot_products(total, numbers["descriptor_length"]) + _for_scale(total)),
-            *_matching(numbers["consecutive"], total),
+            *_matching(numbers["consecutive"], total, matcher),
         ]
     )
 
@@ -472,14 +473,17 @@ def _match_table(rows: list[dict]) -> str:
     )
 
 
-def _matching(consecutive: list[dict], total: dict) -> list[str]:
+MATCHED_BY = {"mutual": "mutual nearest neighbours of the descriptors", "lightglue": "LightGlue's"}
+
+
+def _matching(consecutive: list[dict], total: dict, matcher: str) -> list[str]:
     if not consecutive:
         return ["There is only one image, so there is no matching to compare."]
     matches = total["matches"]
     rows = [{"images": f"{pair['first']} - {pair['second']}"} | pair for pair in consecutive]
     share = _share(matches["kept"], matches["reference"])
     remark = (
-        "Matches are mutual nearest neighbours of the descriptors; a match is kept when both its "
+        f"Matches are {MATCHED_BY[matcher]}; a match is kept when both its "
         f"keypoints are pairs. Of the reference's matches {share} are kept."
     )
     return [_match_table([*rows, {"images": "total"} | matches]), _paragraph(remark)]

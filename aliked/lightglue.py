@@ -18,7 +18,7 @@ from torch import nn
 
 from aliked.errors import InputError
 from aliked.features import Features
-from aliked.matches import NO_MATCHES, Matches, Size, check_features
+from aliked.matching import LIGHTGLUE_DIM, NO_MATCHES, Matcher, Matches, Size, check_matchable
 from aliked.model import PRECISIONS
 from aliked.weights import LIGHTGLUE, load_state_dict
 
@@ -77,6 +77,18 @@ class PairAttention(NamedTuple):
         """[B, N, H, d], [B, M, H, d] twice to [B, N, H * d]."""
         q, k, v = (rows.transpose(1, 2) for rows in (q, k, v))
         return self.attention(q, k, v, bias).transpose(1, 2).flatten(2)
+
+
+class Prepared(NamedTuple):
+    """An image's features as the network takes them, on its device."""
+
+    keypoints: torch.Tensor  # [1, N, 2], normalised
+    descriptors: torch.Tensor  # [1, N, 128]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that they take."""
+        return self.keypoints.nbytes + self.descriptors.nbytes
 
 
 class Encoding(NamedTuple):
@@ -228,7 +240,7 @@ def filter_matches(
     return Output(torch.where(scores > threshold, partner0, -1), scores)
 
 
-class LightGlue(nn.Module):
+class LightGlue(nn.Module, Matcher):
     """LightGlue with nine layers for descriptors of length 128.
 
     `filter_threshold` is the lowest score of a match. `depth_confidence` and `width_confidence`, of
@@ -242,7 +254,7 @@ class LightGlue(nn.Module):
         filter_threshold: float = 0.1,
         depth_confidence: float | None = None,
         width_confidence: float | None = None,
-        descriptor_dim: int = 128,
+        descriptor_dim: int = LIGHTGLUE_DIM,
         dim: int = 256,
         heads: int = 4,
         layers: int = 9,
@@ -343,31 +355,27 @@ class LightGlue(nn.Module):
         return self.input_proj(descriptors.to(dtype)), self.posenc(keypoints, dtype)
 
     @torch.inference_mode()
-    def match(self, features0: Features, features1: Features, size0: Size, size1: Size) -> Matches:
-        """Matches of two images' `Features`, given each image's (width, height) in pixels.
+    def prepare(self, features: Features, size: Size) -> Prepared:
+        """What `match` needs of an image, on the model's device; size is (width, height), pixels.
 
         Raises `InputError` for descriptors of another length, for a size that is not two positive
         numbers, and for features that are not finite.
         """
-        for features, size in ((features0, size0), (features1, size1)):
-            check_features(features, size, self.descriptor_dim)
-        if not (len(features0) and len(features1)):
-            return NO_MATCHES
-        tensors = (
-            self._tensors(features, size)
-            for features, size in ((features0, size0), (features1, size1))
-        )
-        keypoints, descriptors = (torch.cat(rows, dim=1) for rows in zip(*tensors, strict=True))
-        return self._match_adaptively(keypoints, descriptors, len(features0))
-
-    def _tensors(self, features: Features, size: Size) -> tuple[torch.Tensor, torch.Tensor]:
-        """Normalised keypoints [1, N, 2] and descriptors [1, N, 128] on the model's device."""
+        check_matchable(features, size, self.descriptor_dim)
         device = self.input_proj.weight.device
         keypoints, descriptors, size = (
             torch.tensor(np.asarray(rows, np.float32), device=device)[None]
             for rows in (features.keypoints, features.descriptors, size)
         )
-        return normalize_keypoints(keypoints, size), descriptors
+        return Prepared(normalize_keypoints(keypoints, size), descriptors)
+
+    @torch.inference_mode()
+    def match_prepared(self, first: Prepared, second: Prepared) -> Matches:
+        """Matches of what `prepare` made of two images, adaptively where that is switched on."""
+        if 0 in (first.keypoints.shape[1], second.keypoints.shape[1]):
+            return NO_MATCHES
+        rows = (torch.cat(sides, dim=1) for sides in zip(first, second, strict=True))
+        return self._match_adaptively(*rows, first.keypoints.shape[1])
 
     def _match_adaptively(
         self, keypoints: torch.Tensor, descriptors: torch.Tensor, first: int

@@ -1,17 +1,95 @@
-"""Mutual nearest neighbours: of descriptors, to match images; of keypoints, to compare runtimes."""
+"""From the features of two images to matches: what a matcher is, and mutual nearest neighbours."""
 
-from collections.abc import Callable
+import abc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from aliked.configs import CONFIGS, OFFICIAL
 from aliked.errors import InputError
+from aliked.features import Features
 
 BLOCK = 2**22  # affinities held at a time: all of 20000 x 20000 would be 1.6 GB or more
+MIN_SIMILARITY = 0.75  # of mutual nearest neighbours, unless said otherwise
 NEAR_BLOCK = 2**18  # distances: what fits into the processor's cache is computed twice as fast
 
 
+Size = Sequence[float]  # width and height of an image, pixels
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Matches of one pair of images, ascending in the first image's index."""
+
+    indices: np.ndarray  # [P, 2] int64: into the keypoints of each image
+    scores: np.ndarray  # [P] float32, above the filter threshold, at most 1
+    layers: int | None = None  # how many ran, where the matcher may stop early
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+@dataclass(frozen=True)
+class PairMatches:
+    """Keypoints of two images, as found and matched in one go. Rows beyond them are fill-ins."""
+
+    keypoints0: np.ndarray  # [K, 2] float32, pixels, (x, y), centre of the top-left pixel = (0, 0)
+    keypoints1: np.ndarray  # [K, 2] the same of the second image
+    matches: Matches
+
+
+NO_MATCHES = Matches(np.empty((0, 2), np.int64), np.empty(0, np.float32))
+
+
+class Matcher(abc.ABC):
+    """One runtime holding one matcher."""
+
+    @abc.abstractmethod
+    def prepare(self, features: Features, size: Size) -> Any:
+        """What is kept of an image for all its pairs; `size` is (width, height) in pixels.
+
+        Raises `InputError` for features that it cannot match.
+        """
+
+    @abc.abstractmethod
+    def match_prepared(self, first: Any, second: Any) -> Matches:
+        """Matches of what `prepare` made of two images."""
+
+    def match(self, features0: Features, features1: Features, size0: Size, size1: Size) -> Matches:
+        """Matches of two images' `Features`, given each image's (width, height) in pixels."""
+        return self.match_prepared(self.prepare(features0, size0), self.prepare(features1, size1))
+
+
+class MutualMatcher(Matcher):
+    """Mutual nearest neighbours in descriptors, on the GPU where one is given.
+
+    The score of a match is the cosine similarity of its descriptors.
+    """
+
+    def __init__(self, min_similarity: float = MIN_SIMILARITY, device: str = "cpu") -> None:
+        self.min_similarity, self.device = min_similarity, device
+
+    def prepare(self, features: Features, size: Size | None = None) -> Any:
+        """The descriptors, on the device; the size makes no difference."""
+        if self.device == "cpu":
+            return features.descriptors
+        import torch
+
+        return torch.from_numpy(features.descriptors).to(self.device)
+
+    def match_prepared(self, first: Any, second: Any) -> Matches:
+        """Matches of two images' descriptors."""
+        if self.device != "cpu":
+            return mutual_on_device(first, second, self.min_similarity)
+        indices = match_mutual(first, second, self.min_similarity)
+        return Matches(indices, np.einsum("pd,pd->p", first[indices[:, 0]], second[indices[:, 1]]))
+
+
 def match_mutual(
-    descriptors0: np.ndarray, descriptors1: np.ndarray, min_similarity: float = 0.75
+    descriptors0: np.ndarray, descriptors1: np.ndarray, min_similarity: float = MIN_SIMILARITY
 ) -> np.ndarray:
     """Match the descriptors of two images that are each other's most similar.
 
@@ -44,6 +122,23 @@ def check_lengths(descriptors0: np.ndarray, descriptors1: np.ndarray, cure: str)
     lengths = descriptors0.shape[1], descriptors1.shape[1]
     if lengths[0] != lengths[1]:
         raise InputError(f"descriptors have {lengths[0]} and {lengths[1]} values; {cure}")
+
+
+def mutual_on_device(first: Any, second: Any, min_similarity: float) -> Matches:
+    """`match_mutual` of two tensors, [N, D] and [M, D], computed where they are."""
+    import torch
+
+    from aliked.model import plain_float32
+
+    if not len(first) or not len(second):
+        return NO_MATCHES
+    with plain_float32():
+        similarity = first @ second.T
+    value, best = similarity.max(1)
+    rows = torch.arange(len(first), device=first.device)
+    kept = (similarity.argmax(0)[best] == rows) & (value >= min_similarity)
+    indices = torch.stack([rows[kept], best[kept]], 1)
+    return Matches(indices.cpu().numpy(), value[kept].cpu().numpy())
 
 
 def mutual_nearest_keypoints(
@@ -92,3 +187,70 @@ def _mutual_best(
     rows = np.flatnonzero(column_best[row_best] == np.arange(n))
     columns = row_best[rows]
     return rows, columns, column_value[columns]
+
+
+def matches_of_rows(matches0: np.ndarray, scores0: np.ndarray) -> Matches:
+    """`Matches` of one pair's rows: partners [K], -1 for none, and scores [K]."""
+    matched = np.flatnonzero(matches0 >= 0)
+    partners = matches0[matched].astype(np.int64)
+    return Matches(np.stack([matched, partners], axis=1), scores0[matched].astype(np.float32))
+
+
+def check_matchable(features: Features, size: Size, dim: int) -> None:
+    """Raise `InputError` unless a matcher of `dim`-long descriptors can take these features.
+
+    Keypoints and descriptors must be finite, and `size` the image's width and height.
+    """
+    check_descriptor_length(features.descriptors.shape[1], dim)
+    if not (np.isfinite(features.keypoints).all() and np.isfinite(features.descriptors).all()):
+        raise InputError("the features hold NaN or infinity; extract them again")
+    check_size(size)
+
+
+def check_descriptor_length(length: int, dim: int) -> None:
+    """Raise `InputError` where descriptors of `length` are not those of `dim` that are matched."""
+    if length != dim:
+        names = [name for name in OFFICIAL if CONFIGS[name].dim == dim]
+        raise InputError(
+            f"the descriptors are {length} long, but these LightGlue weights match descriptors "
+            f"of length {dim}; extract with {' or '.join(names) or 'another model'}"
+        )
+
+
+def check_size(size: Size) -> None:
+    """Raise `InputError` unless `size` is two finite, positive numbers."""
+    numbers = np.asarray(size, dtype=object).ravel()
+    try:
+        right = len(numbers) == 2 and all(0 < float(number) < np.inf for number in numbers)
+    except TypeError:  # None, for example
+        right = False
+    if not right:
+        raise InputError(f"the image size is {size}; give (width, height) in pixels")
+
+
+MATCHERS = ("mutual", "lightglue")
+LIGHTGLUE_DIM = 128  # length of the descriptors that the published weights match
+
+
+def create_matcher(
+    name: str,
+    device: str = "cpu",
+    weights: Path | None = None,
+    min_similarity: float = MIN_SIMILARITY,
+    precision: str = "fp32",
+) -> Matcher:
+    """Return the matcher `name` on "cpu", "cuda", "cuda:N" or "auto".
+
+    `weights` and `precision` are LightGlue's, `min_similarity` that of mutual nearest neighbours.
+    """
+    if name not in MATCHERS:
+        raise InputError(f"unknown matcher {name!r}; choose {' or '.join(MATCHERS)}")
+    if device == "auto":
+        import torch
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "mutual":
+        return MutualMatcher(min_similarity, device)
+    from aliked.lightglue import LightGlue  # here: mutual matching needs no PyTorch
+
+    return LightGlue.from_pretrained(weights, device, precision)

@@ -24,7 +24,7 @@ from aliked.images import SUFFIXES, list_images, load_image
 from aliked.matching import mutual_nearest_keypoints
 from evaluation.changes import CHANGES, LEVELS, change
 from evaluation.estimators import HOMOGRAPHY_PX, homography_estimators
-from evaluation.pairs import Dataset, Image, Pair, Resize, match
+from evaluation.pairs import Dataset, Image, Pair, Resize
 from evaluation.task import Count, Error, Row, Score, Task, auc_score
 
 TRUTH = "homographies.txt"  # of a sequence
@@ -365,7 +365,7 @@ class Homography(Task):
         """Return the corner error, pixels."""
         return error_of(row)
 
-    def measure(self, pair: Pair, first: Features, second: Features) -> dict:
+    def measure(self, pair: Pair, first: Features, second: Features, matches: np.ndarray) -> dict:
         """Return what the features of both images are worth.
 
         `covisible`: keypoints of each image that the other one shows. `repeated`: those of both
@@ -382,7 +382,6 @@ class Homography(Task):
         repeated, _, _ = mutual_nearest_keypoints(
             there[seen[0]], second.keypoints[seen[1]], CORRECT_PX
         )
-        matches = match(first, second)
         i, j = matches.T
         distance = match_distances(pair, first, second, matches)
         recalled = (distance <= CORRECT_PX) & seen[0][i] & seen[1][j]
@@ -404,9 +403,10 @@ class Homography(Task):
             },
         }
 
-    def draw(self, pair: Pair, row: dict, first: Features, second: Features) -> np.ndarray:
+    def draw(
+        self, pair: Pair, row: dict, first: Features, second: Features, matches: np.ndarray
+    ) -> np.ndarray:
         """Return a pair's matches: correct ones green, wrong ones red."""
-        matches = match(first, second)
         distance = match_distances(pair, first, second, matches)
         return draw_matches(
             pair.first.load(),

@@ -9,10 +9,10 @@ from typing import Any
 import cv2
 import numpy as np
 
-from aliked.features import Features
-from aliked.matching import match_mutual
+from aliked.matching import Matches, MutualMatcher
 
 ANY_SIMILARITY = -1.0  # the lowest that a cosine can be
+RATIO = 0.9  # of distances, to the nearest and to the second nearest
 
 
 @dataclass(frozen=True)
@@ -108,9 +108,22 @@ class Dataset:
         return list({image.name: image for image in images}.values())
 
 
-def match(first: Features, second: Features) -> np.ndarray:
-    """Indices [P, 2] of the mutually most similar keypoints, however dissimilar they are.
+# However dissimilar two keypoints are: a limit would suit one kind of descriptor and not another.
+MUTUAL = MutualMatcher(ANY_SIMILARITY)
 
-    One rule for all systems: a limit would suit one kind of descriptor and not another.
-    """
-    return match_mutual(first.descriptors, second.descriptors, ANY_SIMILARITY)
+
+class RatioMatcher(MutualMatcher):
+    """Mutual nearest neighbours that are clearly nearer than the second nearest (Lowe's test)."""
+
+    def __init__(self) -> None:
+        super().__init__(ANY_SIMILARITY)
+
+    def match_prepared(self, first: np.ndarray, second: np.ndarray) -> Matches:
+        """Matches of two images' descriptors."""
+        matches = super().match_prepared(first, second)
+        others = first[matches.indices[:, 0]] @ second.T
+        np.put_along_axis(others, matches.indices[:, 1:], ANY_SIMILARITY, axis=1)
+        runner_up = others.max(axis=1, initial=ANY_SIMILARITY)
+        # |a - b|^2 = 2 - 2 ab for vectors of unit length.
+        clear = 1 - matches.scores < RATIO**2 * (1 - runner_up)
+        return Matches(matches.indices[clear], matches.scores[clear])

@@ -14,7 +14,7 @@ from aliked.errors import InputError
 from aliked.features import Features
 from evaluation import pose_datasets, scene
 from evaluation.estimators import EPIPOLAR_PX, RelativePose, pose_estimators
-from evaluation.pairs import Dataset, Pair, match
+from evaluation.pairs import Dataset, Pair
 from evaluation.pose_datasets import (
     Choice,
     Motion,
@@ -282,7 +282,7 @@ class Pose(Task):
         """Return the median error, degrees."""
         return float(np.median(errors_of(row)))
 
-    def measure(self, pair: Pair, first: Features, second: Features) -> dict:
+    def measure(self, pair: Pair, first: Features, second: Features, matches: np.ndarray) -> dict:
         """Return what the features of both images are worth.
 
         `matches`, how many of them are `epipolar`, within 1 px of their true epipolar lines, and,
@@ -292,7 +292,6 @@ class Pose(Task):
         median errors of `rotation` and of `direction` of translation.
         """
         motion: Motion = pair.truth
-        matches = match(first, second)
         points = first.keypoints[matches[:, 0]], second.keypoints[matches[:, 1]]
         seeds = seeds_of(pair.name, self.seed, self.repeats)
         poses = {
@@ -316,9 +315,10 @@ class Pose(Task):
             "errors": {name: [degrees(max(both)) for both in own] for name, own in off.items()},
         }
 
-    def draw(self, pair: Pair, row: dict, first: Features, second: Features) -> np.ndarray:
+    def draw(
+        self, pair: Pair, row: dict, first: Features, second: Features, matches: np.ndarray
+    ) -> np.ndarray:
         """Return a pair's matches, those green that agree with what is known: depth, else pose."""
-        matches = match(first, second)
         points = first.keypoints[matches[:, 0]], second.keypoints[matches[:, 1]]
         return draw_matches(
             pair.first.load(),

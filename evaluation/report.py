@@ -6,7 +6,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,7 +28,7 @@ from benchmark.report import milliseconds
 from evaluation.homography import Homography
 from evaluation.pose import Pose
 from evaluation.sequences import Sequences
-from evaluation.systems import DETECTORS, System
+from evaluation.systems import DETECTORS, TITLES, System
 from evaluation.task import Count, Score, Task, paired_difference
 
 TASKS: dict[str, type[Task]] = {task.name: task for task in (Homography, Pose, Sequences)}
@@ -170,10 +170,10 @@ def section_key(outcome: Outcome) -> tuple[str, ...]:
 
 def timing_of(outcome: Outcome, timings: Sequence[Measured]) -> Measured | None:
     """The timing of a system on images of the size that most have, on the same device."""
-    if outcome.system.baseline:
-        return None
+    if outcome.system.baseline or outcome.system.matcher == "lightglue":
+        return None  # nobody has timed it
     width, height = outcome.size
-    wanted = asdict(outcome.system) | {"width": width, "height": height, "batch": 1}
+    wanted = outcome.system.extractor | {"width": width, "height": height, "batch": 1}
     found = [
         timing
         for timing in timings
@@ -198,12 +198,13 @@ def sections(outcomes: Iterable[Outcome]) -> list[list[Outcome]]:
 
 
 def table_order(outcome: Outcome) -> tuple:
-    """Model by model, PyTorch in float32 first; baselines last."""
+    """Model by model, matcher by matcher, PyTorch in float32 first; baselines last."""
     system = outcome.system
     models, backends = list(CONFIGS), list(BACKENDS)
     return (
         models.index(system.model) if system.model in models else len(models),
         system.model,
+        list(TITLES).index(system.matcher),
         backends.index(system.backend) if system.backend in backends else len(backends),
         system.precision != "fp32",
         system.device,
@@ -211,14 +212,19 @@ def table_order(outcome: Outcome) -> tuple:
 
 
 def reference_of(outcome: Outcome, section: Sequence[Outcome]) -> Outcome | None:
-    """PyTorch in float32 with the same model, where possible on the same device."""
+    """PyTorch in float32 with the same model and matcher, where possible on the same device.
+
+    Of that with another matcher: with mutual nearest neighbours.
+    """
     own = outcome.system
+    runtime = own.backend, own.precision
+    matcher = own.matcher if runtime != ("pytorch", "fp32") else "mutual"
     found = [
         other
         for other in section
         if other.measured
         and (other.system.backend, other.system.precision) == ("pytorch", "fp32")
-        and other.system.model == own.model
+        and (other.system.model, other.system.matcher) == (own.model, matcher)
     ]
     found.sort(key=lambda other: other.system.device != own.device)
     return found[0] if found and found[0].system != own else None
@@ -268,7 +274,7 @@ def name_cells(outcome: Outcome) -> list[str]:
     """What stands at the left of every line."""
     system = outcome.system
     model = system.model.upper() if system.baseline else system.model
-    return [model, system.runtime, system.precision]
+    return [model + system.matched, system.runtime, system.precision]
 
 
 def answer_table(measured: Sequence[Outcome], task: type[Task], timings: Sequence[Measured]) -> str:
@@ -309,9 +315,11 @@ def difference_table(measured: Sequence[Outcome], task: type[Task], seed: int) -
         lines.append([*name_cells(outcome), *cells])
     if not lines:
         return None
+    several = any(outcome.system.matched for outcome in measured)
+    matched = " and matcher (of that itself: against mutual nearest neighbours)" if several else ""
     title = (
-        "Change against PyTorch FP32 of the same model, the same pairs; in brackets the bootstrap "
-        "interval over the pairs that holds 95 %:"
+        f"Change against PyTorch FP32 of the same model{matched}, the same pairs; in brackets the "
+        "bootstrap interval over the pairs that holds 95 %:"
     )
     table = markdown([*HEADER, *(score.name for score in scores)], lines, left=3)
     return f"{title}\n\n{table}"
@@ -350,6 +358,7 @@ def footnotes(section: Sequence[Outcome]) -> list[str]:
 
 MARKERS = {"fp32": "o", "fp16": "s", "": "x"}
 LINES = {"fp32": "-", "fp16": "--", "": ":"}
+WIDTHS = {"mutual": 1.5, "ratio": 0.75, "lightglue": 3.0}
 
 
 def draw_section(
@@ -409,7 +418,9 @@ def draw_curves(measured: Sequence[Outcome], task: type[Task], title: str) -> Fi
         values = [score.scale * score.value(outcome.pairs) for score in task.curve]
         system = outcome.system
         line = LINES[system.precision]
-        axis.plot(thresholds, values, line, color=model_colour(system.model), label=str(system))
+        width = WIDTHS[system.matcher]
+        style = {"color": model_colour(system.model), "linewidth": width}
+        axis.plot(thresholds, values, line, **style, label=str(system))
     axis.set_xlabel(f"threshold, {task.curve_unit}")
     first = task.curve[0]
     axis.set_ylabel(first.name.partition("@")[0] + (", %" if first.percent else ""))

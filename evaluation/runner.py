@@ -1,11 +1,12 @@
 """Runs an evaluation: systems over the pairs of a task, records, then tables and pictures."""
 
 import argparse
+import functools
 import hashlib
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from aliked.backends import Spec
 from aliked.cli import (
     add_device_option,
+    add_matcher_weights,
     add_selection_options,
     add_weights_option,
     check_selection,
@@ -25,7 +27,8 @@ from aliked.configs import CONFIGS, Selection, get_config
 from aliked.doctor import installed_versions
 from aliked.errors import InputError
 from aliked.files import sha256, writable_folder
-from aliked.weights import find_weights
+from aliked.matching import Matcher
+from aliked.weights import LIGHTGLUE, find_weights
 from benchmark.environment import Describe, git_commit
 from benchmark.process import TaskFailed, run_task
 from benchmark.records import Measured, append_record, keep_lines, load_records
@@ -41,11 +44,13 @@ from evaluation.report import (
     write_report,
 )
 from evaluation.systems import (
+    TITLES,
     Machine,
     System,
     SystemFeatures,
     backends_of,
     features_key,
+    open_matcher,
     open_system,
     systems_from,
 )
@@ -85,6 +90,16 @@ def add_system_options(group: argparse._ArgumentGroup) -> None:
         help=f"of {', '.join(CONFIGS)}; all (default: {Spec.model})",
     )
     add_weights_option(group)
+    group.add_argument(
+        "--matchers",
+        "--matcher",
+        nargs="+",
+        choices=TITLES,
+        default=["mutual"],
+        help="mutual nearest neighbours, the same with a ratio test, LightGlue, each with every "
+        "system; a baseline has no LightGlue (default: mutual)",
+    )
+    add_matcher_weights(group)
     group.add_argument(
         "--model_path",
         type=Path,
@@ -147,15 +162,17 @@ def run(args: argparse.Namespace, task: Task) -> int:
     done = resume(output, systems, common) if output.exists() else set()
     images = len(task.dataset.images)
     print(f"{task.dataset.name}: {images} images; {len(systems)} systems, {len(done)} done")
-    features = {system: open_features(args.features, system, machine) for system in systems}
+    features = open_features(args.features, systems, machine)
+    matchers = {name: open_matcher(name, machine) for name in [*args.matchers, "mutual"]}
     with tqdm(total=len(systems), initial=len(done), unit="system", disable=None) as bar:
         for system in (s for s in systems if s not in done):
             bar.set_description_str(str(system))
-            record = make_record(system, features[system], task, machine) | common
+            matcher = matchers[system.matcher]
+            record = make_record(system, features[system], matcher, task, machine) | common
             append_record(output, record | provenance(system, machine))
             bar.update()
             tqdm.write(describe(system, record))
-    return conclude(args, task, output, features, timings)
+    return conclude(args, task, output, features, matchers, timings)
 
 
 def output_from(args: argparse.Namespace, task: Task) -> Path:
@@ -195,6 +212,8 @@ def survey(args: argparse.Namespace, selection: Selection) -> tuple[Machine, lis
         raise InputError(str(error)) from error
     own = installed_versions(("poselib", "h5py"))
     versions = facts["versions"] | {name: version for name, version in own.items() if version}
+    if args.matcher_weights and "lightglue" not in args.matchers:
+        raise InputError("--matcher_weights are LightGlue's; pass --matchers lightglue as well")
     if args.model_path and not args.model_path.is_file():
         raise InputError(f"--model_path {args.model_path} does not exist; export or build it first")
     machine = Machine(
@@ -204,9 +223,10 @@ def survey(args: argparse.Namespace, selection: Selection) -> tuple[Machine, lis
         facts["unavailable"],
         args.weights,
         args.model_path,
+        args.matcher_weights,
     )
     texts = args.systems or SYSTEMS[machine.device.partition(":")[0]]
-    return machine, systems_from(texts, models, machine.device, selection)
+    return machine, systems_from(texts, models, machine.device, selection, args.matchers)
 
 
 def common_fields(seed: int, selection: Selection, task: Task, machine: Machine) -> dict:
@@ -256,13 +276,22 @@ def resume(path: Path, systems: list[System], common: dict) -> set[System]:
     return {outcome.system for outcome in kept.values()}
 
 
-def open_features(folder: Path, system: System, machine: Machine) -> SystemFeatures:
-    """The features of a system, extracted when they are needed."""
-    key = features_key(system, machine)
-    return SystemFeatures(folder, key, lambda: open_system(system, machine))
+def open_features(
+    folder: Path, systems: list[System], machine: Machine
+) -> dict[System, SystemFeatures]:
+    """The features of each system, extracted when they are needed, once for all matchers."""
+    stores: dict[System, SystemFeatures] = {}
+    for system in (replace(system, matcher="mutual") for system in systems):
+        if system not in stores:
+            open_extractor = functools.partial(open_system, system, machine)
+            key = features_key(system, machine)
+            stores[system] = SystemFeatures(folder, key, open_extractor)
+    return {system: stores[replace(system, matcher="mutual")] for system in systems}
 
 
-def make_record(system: System, features: SystemFeatures, task: Task, machine: Machine) -> dict:
+def make_record(
+    system: System, features: SystemFeatures, matcher: Matcher, task: Task, machine: Machine
+) -> dict:
     """Evaluate one system; one that cannot run here is a record too."""
     record = {"system": asdict(system), "task": task.name}
     reason = machine.unavailable.get(system.backend)
@@ -273,7 +302,7 @@ def make_record(system: System, features: SystemFeatures, task: Task, machine: M
             reason = str(error)
     if reason:
         return record | {"status": "not run", "reason": reason}
-    return record | {"status": "ok", "pairs": task.rows(features.read)}
+    return record | {"status": "ok", "pairs": task.rows(features.read, matcher)}
 
 
 def provenance(system: System, machine: Machine) -> dict:
@@ -281,6 +310,9 @@ def provenance(system: System, machine: Machine) -> dict:
     weights = None if system.baseline else sha256(find_weights(system.model, machine.weights))
     return {
         "weights_sha256": weights,
+        "matcher_sha256": sha256(find_weights(LIGHTGLUE, machine.matcher_weights))
+        if system.matcher == "lightglue"
+        else None,
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": git_commit(),
         "command": " ".join(["python", *sys.argv]),
@@ -301,6 +333,7 @@ def conclude(
     task: Task,
     output: Path,
     features: dict[System, SystemFeatures],
+    matchers: dict[str, Matcher],
     timings: list[Measured],
 ) -> int:
     """Print the tables, write them, the plots and the page of the worst pairs."""
@@ -315,7 +348,8 @@ def conclude(
     if args.worst and measured:
 
         def draw(outcome: Outcome, row: dict) -> np.ndarray:
-            return task.picture(row, features[outcome.system].read)
+            system = outcome.system
+            return task.picture(row, features[system].read, matchers[system.matcher])
 
         print(f"wrote {write_page(folder, measured, args.worst, draw)}")
     return int(not measured)

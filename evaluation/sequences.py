@@ -15,8 +15,9 @@ from aliked.drawing import draw_matches
 from aliked.errors import InputError
 from aliked.features import Features
 from aliked.images import list_images, load_image
+from aliked.matching import Matcher
 from evaluation.estimators import EPIPOLAR_PX, epipolar_inliers
-from evaluation.pairs import Dataset, Image, Pair, match
+from evaluation.pairs import MUTUAL, Dataset, Image, Pair
 from evaluation.pose import add_repeats_option, seeds_of
 from evaluation.pose_datasets import read_intrinsics
 from evaluation.task import Count, Row, Score, Task
@@ -145,12 +146,11 @@ class Sequences(Task):
         """Return how few of the matches agree."""
         return -inlier_ratio(row)
 
-    def measure(self, pair: Pair, first: Features, second: Features) -> dict:
+    def measure(self, pair: Pair, first: Features, second: Features, matches: np.ndarray) -> dict:
         """Return the matches of a pair, and inliers, mean of the repeats.
 
         As `links` the keypoints that are the same: matches that are inliers in most repeats.
         """
-        matches = match(first, second)
         points = first.keypoints[matches[:, 0]], second.keypoints[matches[:, 1]]
         inliers = np.array(
             [
@@ -165,18 +165,20 @@ class Sequences(Task):
             "links": matches[inliers.mean(axis=0) > 0.5],
         }
 
-    def rows(self, features: Callable[[Image], Features]) -> list[dict]:
+    def rows(self, features: Callable[[Image], Features], matcher: Matcher = MUTUAL) -> list[dict]:
         """What was found of every pair, and of the tracks through all of a sequence's images."""
-        return with_tracks(super().rows(features))
+        return with_tracks(super().rows(features, matcher))
 
-    def draw(self, pair: Pair, row: dict, first: Features, second: Features) -> np.ndarray:
+    def draw(
+        self, pair: Pair, row: dict, first: Features, second: Features, matches: np.ndarray
+    ) -> np.ndarray:
         """Return a pair's matches."""
         return draw_matches(
             pair.first.load(),
             first,
             pair.second.load(),
             second,
-            match(first, second),
+            matches,
             f"{pair.name}: {row['inliers']:.0f} inliers of {row['matches']} matches",
         )
 

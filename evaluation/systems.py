@@ -5,22 +5,24 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import cv2
 import numpy as np
 from tqdm import tqdm
 
 from aliked.backends import BACKENDS, Spec, create_extractor, get_backend
-from aliked.configs import Selection
+from aliked.configs import Selection, get_config
 from aliked.errors import InputError
 from aliked.features import Features, check_image
 from aliked.files import code_digest, sha256
+from aliked.matching import LIGHTGLUE_DIM, Matcher, check_descriptor_length, create_matcher
 from aliked.store import FeatureStore
 from aliked.weights import find_weights
 from benchmark.artifacts import BuildFile, build_files, cached_path
 from benchmark.process import TaskFailed
 from benchmark.rows import Row, device_of
-from evaluation.pairs import Image
+from evaluation.pairs import MUTUAL, Image, RatioMatcher
 
 ORB_BITS = 256
 
@@ -71,12 +73,13 @@ DETECTORS: dict[str, tuple[Callable, Callable, int]] = {
 
 OPENCV = "opencv"  # the backend of the baselines
 PRECISIONS = ("fp32", "fp16")
+TITLES = {"mutual": "", "ratio": " + ratio test", "lightglue": " + LightGlue"}  # by matcher
 Extract = Callable[[np.ndarray], Features]
 
 
 @dataclass(frozen=True)
 class System:
-    """What finds and describes the keypoints. The fields are what a record is found by."""
+    """What finds, describes and matches the keypoints. The fields are what a record is found by."""
 
     backend: str  # of aliked.backends, or "opencv"
     device: str  # "cpu" or "cuda": where it has to run
@@ -85,6 +88,12 @@ class System:
     top_k: int  # 0: threshold mode
     scores_th: float | None  # of threshold mode
     n_limit: int | None
+    matcher: Literal["mutual", "ratio", "lightglue"] = "mutual"
+
+    @property
+    def extractor(self) -> dict:
+        """The fields that decide the features."""
+        return {name: value for name, value in asdict(self).items() if name != "matcher"}
 
     @property
     def baseline(self) -> bool:
@@ -120,20 +129,33 @@ class System:
     def row(self, width: int, height: int) -> Row:
         """The benchmark's row for single images of this size, whatever they show."""
         size = {"width": width, "height": height, "batch": 1}
-        return Row(**asdict(self), **size, image_set="", compile_mode=None)
+        return Row(**self.extractor, **size, image_set="", compile_mode=None)
 
     def __str__(self) -> str:
-        return " ".join(filter(None, (self.runtime, self.precision, self.model)))
+        return " ".join(filter(None, (self.runtime, self.precision, self.model))) + self.matched
+
+    @property
+    def matched(self) -> str:
+        """The matcher as it stands behind a model's name; empty for mutual nearest neighbours."""
+        return TITLES[self.matcher]
 
 
 def systems_from(
-    texts: list[str], models: list[str], device: str, selection: Selection
+    texts: list[str],
+    models: list[str],
+    device: str,
+    selection: Selection,
+    matchers: Sequence[str] = ("mutual",),
 ) -> list[System]:
     """The systems that BACKEND[:PRECISION], "sift" and "orb" name, each backend with each model.
 
     `device` is a real one, such as "cpu" or "cuda:0". A baseline has as many keypoints as the
-    others at most have. `InputError` for a name that is none.
+    others at most have, and no LightGlue. `InputError` for a name that is none, and for a model
+    whose descriptors LightGlue does not match.
     """
+    if "lightglue" in matchers:
+        for model in models:
+            check_descriptor_length(get_config(model).dim, LIGHTGLUE_DIM)
     kept = {
         "top_k": max(selection.top_k, 0),
         "scores_th": selection.scores_th if selection.by_threshold else None,
@@ -142,11 +164,17 @@ def systems_from(
     systems = []
     for text in texts:
         if text in DETECTORS:
-            systems.append(System(OPENCV, "cpu", text, "", selection.limit, None, None))
+            own = [name for name in matchers if name != "lightglue"] or ["mutual"]
+            baseline = OPENCV, "cpu", text, "", selection.limit, None, None
+            systems += [System(*baseline, matcher) for matcher in own]
             continue
         backend, precision = _runtime(text)
         place = device_of(backend, device)
-        systems += [System(backend, place, model, precision, **kept) for model in models]
+        systems += [
+            System(backend, place, model, precision, **kept, matcher=matcher)
+            for model in models
+            for matcher in matchers
+        ]
     return list(dict.fromkeys(systems))
 
 
@@ -179,6 +207,7 @@ class Machine:
     unavailable: dict[str, str | None]  # backend to the reason why it cannot run here
     weights: Path | None = None
     model_path: Path | None = None  # a model file for the backends that run one of its kind
+    matcher_weights: Path | None = None
 
 
 def given_file(system: System, machine: Machine) -> Path | None:
@@ -224,10 +253,17 @@ class FileExtractor:
         return create_extractor(row.backend, self.system.spec(machine, path))
 
 
+def open_matcher(name: str, machine: Machine) -> Matcher:
+    """The matcher of this name; LightGlue, always in float32, where the systems run."""
+    if name == "lightglue":
+        return create_matcher(name, machine.device, machine.matcher_weights)
+    return RatioMatcher() if name == "ratio" else MUTUAL
+
+
 def features_key(system: System, machine: Machine) -> dict:
     """What the features of `system` depend on besides the image."""
     key = {
-        "system": asdict(system),
+        "system": system.extractor,
         "versions": machine.versions,
         "code": code_digest(Path(__file__)),
     }

@@ -15,7 +15,8 @@ import numpy as np
 from tqdm import tqdm
 
 from aliked.features import Features
-from evaluation.pairs import Dataset, Image, Pair
+from aliked.matching import Matcher
+from evaluation.pairs import MUTUAL, Dataset, Image, Pair
 
 RESAMPLES = 1000  # of the bootstrap
 Count = Annotated[int, msgspec.Meta(ge=0)]
@@ -150,11 +151,16 @@ class Task(abc.ABC):
         """Return a number of a pair's row: the largest are the worst pairs."""
 
     @abc.abstractmethod
-    def measure(self, pair: Pair, first: Features, second: Features) -> dict:
-        """Return what the features of a pair's images are worth, as JSON has it."""
+    def measure(self, pair: Pair, first: Features, second: Features, matches: np.ndarray) -> dict:
+        """Return what the features of a pair's images, and their matches [P, 2], are worth.
+
+        As JSON has it.
+        """
 
     @abc.abstractmethod
-    def draw(self, pair: Pair, row: dict, first: Features, second: Features) -> np.ndarray:
+    def draw(
+        self, pair: Pair, row: dict, first: Features, second: Features, matches: np.ndarray
+    ) -> np.ndarray:
         """Return a pair's matches, and what `measure` found of them, as uint8 [H, W, 3] RGB."""
 
     @classmethod
@@ -162,11 +168,11 @@ class Task(abc.ABC):
         """A column by its name."""
         return next(score for score in cls.scores if score.name == name)
 
-    def rows(self, features: Callable[[Image], Features]) -> list[dict]:
+    def rows(self, features: Callable[[Image], Features], matcher: Matcher = MUTUAL) -> list[dict]:
         """What was found of every pair, with its name and group, in the order of the pairs."""
 
         def one(pair: Pair) -> dict:
-            found = self.measure(pair, features(pair.first), features(pair.second))
+            found = self.measure(pair, *matched(pair, features, matcher))
             return {"name": pair.name, "group": pair.group} | found
 
         # A pair per thread: NumPy and OpenCV let the others run.
@@ -174,10 +180,20 @@ class Task(abc.ABC):
             rows = pool.map(one, self.dataset.pairs)
             return list(tqdm(rows, "pairs", len(self.dataset.pairs), leave=False, disable=None))
 
-    def picture(self, row: dict, features: Callable[[Image], Features]) -> np.ndarray:
+    def picture(
+        self, row: dict, features: Callable[[Image], Features], matcher: Matcher = MUTUAL
+    ) -> np.ndarray:
         """The picture of the pair that a row is of."""
         pair = next(pair for pair in self.dataset.pairs if pair.name == row["name"])
-        return self.draw(pair, row, features(pair.first), features(pair.second))
+        return self.draw(pair, row, *matched(pair, features, matcher))
+
+
+def matched(
+    pair: Pair, features: Callable[[Image], Features], matcher: Matcher
+) -> tuple[Features, Features, np.ndarray]:
+    """The features of a pair's images and their matches [P, 2]."""
+    first, second = features(pair.first), features(pair.second)
+    return first, second, matcher.match(first, second, pair.first.size, pair.second.size).indices
 
 
 @contextlib.contextmanager

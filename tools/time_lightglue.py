@@ -7,6 +7,7 @@ and with its own `compile()`, all layers, half precision through autocast. Write
 
 import argparse
 import importlib.util
+import itertools
 import json
 import statistics
 import time
@@ -19,14 +20,24 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from aliked import cli, files
 from aliked.backends import Spec
-from aliked.backends.fused_pair import FusedPair, capture
+from aliked.backends.fused_lightglue import FusedPair, capture
 from aliked.images import list_images, load_image
 from aliked.lightglue import LightGlue
-from aliked.match_parity import MATCH_FP16, MATCH_FP32, compare_matches, in_terms_of, judge_matches
 from aliked.model import ALIKED
+from aliked.parity import MATCH_FP16, MATCH_FP32, compare_matches, in_terms_of, judge_matches
 from aliked.weights import LIGHTGLUE, load_state_dict
 
-ATTENTION = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+COMPILE = {
+    "none": None,
+    "default": "default",
+    "autotune": "max-autotune-no-cudagraphs",
+}
+ATTENTION = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,  # knows masks, and float32
+}
+USUAL = {"fp16": ("flash", "cudnn"), "fp32": ("efficient",)}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -35,6 +46,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("images", type=Path, metavar="FOLDER", help="its first two images are matched")
     p.add_argument("--model", default="aliked-n16rot")
     p.add_argument("--top_k", type=int, nargs="+", default=[1000, 2000], metavar="K")
+    p.add_argument("--compile", nargs="+", choices=COMPILE, default=list(COMPILE))
+    p.add_argument("--attention", nargs="+", choices=ATTENTION, help="default: all that fit")
     p.add_argument("--precision", choices=("fp16", "fp32"), default="fp16")
     p.add_argument("--weights", type=Path, metavar="FOLDER", help="folder with both weights")
     p.add_argument("--official", type=Path, metavar="FILE", help="the published lightglue.py")
@@ -71,22 +84,20 @@ def fused_rows(args, top_k: int, images: list[np.ndarray]) -> Iterator[dict]:
     """The whole pair in each way to run the matcher, judged beside PyTorch in float32."""
     spec = Spec(args.model, top_k, precision=args.precision, device="cuda", weights=args.weights)
     expected = reference(args, top_k, images)
-    for mode in (None, "default", "max-autotune-no-cudagraphs"):
-        for attention, backend in ATTENTION.items():
-            if args.precision == "fp32":  # neither runs float32
-                attention, backend = "efficient", SDPBackend.EFFICIENT_ATTENTION
-            # A mask, for fill-ins, needs the others.
-            with sdpa_kernel([backend, SDPBackend.EFFICIENT_ATTENTION], set_priority=True):
-                torch._dynamo.reset()
-                pair = FusedPair(spec, args.weights, mode)
-                plan = pair.plan(*(image.shape for image in images))
-            verdict = judged(pair(*images), expected, args.precision)
-            row = {"what": "two images to matches", "compile": mode, "attention": attention}
-            yield row | timed(plan.graph.replay, args.runs) | {"parity": verdict}
-            row = row | {"what": "two images to matches, copies included"}
-            yield row | wall(lambda pair=pair: pair(*images), args.runs)
-            if args.precision == "fp32":
-                break
+    for compiler, attention in itertools.product(
+        args.compile, args.attention or USUAL[args.precision]
+    ):
+        mode, backend = COMPILE[compiler], ATTENTION[attention]
+        # A mask, for fill-ins, needs the second.
+        with sdpa_kernel([backend, SDPBackend.EFFICIENT_ATTENTION], set_priority=True):
+            torch._dynamo.reset()
+            pair = FusedPair(spec, args.weights, mode)
+            plan = pair.plan(*(image.shape for image in images))
+        verdict = judged(pair(*images), expected, args.precision)
+        row = {"what": "two images to matches", "compile": mode, "attention": attention}
+        yield row | timed(plan.graph.replay, args.runs) | {"parity": verdict}
+        row = row | {"what": "two images to matches, copies included"}
+        yield row | wall(lambda pair=pair: pair(*images), args.runs)
     graph, _ = capture(lambda: pair.extract(plan.batches[0]))
     yield {"what": "extractor alone, both images"} | timed(graph.replay, args.runs)
 
@@ -125,7 +136,7 @@ def matcher_rows(args, top_k: int, images: list[np.ndarray]) -> Iterator[dict]:
     inputs = [sides[side][name] for side in (0, 1) for name in ("keypoints", "descriptors")]
     inputs += [side["image_size"] for side in sides]
     ours = LightGlue.from_pretrained(args.weights, device="cuda", precision=args.precision)
-    for mode in (None, "max-autotune-no-cudagraphs"):
+    for mode in (COMPILE[compiler] for compiler in args.compile):
         torch._dynamo.reset()
         run = ours if mode is None else torch.compile(ours, fullgraph=True, mode=mode)
         with torch.no_grad():

@@ -26,8 +26,9 @@ from aliked.files import whole_file
 from aliked.images import list_images, load_image
 from evaluation.estimators import epipolar_inliers
 from evaluation.homography import CORRECT_PX, match_distances
-from evaluation.pairs import Image, Pair, match
+from evaluation.pairs import MUTUAL, Image, Pair
 from evaluation.systems import Baseline, Extract
+from evaluation.task import matched
 
 TRAINED, OFFICIAL = "aliked-t16-homography", "aliked-t16"
 CONSECUTIVE = "consecutive"  # the kind of pairs whose homography is not known
@@ -137,8 +138,7 @@ def measure(folder: str, pairs: list[Pair], system: str, extract: Extract) -> li
 
     records = []
     for pair in pairs:
-        first, second = features(pair.first), features(pair.second)
-        matches = match(first, second)
+        first, second, matches = matched(pair, features, MUTUAL)
         correct = count_correct(pair, first, second, matches)
         records.append(Record(folder, pair.group, pair.name, system, len(matches), correct))
     return records

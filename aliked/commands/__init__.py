@@ -34,6 +34,11 @@ COMMANDS = {
     "export": Command(
         "aliked.commands.export", "convert_pytorch_to_onnx.py", "write an .onnx file and prove it"
     ),
+    "export-lightglue": Command(
+        "aliked.commands.export_lightglue",
+        "convert_lightglue_to_onnx.py",
+        "the same for LightGlue, alone or from two images on",
+    ),
     "check": Command(
         "aliked.commands.build",
         "",

@@ -12,12 +12,13 @@ from aliked.backends import BACKENDS, Spec
 from aliked.cli import (
     Parser,
     add_device_option,
+    add_matcher_options,
     add_selection_options,
     add_size_option,
     add_weights_option,
     check_selection,
     command_line,
-    cosine,
+    matcher_from,
     positive,
 )
 from aliked.comparison import (
@@ -47,6 +48,7 @@ from aliked.files import (
     write_json,
 )
 from aliked.images import list_images, load_image
+from aliked.matching import Matcher
 from aliked.parity import RADIUS_PX
 from aliked.weights import find_weights
 
@@ -80,13 +82,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="PX",
         help="keypoints further apart are not the same (default: %(default)s)",
     )
-    p.add_argument(
-        "--min_similarity",
-        type=cosine,
-        default=0.75,
-        metavar="COSINE",
-        help="lowest descriptor similarity of a match, -1 to 1 (default: %(default)s)",
-    )
+    add_matcher_options(p.add_argument_group("matching, in float32"))
     p.add_argument(
         "--output",
         type=Path,
@@ -139,7 +135,10 @@ def compare(
     """Each image with what both runtimes find in it, when its turn comes."""
     for path in tqdm(paths, unit="image", disable=None):  # no bar where nobody looks
         image = load_image(path, max_size=max_size)
-        yield image, compare_image(path.name, reference(image), other(image), radius)
+        yield (
+            image,
+            compare_image(path.name, reference(image), other(image), radius, image.shape[1::-1]),
+        )
 
 
 def picture(image: np.ndarray, found: ImageComparison, title: str) -> np.ndarray:
@@ -162,6 +161,7 @@ def main(args: argparse.Namespace) -> None:
     spec = spec_from(args, sides)
     folder = args.output or Path("output") / time.strftime("compare-%Y%m%d-%H%M%S")
     check_writable(folder)
+    matcher = matcher_from(args, spec.model)
     extractors = [open_side(side, spec) for side in sides]
     output = writable_folder(folder)
     remove_files(output, *WRITTEN)  # an older run's
@@ -173,15 +173,19 @@ def main(args: argparse.Namespace) -> None:
     for image, found in compare(paths, *extractors, args.radius, args.max_size):
         numbers.add_image(found)
         if previous:
-            numbers.add_matches(compare_matches(previous, found, args.min_similarity))
+            numbers.add_matches(compare_matches(previous, found, matcher))
         file = output / f"keypoints_{len(numbers.images):04}.png"
         write_picture(file, picture(image, found, title))
         previous = found
-    write_results(output, title, numbers, provenance(args, spec, sides, labels))
+    write_results(output, title, numbers, provenance(args, spec, sides, labels, matcher))
 
 
 def provenance(
-    args: argparse.Namespace, spec: Spec, sides: tuple[Side, Side], labels: list[str]
+    args: argparse.Namespace,
+    spec: Spec,
+    sides: tuple[Side, Side],
+    labels: list[str],
+    matcher: Matcher,
 ) -> dict:
     """What the numbers belong to."""
     files = [side.path or find_weights(spec.model, spec.weights) for side in sides]
@@ -194,7 +198,8 @@ def provenance(
         "scores_th": spec.scores_th,
         "n_limit": spec.n_limit,
         "radius_px": args.radius,
-        "min_similarity": args.min_similarity,
+        "matcher": args.matcher or "mutual",
+        "min_similarity": getattr(matcher, "min_similarity", None),
         "folder": str(args.images),
         "max_size": args.max_size,
         "versions": packages(),
@@ -205,7 +210,7 @@ def provenance(
 def write_results(output: Path, title: str, numbers: Numbers, facts: dict) -> None:
     """Print the report; write it, the numbers and the histogram."""
     summary = numbers.summary()
-    text = report_text(title, summary, facts["radius_px"])
+    text = report_text(title, summary, facts["radius_px"], facts["matcher"])
     print(text + "\n")
     figure = draw_histogram(numbers.dot_products(), numbers.similarities(), title)
     write_histogram(output / "dot_products.png", figure)

@@ -12,7 +12,7 @@ from aliked import hpatches
 from aliked.configs import OFFICIAL
 from aliked.download import FileSet, datasets, fetch
 from aliked.errors import InputError
-from aliked.weights import WEIGHTS, cache_dir, files_of
+from aliked.weights import LIGHTGLUE, WEIGHTS, cache_dir, files_of
 
 
 def parser() -> argparse.ArgumentParser:
@@ -21,7 +21,9 @@ def parser() -> argparse.ArgumentParser:
     names = ["weights", *datasets(), "all", "hpatches"]
     parser.add_argument("names", nargs="+", choices=names, metavar="NAME", help=", ".join(names))
     parser.add_argument(
-        "--model", metavar="NAME", help=f"weights of one model only: {', '.join(OFFICIAL)}"
+        "--model",
+        metavar="NAME",
+        help=f"weights of one model only: {', '.join((*OFFICIAL, LIGHTGLUE))}, the matcher's",
     )
     parser.add_argument(
         "--output",

@@ -8,13 +8,16 @@ from pathlib import Path
 from tqdm import tqdm
 
 from aliked.backends import BACKENDS, get_backend
-from aliked.cli import add_extractor_options, extractor_spec
+from aliked.cli import (
+    add_extractor_options,
+    add_matcher_options,
+    extractor_spec,
+    matcher_from,
+)
 from aliked.colmap import (
     CAMERA_MODES,
-    MIN_SIMILARITY,
     TYPES,
     Cameras,
-    MutualMatcher,
     exhaustive_pairs,
     read_pairs,
     sequential_pairs,
@@ -25,6 +28,7 @@ from aliked.errors import InputError
 from aliked.extraction import Job, Report, Tally, extract
 from aliked.files import writable_folder
 from aliked.images import find_images
+from aliked.matching import Matcher
 from aliked.store import FeatureStore
 from aliked.video import is_video
 from aliked.workers import extract_in_processes, extract_with_ray
@@ -106,12 +110,7 @@ def _add_colmap_options(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help=f"with --match sequential: images that each is matched with (default: {OVERLAP})",
     )
-    group.add_argument(
-        "--min_similarity",
-        type=float,
-        metavar="COSINE",
-        help=f"lowest similarity of a match, -1 to 1 (default: {MIN_SIMILARITY})",
-    )
+    add_matcher_options(group)
 
 
 def _add_speed_options(group: argparse._ArgumentGroup) -> None:
@@ -149,6 +148,7 @@ def main(args: argparse.Namespace) -> None:
     names = [] if is_video(args.images) else find_images(args.images)
     if args.match and names:
         pairs_of(args, names)  # whose file should be good before the work, not after
+    matcher = matcher_from(args, args.model, mutual_device=args.device) if args.match else None
     try:
         with FeatureStore.open(output, job.key()) as store:
             done = len(store)
@@ -157,7 +157,7 @@ def main(args: argparse.Namespace) -> None:
         store = FeatureStore.open(output, job.key())
         summarize(args, tally, store)
         if args.colmap is not None:
-            write_colmap(args, store, names, cameras)
+            write_colmap(args, store, names, cameras, matcher)
     except OSError as error:
         raise InputError(
             f"cannot write {error.filename or output} ({error.strerror or error}); what was "
@@ -174,7 +174,7 @@ def check_options(args: argparse.Namespace) -> None:
     without = (
         (args.colmap is None, "--colmap", ("match", "camera_mode", "camera_model")),
         (order != "sequential", "--match sequential", ("overlap",)),
-        (order is None, "--match", ("min_similarity",)),
+        (order is None, "--match", ("matcher", "matcher_weights", "min_similarity")),
         (not video, "a video or a camera", ("every", "frames")),
         (video, "a folder of images", ("masks", "processes", "ray")),
     )
@@ -300,7 +300,11 @@ def summarize(args: argparse.Namespace, tally: Tally, store: FeatureStore) -> No
 
 
 def write_colmap(
-    args: argparse.Namespace, store: FeatureStore, names: list[str], cameras: Cameras
+    args: argparse.Namespace,
+    store: FeatureStore,
+    names: list[str],
+    cameras: Cameras,
+    matcher: Matcher | None,
 ) -> None:
     """Write the database, and the matches that are asked for."""
     with progress("database", len(store)) as bar:
@@ -310,13 +314,9 @@ def write_colmap(
         print(
             f"COLMAP has no type for {args.model}: it maps these matches, but cannot match itself"
         )
-    if not args.match:
+    if matcher is None:
         return
     pairs, count = pairs_of(args, names or store.names())
-    matcher = MutualMatcher(
-        MIN_SIMILARITY if args.min_similarity is None else args.min_similarity,
-        matching_device(args.device),
-    )
     with progress("matches", count) as bar:
         write_matches(args.colmap, store, pairs, matcher, bar.update)
     print(f"{args.colmap}: {count} pairs matched")
@@ -333,12 +333,3 @@ def pairs_of(
     else:
         pairs = read_pairs(Path(args.match[1]), names)
     return pairs, len(pairs)
-
-
-def matching_device(device: str) -> str:
-    """Where descriptors are compared."""
-    import torch
-
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return device

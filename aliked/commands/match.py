@@ -13,9 +13,10 @@ from aliked.cli import (
     Parser,
     add_extractor_options,
     add_lines_option,
+    add_matcher_options,
     add_size_option,
-    cosine,
     extractor_spec,
+    matcher_from,
 )
 from aliked.download import offer_download
 from aliked.drawing import (
@@ -31,7 +32,7 @@ from aliked.errors import InputError
 from aliked.features import Extractor, Features
 from aliked.files import check_writable, remove_files, writable_folder
 from aliked.images import list_images, load_image
-from aliked.matching import match_mutual
+from aliked.matching import Matcher
 from aliked.weights import describe_weights
 
 MAX_FRAMES = 100  # of the animation, which is held in memory
@@ -140,13 +141,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add_extractor_options(parser)
     add_size_option(parser)
-    parser.add_argument(
-        "--min_similarity",
-        type=cosine,
-        default=0.75,
-        metavar="COSINE",
-        help="lowest descriptor similarity of a match, -1 to 1 (default: %(default)s)",
-    )
+    add_matcher_options(parser.add_argument_group("matching"))
     add_lines_option(parser, LINES)
     parser.add_argument(
         "--output",
@@ -168,10 +163,13 @@ def main(args: argparse.Namespace) -> None:
     folder = (args.output or Path("demo")) if args.output or obstacle else None
     if folder:
         check_writable(folder)
+    matcher = matcher_from(args, args.model)
     extractor = create_extractor(args.backend, spec)
     output = folder and writable_folder(folder)
     model = args.model_path or f"{args.model} ({describe_weights(args.model, args.weights)})"
     print(f"{model} on {extractor.name}, {len(paths)} images")
+    if args.matcher == "lightglue":
+        print("matched by LightGlue")
     if get_backend(args.backend).compiles:
         print("compiling at the first image of each size, which takes minutes")
     if obstacle:
@@ -179,7 +177,7 @@ def main(args: argparse.Namespace) -> None:
 
     view = Files(output, args.lines) if output else Window(args.lines)
     count = matches = displacement = 0
-    for pair in match_consecutive(paths, extractor, args.min_similarity, args.max_size):
+    for pair in match_consecutive(paths, extractor, matcher, args.max_size):
         print(pair.summary())
         count += 1
         matches += len(pair.matches)
@@ -191,7 +189,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def match_consecutive(
-    paths: list[Path], extractor: Extractor, min_similarity: float, max_size: int | None
+    paths: list[Path], extractor: Extractor, matcher: Matcher, max_size: int | None
 ) -> Iterator[MatchedFrames]:
     """Match neighbours; each image is read, and its features extracted, when its turn comes."""
 
@@ -200,10 +198,9 @@ def match_consecutive(
         return Frame(path, image, extractor(image))
 
     for first, second in pairwise(map(frame, paths)):
-        matches = match_mutual(
-            first.features.descriptors, second.features.descriptors, min_similarity
-        )
-        yield MatchedFrames(first, second, matches)
+        sizes = (frame.image.shape[1::-1] for frame in (first, second))
+        matches = matcher.match(first.features, second.features, *sizes)
+        yield MatchedFrames(first, second, matches.indices)
 
 
 def matches_text(count: int, displacement: float) -> str:

@@ -14,8 +14,10 @@ import pytest
 
 import download_data
 from aliked import download
+from aliked.commands import download as command
 from aliked.download import FileSet, RemoteFile, fetch
 from aliked.errors import InputError
+from aliked.weights import LIGHTGLUE
 from tests.helpers.file_server import FileServer
 
 CONTENT = bytes(range(256)) * 1000
@@ -251,6 +253,12 @@ def test_the_command_without_network_exits_2_with_one_sentence(cache: Path) -> N
     for part in ("aliked-t16.pth", f"{NOBODY}/models/aliked-t16.pth", str(cache)):
         assert part in sentence
     assert "Traceback" not in stderr
+
+
+def test_the_matchers_weights_are_a_models_of_their_own() -> None:
+    args = download_data.parser().parse_args(["weights", "--model", LIGHTGLUE])
+    (wanted,) = command.file_sets(args).values()
+    assert [file.name for file in wanted.files] == ["aliked_lightglue.pth"]
 
 
 def test_the_command_needs_no_pytorch() -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 
 import numpy as np
 import onnx
@@ -11,21 +10,30 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from aliked.backends import Spec, fused_pair
-from aliked.backends.lightglue_onnxruntime import (
+from aliked.backends import Spec, fused_lightglue
+from aliked.backends.onnxruntime_lightglue import (
     ColmapMatcher,
     ONNXRuntimeMatcher,
     ONNXRuntimePair,
 )
 from aliked.errors import InputError
-from aliked.export.lightglue_export import MatcherOptions, PairOptions, export_matcher, export_pair
-from aliked.export.lightglue_verify import Pair, verify_matcher, verify_pair
+from aliked.export.lightglue import (
+    MatcherOptions,
+    Pair,
+    PairOptions,
+    export_matcher,
+    export_pair,
+    verify_matcher,
+    verify_pair,
+)
 from aliked.features import Features
 from aliked.fused import pipeline, reference
 from aliked.fused.weights import pack as pack_weights
 from aliked.images import list_images, load_image
 from aliked.lightglue import LightGlue, PairAttention, fused_attention
-from aliked.match_parity import (
+from aliked.matching import Matches, matches_of_rows
+from aliked.model import ALIKED
+from aliked.parity import (
     MATCH_FP16,
     MATCH_FP32,
     PAIR_FP32,
@@ -33,8 +41,6 @@ from aliked.match_parity import (
     in_terms_of,
     judge_matches,
 )
-from aliked.matches import Matches, matches_of_rows
-from aliked.model import ALIKED
 from aliked.weights import LIGHTGLUE, find_weights
 from tests.helpers.textures import texture
 
@@ -546,10 +552,10 @@ def test_what_the_fused_pair_runs_on_a_gpu_gives_the_matches_of_pytorch(together
     batches = torch.from_numpy(np.stack(images))
     sizes = [torch.tensor([[80.0, 64.0]])] * 2
     with torch.no_grad():
-        found = fused_pair.find(extract, [batches] if together else batches.split(1))
-        matched = fused_pair.match(matcher, found, sizes, masked=True)
-        packed = fused_pair.pack(found, matched).numpy()
-    rows = fused_pair.unpack(packed, (400, 400))
+        found = fused_lightglue.find(extract, [batches] if together else batches.split(1))
+        matched = fused_lightglue.match(matcher, found, sizes, masked=True)
+        packed = fused_lightglue.pack(found, matched).numpy()
+    rows = fused_lightglue.unpack(packed, (400, 400))
     assert rows.has_fill_ins
     features = [model.extract(image) for image in images]
     expected = matcher.match(*features, (80, 64), (80, 64))
@@ -566,12 +572,10 @@ def test_what_the_fused_pair_runs_on_a_gpu_gives_the_matches_of_pytorch(together
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_the_fused_pair_gives_the_matches_of_pytorch(weights_dir):
     spec = Spec("aliked-n16rot", top_k=1000, device="cuda", weights=weights_dir)
-    pair = fused_pair.FusedPair(spec, weights_dir, compile_mode=None)
+    pair = fused_lightglue.FusedPair(spec, weights_dir, compile_mode=None)
     model = ALIKED.from_pretrained("aliked-n16rot", 1000, weights=weights_dir, device="cuda")
     matcher = LightGlue.from_pretrained(weights_dir, device="cuda")
-    (_, first), (_, second) = itertools.islice(
-        map(load_image, list_images("assets/sequence_640x480")), 2
-    )
+    first, second = map(load_image, list_images("assets/sequence_640x480")[:2])
     for images in ((first, second), (first, second[:400, :600].copy()), (first, first // 16)):
         features = [model.extract(image) for image in images]
         expected = matcher.match(*features, *(image.shape[1::-1] for image in images))

@@ -1,6 +1,7 @@
 """Tables and plots of evaluations, from records."""
 
 import copy
+import dataclasses
 import random
 
 import numpy as np
@@ -161,6 +162,25 @@ def test_changes_are_against_pytorch_fp32_of_the_same_model(table):
     assert line["AUC@3"].startswith("+")
     table_of_changes = text.split("\n\n")[[p[:6] for p in text.split("\n\n")].index("Change") + 1]
     assert len(table_of_changes.splitlines()) == 3  # no line for the reference, none for SIFT
+
+
+def test_a_matcher_is_compared_with_mutual_and_its_precision_with_itself(table):
+    glue = [dataclasses.replace(system, matcher="lightglue") for system in (FP32, FP16)]
+    text = table(
+        [
+            record(FP32, [1.0, 1.0]),
+            record(FP16, [2.0, 2.0]),
+            record(glue[0], [0.0, 0.0]),
+            record(glue[1], [1.0, 1.0]),
+        ]
+    )
+    assert "(of that itself: against mutual nearest neighbours)" in text
+    changes = [
+        cells(text, 1, "aliked-t16", "onnxruntime-cpu", "fp16"),
+        cells(text, 1, "aliked-t16 + LightGlue", "pytorch (CPU)", "fp32"),
+        cells(text, 1, "aliked-t16 + LightGlue", "onnxruntime-cpu", "fp16"),
+    ]
+    assert [line["AUC@3"][0] for line in changes] == ["-", "+", "-"]
 
 
 def test_kinds_of_pairs_stand_apart(table):

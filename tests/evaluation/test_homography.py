@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from aliked.features import Features
+from aliked.matching import match_mutual
 from evaluation.estimators import homography_estimators
 from evaluation.homography import Homography, homography_of, inside, median_error
 from evaluation.pairs import Dataset, Image, Pair, Resize, scaling
@@ -34,7 +35,9 @@ def pair(truth: np.ndarray) -> Pair:
 
 def measure(pair: Pair, first: Features, second: Features, seed: int) -> dict:
     """What the task finds of a pair."""
-    return Homography(Dataset("made up", [pair]), None, seed).measure(pair, first, second)
+    return Homography(Dataset("made up", [pair]), None, seed).measure(
+        pair, first, second, match_mutual(first.descriptors, second.descriptors, -1)
+    )
 
 
 def scores(truth: np.ndarray, first: Features, second: Features) -> dict[str, float]:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from aliked.features import Features
+from aliked.matching import match_mutual
 from evaluation.estimators import pose_estimators
 from evaluation.pairs import Dataset, Pair
 from evaluation.pose import (
@@ -47,7 +48,9 @@ def exact(pair: Pair, names: np.ndarray | None = None) -> tuple[Features, Featur
 
 
 def measured(pair: Pair, first: Features, second: Features, seed: int = 0) -> dict:
-    return Pose(Dataset("made up", [pair]), seed, REPEATS).measure(pair, first, second)
+    return Pose(Dataset("made up", [pair]), seed, REPEATS).measure(
+        pair, first, second, match_mutual(first.descriptors, second.descriptors, -1)
+    )
 
 
 def scores(row: dict) -> dict[str, float]:

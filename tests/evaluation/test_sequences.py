@@ -5,6 +5,7 @@ import pytest
 
 from aliked.errors import InputError
 from aliked.features import Features
+from aliked.matching import match_mutual
 from evaluation.pairs import Image, Pair
 from evaluation.sequences import Sequences, track_starts, with_tracks
 from tests.helpers.textures import texture
@@ -38,7 +39,9 @@ def measure(
     repeats: int,
 ) -> dict:
     """What the task finds of a pair."""
-    return Sequences([], intrinsics, seed, repeats).measure(pair, first, second)
+    return Sequences([], intrinsics, seed, repeats).measure(
+        pair, first, second, match_mutual(first.descriptors, second.descriptors, -1)
+    )
 
 
 def score(rows: list[dict], name: str) -> float:

@@ -12,11 +12,12 @@ from aliked.configs import Selection
 from aliked.errors import InputError
 from aliked.features import Features
 from aliked.images import load_image
+from aliked.matching import match_mutual
 from benchmark.process import TaskFailed
 from evaluation import systems
 from evaluation.homography import Homography
-from evaluation.pairs import Dataset, Image, Resize, match
-from evaluation.runner import make_record
+from evaluation.pairs import MUTUAL, Dataset, Image, RatioMatcher, Resize
+from evaluation.runner import make_record, open_features
 from evaluation.systems import (
     Baseline,
     Machine,
@@ -159,7 +160,8 @@ def test_an_image_without_keypoints_can_be_kept(tmp_path):
     store = SystemFeatures(tmp_path, KEY, lambda: Extractor(keypoints=0))
     store.extract([image(1)])
     assert len(store.read(image(1))) == 0
-    assert match(store.read(image(1)), store.read(image(1))).shape == (0, 2)
+    none = store.read(image(1))
+    assert MUTUAL.match(none, none, (64, 48), (64, 48)).indices.shape == (0, 2)
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +189,8 @@ def test_orb_is_matched_by_its_hamming_distance(frames):
     bits = [np.packbits(f.descriptors > 0, axis=1) for f in (first, second)]
     expected = cv2.BFMatcher(cv2.NORM_HAMMING, crossCheck=True).match(*bits)
     expected = {(m.queryIdx, m.trainIdx) for m in expected}
-    ours = {tuple(pair) for pair in match(first, second).tolist()}
+    found = match_mutual(first.descriptors, second.descriptors, -1)
+    ours = {tuple(pair) for pair in found.tolist()}
     # Where two keypoints are equally near, each matcher takes the one that it comes to first.
     assert len(ours & expected) > 0.9 * max(len(ours), len(expected)) > 50
     for i, j in ours:
@@ -205,6 +208,41 @@ def test_systems_are_every_runtime_with_every_model_and_each_baseline_once():
         "pytorch (CPU) fp16 aliked-n32",
         "OpenCV sift",
     ]
+
+
+def test_every_system_is_matched_by_every_matcher_and_a_baseline_by_those_that_it_has():
+    matchers = ["mutual", "ratio", "lightglue"]
+    found = systems_from(["pytorch", "sift"], ["aliked-n16"], "cpu", Selection(500), matchers)
+    assert [str(system) for system in found] == [
+        "pytorch (CPU) fp32 aliked-n16",
+        "pytorch (CPU) fp32 aliked-n16 + ratio test",
+        "pytorch (CPU) fp32 aliked-n16 + LightGlue",
+        "OpenCV sift",
+        "OpenCV sift + ratio test",
+    ]
+    with pytest.raises(InputError, match=r"64 long.*aliked-n16 or aliked-n16rot or aliked-n32"):
+        systems_from(["pytorch"], ["aliked-t16"], "cpu", Selection(500), matchers)
+
+
+def test_matchers_share_the_features(tmp_path):
+    system = systems_from(["sift"], [], "cpu", Selection(500))[0]
+    both = [system, replace(system, matcher="ratio")]
+    features = open_features(tmp_path, both, MACHINE)
+    assert features[both[0]] is features[both[1]]
+
+
+def test_the_ratio_test_keeps_what_is_clearly_nearest():
+    """The second of the first image is 4.8 degrees from one and 5 degrees from another."""
+    features = []
+    for angles in np.radians([0, 90, 45]), np.radians([10, 95, 60, 85.2]):
+        rows = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+        features.append(Features(np.zeros_like(rows), np.ones(len(rows), np.float32), rows))
+    sizes = (640, 480), (640, 480)
+    assert MUTUAL.match(*features, *sizes).indices.tolist() == [[0, 0], [1, 3], [2, 2]]
+    assert RatioMatcher().match(*features, *sizes).indices.tolist() == [[0, 0], [2, 2]]
+    for count in (0, 1):  # nothing, and nothing second to it
+        few = Features(*(rows[:count] for rows in vars(features[1]).values()))
+        assert len(RatioMatcher().match(features[0], few, *sizes)) == count
 
 
 def test_a_baseline_has_as_many_keypoints_as_the_others_may_have():
@@ -263,5 +301,5 @@ def test_a_users_model_file_is_used_for_every_size(tmp_path):
 def test_a_system_that_cannot_run_here_is_a_record_that_says_why(tmp_path):
     (system,) = systems_from(["tensorrt"], ["aliked-t16"], "cuda", Selection(20))
     task = Homography(Dataset("data", []), None, 0)
-    record = make_record(system, SystemFeatures(tmp_path, KEY, Extractor), task, MACHINE)
+    record = make_record(system, SystemFeatures(tmp_path, KEY, Extractor), MUTUAL, task, MACHINE)
     assert (record["status"], record["reason"]) == ("not run", "it is not installed")

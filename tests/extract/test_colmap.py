@@ -10,10 +10,8 @@ from aliked import colmap as module
 from aliked.backends import Spec
 from aliked.colmap import (
     Cameras,
-    MutualMatcher,
     exhaustive_pairs,
     in_colmap,
-    mutual_on_device,
     read_pairs,
     sequential_pairs,
     write_features,
@@ -22,7 +20,7 @@ from aliked.colmap import (
 from aliked.errors import InputError
 from aliked.extraction import Job, extract
 from aliked.features import Features
-from aliked.matching import match_mutual
+from aliked.matching import MutualMatcher, match_mutual, mutual_on_device
 from aliked.store import FeatureStore
 from tests.helpers.photos import noise, write_photo
 
@@ -176,6 +174,18 @@ def test_a_run_that_was_killed_goes_on_and_gives_the_same_database(tmp_path, pho
     assert len(read_all(whole)["matches"]) == 6
 
 
+def test_a_matcher_is_given_every_image_once_with_its_size(database, photos):
+    class Sizes(MutualMatcher):
+        seen: list = []  # noqa: RUF012
+
+        def prepare(self, features, size):
+            self.seen.append(size)
+            return super().prepare(features, size)
+
+    write_matches(database, stored(photos, NAMES), exhaustive_pairs(NAMES), Sizes(-1))
+    assert Sizes.seen == [(64, 48)] * len(NAMES)
+
+
 def test_another_database_is_refused_and_left_as_it_is(tmp_path, database, photos):
     before = read_all(database)
     with pytest.raises(InputError, match=r"has an image a/2\.jpg that is not among"):
@@ -235,7 +245,7 @@ def test_tensors_are_matched_as_arrays_are(counts):
     first, second = (features(seed, count).descriptors for seed, count in enumerate(counts))
     for limit in (-1, 0.2):
         found = mutual_on_device(torch.from_numpy(first), torch.from_numpy(second), limit)
-        np.testing.assert_array_equal(found, match_mutual(first, second, limit))
+        np.testing.assert_array_equal(found.indices, match_mutual(first, second, limit))
 
 
 def test_keypoints_have_colmaps_origin():

@@ -198,6 +198,10 @@ REFUSED = {
     "--camera_mode needs --colmap": ("--output", "f.h5", "--camera_mode", "single"),
     "--overlap needs --match sequential": ("--colmap", "d.db", "--overlap", "3"),
     "--min_similarity needs --match": ("--colmap", "d.db", "--min_similarity", "0.5"),
+    "--matcher needs --match": ("--colmap", "d.db", "--matcher", "lightglue"),
+    "64 long, but these LightGlue weights match": (
+        *("--colmap", "d.db", "--match", "exhaustive", "--matcher", "lightglue"),
+    ),
     "--every needs a video": ("--output", "f.h5", "--every", "3"),
     "unknown --match nearest": ("--colmap", "d.db", "--match", "nearest"),
     "unknown --match pairs": ("--colmap", "d.db", "--match", "pairs"),

@@ -31,6 +31,7 @@ from aliked.export.builder import BuildOptions
 from aliked.export.engine import Request, convert
 from aliked.features import Features
 from aliked.files import sha256
+from aliked.matching import MutualMatcher
 from aliked.parity import compare_features, pair_features
 from tests.helpers.fake_tensorrt import VERSIONS
 from tests.helpers.fake_tensorrt.installed import install
@@ -146,7 +147,8 @@ def test_matches_are_kept_lost_and_gained_by_their_keypoints():
         np.eye(4, dtype=np.float32),
     )
     other = replace(fourth, descriptors=fourth.descriptors[[0, 1, 3, 2]])  # third and fourth swap
-    change = compare_matches(first, compare(fourth, rows(other, [3, 2, 1]), "next"), 0.75)
+    second = compare(fourth, rows(other, [3, 2, 1]), "next")
+    change = compare_matches(first, second, MutualMatcher(0.75))
     assert (change.first, change.second) == ("photo", "next")
     assert (change.reference, change.other) == (3, 2)
     assert (change.kept, change.lost, change.undetected, change.gained) == (1, 2, 1, 1)
@@ -157,7 +159,7 @@ def test_matches_are_kept_lost_and_gained_by_their_keypoints():
 @pytest.mark.parametrize("other", [features(), THREE])
 def test_images_without_keypoints_are_compared_too(reference, other, tmp_path):
     images = [compare(reference, other), compare(reference, other)]
-    change = compare_matches(*images, 0.75)
+    change = compare_matches(*images, MutualMatcher(0.75))
     numbers = summary_of(*images, matches=[change])
     expected = min(len(reference), len(other))
     assert numbers["total"]["both"] == 2 * expected

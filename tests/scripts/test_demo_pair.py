@@ -13,8 +13,10 @@ from skimage import data
 from aliked import cli
 from aliked.commands import match
 from aliked.drawing import why_no_window
+from aliked.weights import LIGHTGLUE
 
 ROOT = Path(__file__).resolve().parents[2]
+LIGHTGLUE_OPTIONS = ("--model", "aliked-n16", "--matcher", "lightglue")
 SHIFT = np.array([12, 5])  # px between consecutive images of `sequence`
 
 
@@ -39,6 +41,36 @@ def sequence(tmp_path_factory) -> Path:
         view = data.astronaut()[y : y + 128, x : x + 160, ::-1]
         cv2.imwrite(str(folder / f"{i}.png"), view)
     return folder
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--matcher", "lightglue"], "64 long, but these LightGlue weights match descriptors of"),
+        ([*LIGHTGLUE_OPTIONS, "--min_similarity", "0.5"], "has a score of its own"),
+        (["--matcher_weights", "gone.pth"], "pass --matcher lightglue as well"),
+        ([*LIGHTGLUE_OPTIONS, "--matcher_weights", "gone.pth"], "gone.pth"),
+    ],
+)
+def test_a_matcher_that_does_not_fit_is_refused_before_anything_is_done(
+    options, words, sequence, run, tmp_path
+):
+    status, _, error = run(sequence, "--top_k", 50, "--output", tmp_path / "out", *options)
+    assert status == 2 and words in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_lightglue_matches_the_sequence_too(sequence, run, tmp_path, weights_dir):
+    if not (weights_dir / f"{LIGHTGLUE}.pth").is_file():
+        pytest.skip("no LightGlue weights")
+    status, out, _ = run(
+        *(sequence, "--model", "aliked-n16", "--weights", weights_dir, "--top_k", 200),
+        *("--matcher", "lightglue", "--matcher_weights", weights_dir, "--output", tmp_path / "out"),
+    )
+    assert status == 0
+    mean = float(out.rpartition("mean displacement ")[2].split()[0])
+    assert mean == pytest.approx(np.hypot(*SHIFT), abs=0.3)
+    assert "matched by LightGlue" in out
 
 
 @pytest.fixture

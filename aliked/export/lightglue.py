@@ -1,27 +1,44 @@
-"""Writing LightGlue as an ONNX file: the matcher alone, or from two images to matches."""
+"""LightGlue as an ONNX file, alone or from two images on, and the proof that it still is."""
 
 import contextlib
 import io
 import json
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import onnx
-import onnx_ir
-import onnx_ir.passes.common
-import onnxscript.optimizer
 import torch
 from torch import nn
 
+from aliked.backends.onnxruntime_lightglue import (
+    ColmapMatcher,
+    ONNXRuntimeMatcher,
+    ONNXRuntimePair,
+)
+from aliked.configs import STRIDE
 from aliked.errors import InputError
 from aliked.export.deform_conv_onnx import standard_deform_conv
-from aliked.export.onnx_export import OPSETS, silence
+from aliked.export.onnx_export import OPSETS, exported_form, fold_constants, silence
+from aliked.features import Features
 from aliked.files import whole_file
 from aliked.lightglue import LightGlue, Output, filter_matches
-from aliked.model import ALIKED, STRIDE, to_tensor
+from aliked.matching import Size
+from aliked.model import ALIKED, to_tensor
+from aliked.parity import (
+    MATCH_FP16,
+    MATCH_FP32,
+    PAIR_FP32,
+    MatchParity,
+    Verdict,
+    compare_matches,
+    in_terms_of,
+    judge_matches,
+)
 
 SYMBOLIC_EXAMPLE = (12, 9)  # keypoints of each image: unequal, so that the trace keeps both counts
 
@@ -202,6 +219,7 @@ def export_pair(
     threshold = matcher.filter_threshold
     with (
         standard_deform_conv(options.deform_conv, options.opset),
+        exported_form(model, options.dynamic),
         written_in_steps(matcher, threshold),
     ):
         proto = _trace(graph, inputs, _pair_axes(graph, options), options.opset)
@@ -304,28 +322,7 @@ def _trace(
             output_names=list(graph.output_names),
             dynamic_axes=axes,
         )
-    return _folded(onnx.load_from_string(buffer.getvalue()))
-
-
-def _folded(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Without arithmetic on constants and without repetition: a graph a third as large.
-
-    `onnx_export.fold_constants` rewrites patterns too, which takes half a minute for nine layers.
-    """
-    model = onnx_ir.from_proto(proto)
-    repeated = onnx_ir.passes.common.CommonSubexpressionEliminationPass()
-    for _ in range(2):
-        onnxscript.optimizer.fold_constants(
-            model, onnx_shape_inference=True, should_fold=_makes_shapes
-        )
-        onnxscript.optimizer.remove_unused_nodes(model)
-        repeated(model)
-    return onnx_ir.to_proto(model)
-
-
-def _makes_shapes(node: onnx_ir.Node) -> bool | None:
-    """Fold this node, too, which by default is left alone: here it makes shapes."""
-    return True if node.op_type == "ConstantOfShape" else None
+    return fold_constants(onnx.load_from_string(buffer.getvalue()))
 
 
 def _name_rows(proto: onnx.ModelProto, top_k: int, dynamic: bool) -> None:
@@ -346,3 +343,82 @@ def _write(proto: onnx.ModelProto, path: Path, matcher: LightGlue, facts: dict) 
     with whole_file(path) as partial:
         onnx.save(proto, partial)
     return proto
+
+
+class Pair(NamedTuple):
+    """Features of two images."""
+
+    name: str
+    features0: Features
+    features1: Features
+    size0: Size  # (width, height), pixels
+    size1: Size
+
+
+def with_fewer(pairs: Iterable[Pair]) -> Iterator[Pair]:
+    """Each pair as it is, and with so few keypoints that a file must mask the rest."""
+    for pair in pairs:
+        yield pair
+        half = len(pair.features1) // 2
+        for count0, count1 in ((len(pair.features0), half), (half, 7), (1, half), (0, half)):
+            yield pair._replace(
+                name=f"{pair.name}, the best {count0} and {count1}",
+                features0=best(pair.features0, count0),
+                features1=best(pair.features1, count1),
+            )
+
+
+def best(features: Features, count: int) -> Features:
+    """The first `count` keypoints, which in top-k mode are the best."""
+    return Features(
+        features.keypoints[:count], features.scores[:count], features.descriptors[:count]
+    )
+
+
+def verify_matcher(
+    path: Path, reference: LightGlue, precision: str, options: MatcherOptions, pairs: Iterable[Pair]
+) -> Verdict:
+    """Compare the file's matches with those of `reference`, the float32 matcher, pair by pair.
+
+    `precision` ("fp32" or "fp16") is that of the file and chooses the tolerance.
+    """
+    colmap = options.io == "colmap"
+    other = (ColmapMatcher if colmap else ONNXRuntimeMatcher)(path, device="cpu")
+    parities = {
+        name: compare_matches(reference.match(*pair), other.match(*pair))
+        for name, *pair in with_fewer(pairs)
+    }
+    return judge_matches(parities, MATCH_FP16 if precision == "fp16" else MATCH_FP32)
+
+
+def verify_pair(
+    path: Path,
+    model: ALIKED,
+    matcher: LightGlue,
+    precision: str,
+    pairs: Iterable[tuple[str, np.ndarray, np.ndarray]],
+) -> Verdict:
+    """Compare a file's matches of two images with those of the float32 `model` and `matcher`.
+
+    `pairs` are a name and two images, uint8 [H, W, 3] RGB. The keypoints of both are paired first,
+    so that a keypoint which the file finds elsewhere loses its match.
+    """
+    run = ONNXRuntimePair(path, device="cpu")
+    parities = {
+        name: _compare_pair(run, model, matcher, image0, image1) for name, image0, image1 in pairs
+    }
+    return judge_matches(parities, MATCH_FP16 if precision == "fp16" else PAIR_FP32)
+
+
+def _compare_pair(
+    run: ONNXRuntimePair, model: ALIKED, matcher: LightGlue, image0: np.ndarray, image1: np.ndarray
+) -> MatchParity:
+    features = [model.extract(image) for image in (image0, image1)]
+    sizes = [image.shape[1::-1] for image in (image0, image1)]
+    found = run(image0, image1)
+    matches = in_terms_of(
+        (features[0].keypoints, features[1].keypoints),
+        (found.keypoints0, found.keypoints1),
+        found.matches,
+    )
+    return compare_matches(matcher.match(*features, *sizes), matches)

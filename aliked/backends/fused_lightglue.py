@@ -15,7 +15,7 @@ from aliked.errors import InputError
 from aliked.features import check_image
 from aliked.lightglue import LightGlue
 from aliked.lightglue import Output as Matched
-from aliked.matches import PairMatches, matches_of_rows
+from aliked.matching import PairMatches, matches_of_rows
 from aliked.model import Output
 from aliked.transfer import download, upload
 

@@ -1,5 +1,6 @@
 """ONNX Runtime on the files that `convert_lightglue_to_onnx.py` writes."""
 
+import abc
 from pathlib import Path
 
 import numpy as np
@@ -7,12 +8,13 @@ import numpy as np
 from aliked.backends.onnxruntime import choose_providers, open_session
 from aliked.errors import InputError
 from aliked.features import Features, check_image
-from aliked.matches import (
+from aliked.matching import (
     NO_MATCHES,
+    Matcher,
     Matches,
     PairMatches,
     Size,
-    check_features,
+    check_matchable,
     matches_of_rows,
 )
 
@@ -21,7 +23,7 @@ FEATURES = ("keypoints", "descriptors", "mask", "size")  # each with 0 and 1 beh
 COLMAP_FEATURES = ("kpts", "desc", "image_size")
 
 
-class MatcherSession:
+class MatcherSession(Matcher):
     """What the files with a matcher alone have in common: one session, by default on CUDA."""
 
     features: tuple[str, ...]
@@ -39,26 +41,28 @@ class MatcherSession:
                 "with convert_lightglue_to_onnx.py"
             )
 
-    def match(self, features0: Features, features1: Features, size0: Size, size1: Size) -> Matches:
-        """Matches of two images' `Features`, given each image's (width, height) in pixels.
+    def prepare(self, features: Features, size: Size) -> dict[str, np.ndarray] | None:
+        """An image's inputs by name, without 0 or 1 behind it; None where it has no keypoint.
 
-        Raises `InputError` as `LightGlue.match` does, and for more keypoints than the file takes.
+        Raises `InputError` as `LightGlue.prepare` does, and for more keypoints than the file takes.
         """
-        sides = ((features0, size0), (features1, size1))
-        for features, size in sides:
-            check_features(features, size, self.shapes[f"{self.features[1]}0"][2])
-        if not (len(features0) and len(features1)):
+        check_matchable(features, size, self.shapes[f"{self.features[1]}0"][2])
+        return self.rows(features, size) if len(features) else None
+
+    def match_prepared(
+        self, first: dict[str, np.ndarray] | None, second: dict[str, np.ndarray] | None
+    ) -> Matches:
+        """Matches of what `prepare` made of two images."""
+        if first is None or second is None:
             return NO_MATCHES
-        inputs = {}
-        for side, (features, size) in enumerate(sides):
-            rows = self.rows(features, size)
-            inputs |= {f"{name}{side}": rows[name][None] for name in self.features}
+        sides = enumerate((first, second))
+        inputs = {f"{name}{i}": rows[None] for i, side in sides for name, rows in side.items()}
         matches0, scores0 = (rows.reshape(-1) for rows in self.session.run(self.outputs, inputs))
         return matches_of_rows(matches0, scores0)
 
+    @abc.abstractmethod
     def rows(self, features: Features, size: Size) -> dict[str, np.ndarray]:
         """One image's inputs by name, without the batch."""
-        raise NotImplementedError
 
 
 class ONNXRuntimeMatcher(MatcherSession):
@@ -99,9 +103,9 @@ class ColmapMatcher(MatcherSession):
         size = np.asarray(size, np.float32)
         return {"kpts": features.keypoints, "desc": features.descriptors, "image_size": size}
 
-    def match(self, *pair) -> Matches:
-        """Matches with at least the score `min_score`, as `MatcherSession.match`."""
-        matches = super().match(*pair)
+    def match_prepared(self, *pair) -> Matches:
+        """Matches with at least the score `min_score`."""
+        matches = super().match_prepared(*pair)
         kept = matches.scores >= self.min_score
         return Matches(matches.indices[kept], matches.scores[kept])
 
