@@ -42,10 +42,11 @@ class SDDH(nn.Module):
         limit = longest_side(size_of(features)) / 4
         # The patch is centred at the sub-pixel keypoint, truncated.
         patches = patches_of(features, keypoints.long(), self.kernel_size, method)
-        hidden = F.selu(linear(self.offset_conv[0], patches.flatten(2)))
+        size = self.offset_conv[0].weight[0].numel()  # in numbers, as in `detection.soft_argmax`
+        hidden = F.selu(linear(self.offset_conv[0], patches.reshape(*keypoints.shape[:2], size)))
         offsets = linear(self.offset_conv[2], hidden).float().clamp(-limit, limit)
         # The first M channels are dx, the last M are dy.
-        return offsets.unflatten(2, (2, -1)).transpose(2, 3)
+        return offsets.unflatten(2, (2, self.agg_weights.shape[0])).transpose(2, 3)
 
     def forward(self, features: Maps, keypoints: torch.Tensor, form: Form) -> torch.Tensor:
         """Features of B images and keypoints [B, K, 2] in pixels to unit-length [B, K, D]."""
@@ -54,6 +55,6 @@ class SDDH(nn.Module):
         sampled = sample(features, positions.flatten(1, 2), form.sampling)
         sampled = F.selu(linear(self.sf_conv, sampled.transpose(1, 2)))  # [B, K * M, C]
         # Summing over positions and channels at once is one matrix product.
-        sampled = sampled.unflatten(1, positions.shape[1:3]).flatten(2)  # [B, K, M * C]
-        descriptors = sampled @ self.agg_weights.flatten(0, 1)
+        weights = self.agg_weights.flatten(0, 1)  # [M * C, D]
+        descriptors = sampled.reshape(*keypoints.shape[:2], weights.shape[0]) @ weights
         return F.normalize(descriptors.float(), dim=2)

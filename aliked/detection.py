@@ -158,7 +158,9 @@ def soft_argmax(score_map: torch.Tensor, maxima: torch.Tensor) -> tuple[torch.Te
 
     score_map: [B, 1, H, W]; maxima: [B, K, 2] integer pixels. Returns [B, K, 2] and [B, K].
     """
-    patches = get_patches(score_map, maxima, WINDOW).flatten(2)  # [B, K, 25]
+    patches = get_patches(score_map, maxima, WINDOW)
+    # In numbers: in a file that finds nothing, a size left open (`flatten`) is one of 0 / 0.
+    patches = patches.reshape(*maxima.shape[:2], WINDOW**2)  # [B, K, 25]
     weights = torch.softmax(patches / TEMPERATURE, dim=2)
     steps = torch.arange(-RADIUS, RADIUS + 1, device=score_map.device, dtype=score_map.dtype)
     grid = torch.cartesian_prod(steps, steps).flip(1)  # [25, 2], (x, y), row by row

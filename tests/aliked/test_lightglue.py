@@ -509,30 +509,41 @@ def test_a_wrong_file_is_rejected(tmp_path):
     assert not verdict.passed
 
 
-@pytest.mark.parametrize(("top_k", "precision"), [(40, "fp16"), (None, "fp32")])
-def test_tensorrt_for_rtx_builds_the_matcher(top_k, precision, tmp_path):
+def builds(path, shapes):
+    """Whether TensorRT for RTX builds the file; its inputs' smallest, usual and largest shapes."""
     trt = pytest.importorskip("tensorrt_rtx")
-    path = tmp_path / "matcher.onnx"
-    export_matcher(small_matcher().set_precision(precision), path, MatcherOptions(top_k))
     builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
     network = builder.create_network(0)  # strongly typed, as all of this library's networks
     parser = trt.OnnxParser(network, builder.logger)
     assert parser.parse_from_file(str(path)), [str(parser.get_error(0))]
-    config = builder.create_builder_config()
-    if top_k is None:
-        config.add_optimization_profile(profile_of(builder, network))
-    assert builder.build_serialized_network(network, config) is not None
-
-
-def profile_of(builder, network):
-    """One to two pairs of 1 to 90 keypoints."""
-    profile = builder.create_optimization_profile()
+    config, profile = builder.create_builder_config(), builder.create_optimization_profile()
     for tensor in (network.get_input(index) for index in range(network.num_inputs)):
-        name, fixed = tensor.name, tuple(side for side in tensor.shape if side != -1)
+        if -1 in tensor.shape:
+            profile.set_shape(tensor.name, *shapes(tensor.name, tuple(tensor.shape)))
+    config.add_optimization_profile(profile)
+    return builder.build_serialized_network(network, config) is not None
+
+
+@pytest.mark.parametrize(("top_k", "precision"), [(40, "fp16"), (None, "fp32")])
+def test_tensorrt_for_rtx_builds_the_matcher(top_k, precision, tmp_path):
+    path = tmp_path / "matcher.onnx"
+    export_matcher(small_matcher().set_precision(precision), path, MatcherOptions(top_k))
+
+    def shapes(name, shape):
+        """One to two pairs of 1 to 90 keypoints."""
         counts = ((), (), ()) if name.startswith("size") else ((1,), (40,), (90,))
-        shapes = zip((1, 1, 2), counts, strict=True)
-        profile.set_shape(name, *((batch, *count, *fixed) for batch, count in shapes))
-    return profile
+        fixed = tuple(side for side in shape if side != -1)
+        return [(batch, *count, *fixed) for batch, count in zip((1, 1, 2), counts, strict=True)]
+
+    assert builds(path, shapes)
+
+
+def test_tensorrt_for_rtx_builds_a_pair_of_any_sizes(tmp_path):
+    path, matcher = tmp_path / "pair.onnx", small_matcher(descriptor_dim=64)
+    options = PairOptions((96, 64), (96, 64), dynamic=True)
+    export_pair(ALIKED("aliked-t16", top_k=50).eval(), matcher, path, options)
+    sizes = ((64, 64), (64, 96), (128, 160))
+    assert builds(path, lambda name, shape: [(1, 3, *size) for size in sizes])
 
 
 @pytest.mark.parametrize("together", [True, False])
