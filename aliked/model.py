@@ -23,10 +23,11 @@ from aliked.descriptors import SDDH
 from aliked.detection import Detections, detect
 from aliked.errors import InputError
 from aliked.features import MIN_SIDE, Features, check_image, check_memory, drop_fill_ins
+from aliked.files import sha256
 from aliked.patches import is_traced
 from aliked.pyramid import Frame, Maps, Pyramid, unit_length
 from aliked.transfer import download, upload
-from aliked.weights import load_state_dict
+from aliked.weights import find_weights, load_state_dict
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
 
@@ -118,7 +119,8 @@ class ALIKED(nn.Module):
     """One ALIKED variant with its selection rule.
 
     `top_k` > 0: the best `top_k` keypoints. `top_k` <= 0: those with a detection score above
-    `scores_th`, at most `n_limit`; where none passes, those above the image's mean score.
+    `scores_th`, at most `n_limit`; where none passes, those above the image's mean score, as in the
+    official code, so that a threshold that nobody meets gives more keypoints than a low one.
     """
 
     def __init__(
@@ -130,11 +132,10 @@ class ALIKED(nn.Module):
     ) -> None:
         super().__init__()
         config = get_config(name)
-        if top_k <= 0 and n_limit <= 0:
-            raise InputError(f"n_limit is {n_limit} in threshold mode; it must be at least 1")
+        Selection(top_k, scores_th, n_limit).check()
         self.name, self.dim, self.precision = name, config.dim, "fp32"
         self.top_k, self.scores_th, self.n_limit = top_k, scores_th, n_limit
-        self.form = Form()
+        self.form, self.weights_sha256 = Form(), None
         c1, c2, c3, c4 = config.channels
         self.block1 = ConvBlock(3, c1)
         self.block2 = ResBlock(c1, c2)
@@ -175,6 +176,7 @@ class ALIKED(nn.Module):
         model = cls(name, top_k, scores_th, n_limit)
         # Not strict, as a file may lack how many batches its norms have seen.
         model.load_state_dict(load_state_dict(name, weights, model.state_dict()), strict=False)
+        model.weights_sha256 = sha256(find_weights(name, weights))
         model.eval().fold_batch_norm().requires_grad_(False)
         return model.set_precision(precision).to(device)
 
