@@ -9,7 +9,6 @@ from torch import nn
 
 from aliked.backbone import conv1x1, longest_side
 from aliked.configs import Form
-from aliked.patches import as_rows
 from aliked.pyramid import Maps, patches_of, sample, size_of
 
 
@@ -27,7 +26,7 @@ class SDDH(nn.Module):
 
     def __init__(self, dim: int, kernel_size: int, num_positions: int):
         super().__init__()
-        self.dim, self.kernel_size, self.num_positions = dim, kernel_size, num_positions
+        self.kernel_size = kernel_size
         self.offset_conv = nn.Sequential(
             nn.Conv2d(dim, 2 * num_positions, kernel_size),
             nn.SELU(inplace=True),
@@ -43,11 +42,10 @@ class SDDH(nn.Module):
         limit = longest_side(size_of(features)) / 4
         # The patch is centred at the sub-pixel keypoint, truncated.
         patches = patches_of(features, keypoints.long(), self.kernel_size, method)
-        patches = as_rows(patches, self.dim * self.kernel_size**2)
-        hidden = F.selu(linear(self.offset_conv[0], patches))
+        hidden = F.selu(linear(self.offset_conv[0], patches.flatten(2)))
         offsets = linear(self.offset_conv[2], hidden).float().clamp(-limit, limit)
         # The first M channels are dx, the last M are dy.
-        return offsets.unflatten(2, (2, self.num_positions)).transpose(2, 3)
+        return offsets.unflatten(2, (2, -1)).transpose(2, 3)
 
     def forward(self, features: Maps, keypoints: torch.Tensor, form: Form) -> torch.Tensor:
         """Features of B images and keypoints [B, K, 2] in pixels to unit-length [B, K, D]."""
@@ -56,6 +54,6 @@ class SDDH(nn.Module):
         sampled = sample(features, positions.flatten(1, 2), form.sampling)
         sampled = F.selu(linear(self.sf_conv, sampled.transpose(1, 2)))  # [B, K * M, C]
         # Summing over positions and channels at once is one matrix product.
-        sampled = as_rows(sampled, self.num_positions * self.dim)
+        sampled = sampled.unflatten(1, positions.shape[1:3]).flatten(2)  # [B, K, M * C]
         descriptors = sampled @ self.agg_weights.flatten(0, 1)
         return F.normalize(descriptors.float(), dim=2)

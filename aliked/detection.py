@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from aliked.configs import RADIUS, Form
-from aliked.patches import as_rows, get_patches
+from aliked.patches import get_patches
 from aliked.sampling import bilinear_sample
 
 WINDOW = 2 * RADIUS + 1
@@ -158,7 +158,7 @@ def soft_argmax(score_map: torch.Tensor, maxima: torch.Tensor) -> tuple[torch.Te
 
     score_map: [B, 1, H, W]; maxima: [B, K, 2] integer pixels. Returns [B, K, 2] and [B, K].
     """
-    patches = as_rows(get_patches(score_map, maxima, WINDOW), WINDOW**2)  # [B, K, 25]
+    patches = get_patches(score_map, maxima, WINDOW).flatten(2)  # [B, K, 25]
     weights = torch.softmax(patches / TEMPERATURE, dim=2)
     steps = torch.arange(-RADIUS, RADIUS + 1, device=score_map.device, dtype=score_map.dtype)
     grid = torch.cartesian_prod(steps, steps).flip(1)  # [25, 2], (x, y), row by row

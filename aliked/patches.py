@@ -58,11 +58,6 @@ def plain_patches(maps: torch.Tensor, centres: torch.Tensor, size: int) -> torch
     return (values * inside[:, None]).transpose(1, 2)
 
 
-def as_rows(values: torch.Tensor, length: int) -> torch.Tensor:
-    """Values of B images as [B, N, length]: runtimes infer an N of 0, but no length beside it."""
-    return values.reshape(values.shape[0], -1, length)
-
-
 @contextlib.contextmanager
 def plain_form() -> Iterator[None]:
     """Make `get_patches` take the plain form, in this thread, until the end of the block."""

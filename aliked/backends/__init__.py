@@ -134,7 +134,8 @@ def create_extractor(name: str, spec: Spec) -> Extractor:
         suffix = Path(spec.model_path).suffix
         other = next((n for n, b in BACKENDS.items() if b.suffix == suffix), "onnxruntime")
         raise InputError(
-            f"backend {name} does not run {spec.model_path}; leave it out, or pass --backend {other}"
+            f"backend {name} does not run {spec.model_path}; leave it out, or pass --backend "
+            f"{other}"
         )
     reason = backend.unavailable()
     if reason:

@@ -69,17 +69,21 @@ class ColmapGraph(nn.Module):
         features, score_map = self.model.encode(image)
         candidates = inner(suppress_non_maxima(score_map, self.model.form.exported))
         passing = (candidates > min_score.clamp(min=0)).sum()
-        k = torch.minimum(max_keypoints, passing)
-        if not torch.jit.is_tracing():  # a trace keeps the tensor, torch.export wants a symbol
-            k = k.item()
+        k = torch.minimum(max_keypoints, passing).clamp(min=0)
+        if torch.jit.is_tracing():
+            # A Reshape of no keypoints cannot infer a length: one row at least, cut off below.
+            rows = k.clamp(min=1)
+        else:  # a trace keeps the tensor, torch.export wants a symbol
+            rows = k = k.item()
             torch._check(k >= 0)
             torch._check(k <= candidates.shape[1])
-        found = refine(score_map, *candidates.topk(k, dim=1), self.model.form)
+        found = refine(score_map, *candidates.topk(rows, dim=1), self.model.form)
         output = self.model.describe(features, found)
         height, width = image.shape[-2:]
         x, y = output.keypoints.unbind(2)
         keypoints = torch.stack((x * 2 / (width - 1) - 1, y * 2 / (height - 1) - 1), dim=2)
-        return [keypoints, output.descriptors, output.scores]
+        outputs = [keypoints, output.descriptors, output.scores]
+        return [values[:, :k] for values in outputs] if torch.jit.is_tracing() else outputs
 
 
 class OpenCVGraph(nn.Module):
@@ -87,8 +91,8 @@ class OpenCVGraph(nn.Module):
 
     `image` float32 [1, 3, H, W] RGB in [0, 1]; OpenCV resizes to its `Params.inputSize`, which has
     to be this size. Returns keypoints [N, 2] as x * 2 / W - 1, which OpenCV scales to the size of
-    its own image (exact where that is H x W, within half a pixel of either else), descriptors
-    [N, D] and scores [N], in descending order of the score at the maximum.
+    its own image: exact where that is H x W; s times as large, (s - 1) / 2 pixels too far up and
+    left. Descriptors [N, D] and scores [N]; in descending order of the score at the maximum.
     """
 
     output_names = ("keypoints", "descriptors", "scores")

@@ -117,7 +117,7 @@ def cropped(images: Images) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def padded(images: Images) -> Iterator[tuple[str, np.ndarray]]:
-    """Each image padded as COLMAP pads: where that adds nothing, nothing of it is checked."""
+    """Each image padded as COLMAP pads."""
     for name, image in images:
         yield name, pad_right_bottom(image)
 
