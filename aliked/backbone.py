@@ -69,6 +69,8 @@ class DeformableConv2d(nn.Module):
         limit = longest_side(x.shape[-2:]) / 4
         offsets = self.offset_conv(x).float()  # (dy, dx) interleaved per tap
         offsets = offsets.clamp(-limit, limit)
+        if not (torch.jit.is_tracing() or torch.compiler.is_exporting()):
+            offsets = offsets.nan_to_num()  # the operator reads where offsets point, NaN or not
         arguments = (x.float(), offsets, self.regular_conv.weight, self.regular_conv.bias)
         if x.is_cuda and off_default_stream(x.device):
             return sampled_deform_conv2d(*arguments).to(x.dtype)

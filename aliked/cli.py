@@ -227,7 +227,8 @@ def add_selection_options(group: argparse._ArgumentGroup) -> None:
         "--scores_th",
         type=share,
         metavar="SCORE",
-        help="with --top_k 0: lowest score of a keypoint, 0 to 1, such as 0.2",
+        help="with --top_k 0: lowest score of a keypoint, 0 to 1, such as 0.2; an image without "
+        "one gives those above its mean score, as in the official code",
     )
     group.add_argument(
         "--n_limit",
@@ -298,10 +299,6 @@ def extractor_spec(args: argparse.Namespace) -> Spec:
     """The options as a `Spec`; `InputError` where they do not go together."""
     get_config(args.model)
     scores_th = check_selection(args.top_k, args.scores_th, args.n_limit)
-    if args.model_path is not None and args.backend == "pytorch":
-        raise InputError(
-            f"backend pytorch does not run {args.model_path}; pass --backend onnxruntime"
-        )
     return Spec(
         model=args.model,
         top_k=args.top_k,

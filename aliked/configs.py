@@ -1,6 +1,7 @@
 """The ALIKED variants as one table: the published ones (arXiv 2304.03608, table I) and our own."""
 
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 from aliked.errors import InputError
 
@@ -36,7 +37,7 @@ OFFICIAL = tuple(name for name, config in CONFIGS.items() if not config.shipped)
 
 def get_config(name: str) -> Config:
     """The sizes of variant `name`; `InputError` when there is no such variant."""
-    if name not in CONFIGS:
+    if not isinstance(name, str) or name not in CONFIGS:
         raise InputError(f"unknown model {name!r}; choose one of {', '.join(CONFIGS)}")
     return CONFIGS[name]
 
@@ -48,6 +49,18 @@ class Selection:
     top_k: int = 1000  # the best by score; <= 0: those above `scores_th`
     scores_th: float = 0.2  # lowest score at the maximum, 0 to 1
     n_limit: int = 5000  # most keypoints in threshold mode
+
+    def check(self) -> None:
+        """Raise `InputError` where these are no numbers, or none to select by."""
+        for name in ("top_k", "n_limit"):
+            value = getattr(self, name)
+            if not isinstance(value, Integral) or isinstance(value, bool):
+                raise InputError(f"{name} is {value!r}; give a whole number")
+        th = self.scores_th
+        if not isinstance(th, Real) or isinstance(th, bool) or not 0 <= th <= 1:
+            raise InputError(f"scores_th is {th!r}; give a number from 0 to 1")
+        if self.by_threshold and self.n_limit <= 0:
+            raise InputError(f"n_limit is {self.n_limit} in threshold mode; it must be at least 1")
 
     @property
     def by_threshold(self) -> bool:

@@ -22,10 +22,12 @@ from aliked.configs import STRIDE, Form, Selection, get_config
 from aliked.descriptors import SDDH
 from aliked.detection import Detections, detect
 from aliked.errors import InputError
-from aliked.features import Features, check_image, check_memory, drop_fill_ins
+from aliked.features import MIN_SIDE, Features, check_image, check_memory, drop_fill_ins
+from aliked.files import sha256
+from aliked.patches import is_traced
 from aliked.pyramid import Frame, Maps, Pyramid, unit_length
 from aliked.transfer import download, upload
-from aliked.weights import load_state_dict
+from aliked.weights import find_weights, load_state_dict
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
 
@@ -65,6 +67,46 @@ def to_tensor(images: torch.Tensor) -> torch.Tensor:
     return images.float().permute(0, 3, 1, 2) / 255  # TensorRT only casts uint8, so cast first
 
 
+LOWEST, HIGHEST = -0.5, 1.5  # of float images: resizing overshoots [0, 1] by less
+
+
+def checked_batch(images: torch.Tensor) -> torch.Tensor:
+    """RGB [B, 3, H, W], uint8 or float of any precision, as float32 in [0, 1].
+
+    `InputError` for anything else. Values are looked at on the CPU only: elsewhere that would wait
+    for the device.
+    """
+    wanted = "float RGB [B, 3, H, W] in [0, 1] or uint8, or one NumPy image, uint8 [H, W, 3]"
+    if not isinstance(images, torch.Tensor):
+        raise InputError(f"the images are a {type(images).__name__}; give a tensor, {wanted}")
+    fits = images.ndim == 4 and images.shape[1] == 3 and images.layout == torch.strided
+    if not fits or not (images.is_floating_point() or images.dtype == torch.uint8):
+        kind = str(images.dtype).removeprefix("torch.")
+        raise InputError(f"the images are {kind} {list(images.shape)}; give {wanted}")
+    batch, _, height, width = images.shape
+    if not batch or min(height, width) < MIN_SIDE:
+        raise InputError(
+            f"the batch has {batch} images of {width}x{height} pixels; give at least one, with "
+            f"both sides at least {MIN_SIDE}"
+        )
+    if images.dtype == torch.uint8:
+        return images.float() / 255
+    if images.device.type == "cpu":
+        low, high = (end.item() for end in images.detach().aminmax())
+        if not (low >= LOWEST and high <= HIGHEST):  # so that NaN is refused, too
+            raise InputError(
+                f"the images have values from {low:g} to {high:g}; give floats in [0, 1], or uint8"
+            )
+    return images.float()
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Leave `torch.autocast`, whose half-precision coordinates are whole numbers beyond 2048."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
 def interpolation_matrix(length: int, new_length: int, like: torch.Tensor) -> torch.Tensor:
     """Weights [new_length, length] of linear interpolation that keeps both ends, as `like`."""
     position = torch.arange(new_length, device=like.device).float()
@@ -77,7 +119,8 @@ class ALIKED(nn.Module):
     """One ALIKED variant with its selection rule.
 
     `top_k` > 0: the best `top_k` keypoints. `top_k` <= 0: those with a detection score above
-    `scores_th`, at most `n_limit`; where none passes, those above the image's mean score.
+    `scores_th`, at most `n_limit`; where none passes, those above the image's mean score, as in the
+    official code, so that a threshold that nobody meets gives more keypoints than a low one.
     """
 
     def __init__(
@@ -89,11 +132,10 @@ class ALIKED(nn.Module):
     ) -> None:
         super().__init__()
         config = get_config(name)
-        if top_k <= 0 and n_limit <= 0:
-            raise InputError(f"n_limit is {n_limit} in threshold mode; it must be at least 1")
+        Selection(top_k, scores_th, n_limit).check()
         self.name, self.dim, self.precision = name, config.dim, "fp32"
         self.top_k, self.scores_th, self.n_limit = top_k, scores_th, n_limit
-        self.form = Form()
+        self.form, self.weights_sha256 = Form(), None
         c1, c2, c3, c4 = config.channels
         self.block1 = ConvBlock(3, c1)
         self.block2 = ResBlock(c1, c2)
@@ -134,6 +176,7 @@ class ALIKED(nn.Module):
         model = cls(name, top_k, scores_th, n_limit)
         # Not strict, as a file may lack how many batches its norms have seen.
         model.load_state_dict(load_state_dict(name, weights, model.state_dict()), strict=False)
+        model.weights_sha256 = sha256(find_weights(name, weights))
         model.eval().fold_batch_norm().requires_grad_(False)
         return model.set_precision(precision).to(device)
 
@@ -208,7 +251,8 @@ class ALIKED(nn.Module):
 
     def detect(self, score_map: torch.Tensor) -> Detections:
         """Keypoints of a score map [B, 1, H, W] by this model's selection rule."""
-        return detect(score_map, self.top_k, self.scores_th, self.n_limit, self.form)
+        with without_autocast(score_map.device):
+            return detect(score_map, self.top_k, self.scores_th, self.n_limit, self.form)
 
     def forward(self, images: torch.Tensor) -> Output:
         """RGB float [B, 3, H, W] in [0, 1], H and W at least 5, to `Output`.
@@ -228,10 +272,25 @@ class ALIKED(nn.Module):
         )
 
     def __call__(self, images: torch.Tensor | np.ndarray) -> Output | Features:
-        """`forward` for a tensor; `extract` for a NumPy image."""
+        """`forward` for a tensor, float or uint8 [B, 3, H, W]; `extract` for a NumPy image.
+
+        Raises `InputError` for another type or shape and, on the CPU, for floats far outside
+        [0, 1]; nothing is checked where the model is traced, exported or compiled.
+        """
         if isinstance(images, np.ndarray):
             return self.extract(images)
+        if not is_traced():
+            images = self._on_device(checked_batch(images))
         return super().__call__(images)
+
+    def _on_device(self, images: torch.Tensor) -> torch.Tensor:
+        """`images`, once it is sure that they are where the model is."""
+        device = self.conv1.weight.device
+        if images.device != device:
+            raise InputError(
+                f"the images are on {images.device} and the model on {device}; move one of them"
+            )
+        return images
 
     @torch.inference_mode()
     def extract(self, image: np.ndarray) -> Features:

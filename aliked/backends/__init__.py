@@ -1,12 +1,13 @@
 """Every runtime by name. A runtime's own library is imported only when it is chosen."""
 
 import importlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from aliked.configs import DEFAULT_MODEL, Selection
+from aliked.configs import DEFAULT_MODEL, Selection, get_config
 from aliked.errors import InputError, missing_package
 from aliked.features import Extractor
 
@@ -24,6 +25,20 @@ class Spec:
     weights: Path | None = None
     model_path: Path | None = None
     compile_mode: str = "reduce-overhead"  # of torch.compile: with CUDA graphs
+
+    def check(self) -> None:
+        """Raise `InputError` for a field of another type or value than it can have."""
+        get_config(self.model)
+        self.selection.check()
+        if self.precision not in ("fp32", "fp16"):
+            raise InputError(f"unknown precision {self.precision!r}; choose fp32 or fp16")
+        for name in ("weights", "model_path"):
+            path = getattr(self, name)
+            if path is not None and not isinstance(path, str | os.PathLike):
+                raise InputError(f"{name} is {path!r}; give the path of a file")
+        kind = self.device.partition(":")[0] if isinstance(self.device, str) else None
+        if kind not in ("auto", "cpu", "cuda"):
+            raise InputError(f"unknown device {self.device!r}; give auto, cpu, cuda or cuda:N")
 
     @property
     def selection(self) -> Selection:
@@ -101,14 +116,27 @@ BACKENDS = {
 
 def get_backend(name: str) -> Backend:
     """Return the backend `name`; `InputError` when there is no such backend."""
-    if name not in BACKENDS:
+    if not isinstance(name, str) or name not in BACKENDS:
         raise InputError(f"unknown backend {name!r}; choose one of {', '.join(BACKENDS)}")
     return BACKENDS[name]
 
 
 def create_extractor(name: str, spec: Spec) -> Extractor:
-    """Return an extractor that runs `spec`; `InputError` where the backend cannot run here."""
+    """Return an extractor that runs `spec`.
+
+    `InputError` where the backend cannot run here, or not this.
+    """
     backend = get_backend(name)
+    if not isinstance(spec, Spec):
+        raise InputError(f"a {type(spec).__name__} says nothing to run; give a Spec")
+    spec.check()
+    if spec.model_path is not None and backend.suffix is None:
+        suffix = Path(spec.model_path).suffix
+        other = next((n for n, b in BACKENDS.items() if b.suffix == suffix), "onnxruntime")
+        raise InputError(
+            f"backend {name} does not run {spec.model_path}; leave it out, or pass --backend "
+            f"{other}"
+        )
     reason = backend.unavailable()
     if reason:
         raise InputError(f"backend {name} cannot run here: {reason}")

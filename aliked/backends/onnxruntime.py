@@ -6,10 +6,12 @@ import functools
 import importlib.util
 import io
 import json
+import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,8 +19,18 @@ from aliked import gpu
 from aliked.backends import Spec
 from aliked.backends.tensorrt_library import HOPPER, numbers
 from aliked.errors import InputError, how_to_install
-from aliked.features import OUTPUTS, Extractor, Features, check_images, features_of_batch
+from aliked.features import (
+    OUTPUTS,
+    Extractor,
+    Features,
+    check_features,
+    check_images,
+    features_of_batch,
+)
+from aliked.files import sha256
+from aliked.weights import find_weights
 
+METADATA = "aliked."  # before the names of what an export says about itself
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 TENSORRT = "TensorrtExecutionProvider"
 TENSORRT_RTX = "nv_tensorrt_rtx"  # the name that its plugin registers
@@ -38,6 +50,19 @@ def provider_missing(provider: str) -> str | None:
     return (
         f"this ONNX Runtime has no {provider}; pip install onnxruntime-gpu in place of onnxruntime"
     )
+
+
+DEFORM_CONV_SINCE = (1, 25)  # of ONNX Runtime, on the CPU
+
+
+def deform_conv_missing() -> str | None:
+    """Why the installed ONNX Runtime runs no DeformConv, or None; other exports do without."""
+    import onnxruntime
+
+    version = onnxruntime.__version__
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) >= DEFORM_CONV_SINCE:
+        return None
+    return f"ONNX Runtime {version} has no DeformConv; install 1.25 or later"
 
 
 def cuda_device(device: str) -> str:
@@ -99,6 +124,11 @@ def open_session(path: Path, provider: str, options: dict[str, str], others: Pro
     try:
         session = onnxruntime.InferenceSession(str(path), settings, named)
     except Exception as error:  # ONNX Runtime raises a class of its own for every status code
+        if "DeformConv" in str(error) and deform_conv_missing():
+            raise InputError(
+                f"{path} cannot be loaded: {deform_conv_missing()}, or export the model without "
+                "--deform_conv native"
+            ) from error
         raise InputError(
             f"{path} cannot be loaded by ONNX Runtime ({str(error).strip().splitlines()[0]}); "
             "export it again with convert_pytorch_to_onnx.py"
@@ -217,6 +247,28 @@ PROVIDERS: dict[str | None, tuple[Callable[[], str | None], Callable[[Spec], Pro
 }
 
 
+RANKS = {"keypoints": 3, "descriptors": 3, "scores": 2}  # of the outputs
+# By the type of `image`: at which axis of four its channels are.
+INPUTS = {"tensor(float)": 1, "tensor(uint8)": 3}
+
+
+def _channels_of(shape: Sequence[int | str]) -> int | None:
+    """At which axis an image has its three channels; None where it has none."""
+    at = [axis for axis in (1, 3) if len(shape) == 4 and shape[axis] == 3]
+    return at[0] if at else None
+
+
+def read_metadata(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What the export wrote into a file; `InputError` where that is not JSON."""
+    facts = {key: text for key, text in metadata.items() if key.startswith(METADATA)}
+    try:
+        return {key.removeprefix(METADATA): json.loads(text) for key, text in facts.items()}
+    except ValueError as error:
+        raise InputError(
+            f"{path} holds metadata that is not JSON ({error}); export the model again"
+        ) from error
+
+
 class ONNXRuntimeExtractor(Extractor):
     """One session on one exported file."""
 
@@ -237,14 +289,21 @@ class ONNXRuntimeExtractor(Extractor):
                 "convert_pytorch_to_onnx.py"
             )
         self.path = Path(spec.model_path)
+        self._arguments = spec, name, provider
         (chosen, options), *others = PROVIDERS[provider][1](spec)
         self.session = open_session(self.path, chosen, options, others)
         self.device = "cpu" if chosen == CPU else "cuda"
         self.name = name if provider else f"{name}-{self.device}"
         self.device_id = int(options.get("device_id", 0))
         self.shapes = {tensor.name: tensor.shape for tensor in self.session.get_outputs()}
+        self.export = read_metadata(self.path, self.session.get_modelmeta().custom_metadata_map)
         self.input = self._check_contract()
+        self._check_model(spec)
         self.top_k = self._check_selection(spec)
+
+    def __reduce__(self) -> tuple:
+        """Pickle as what opens the file again, for other processes."""
+        return type(self), self._arguments
 
     def _check_contract(self):
         """The image input, after checking that the file is an export of this project."""
@@ -255,24 +314,56 @@ class ONNXRuntimeExtractor(Extractor):
                 f"{self.path} has inputs {sorted(inputs)} and lacks outputs {sorted(missing)}; "
                 "this backend runs files written by convert_pytorch_to_onnx.py with --io default"
             )
-        return inputs["image"]
+        image = inputs["image"]
+        outputs = {output.name: output for output in self.session.get_outputs()}
+        right = INPUTS.get(image.type) == _channels_of(image.shape) and all(
+            outputs[name].type == "tensor(float)" and len(outputs[name].shape or []) == rank
+            for name, rank in RANKS.items()
+        )
+        if not right or self.export.get("io", "default") != "default":
+            found = {name: self.shapes[name] for name in OUTPUTS}
+            raise InputError(
+                f"{self.path} takes {image.type} {image.shape} and gives {found}, which is another "
+                "contract; export it with convert_pytorch_to_onnx.py and --io default"
+            )
+        return image
+
+    def _check_model(self, spec: Spec) -> None:
+        """Refuse a file of another model, precision or weights than `spec` asks for by name."""
+        model = self.export.get("model")
+        if model is None:
+            raise InputError(
+                f"{self.path} does not say which model it holds, so it is no export of this "
+                "project; export the model with convert_pytorch_to_onnx.py"
+            )
+        if model != spec.model:
+            raise InputError(f"{self.path} holds {model}, not {spec.model}; pass --model {model}")
+        if spec.precision == "fp16" and self.export.get("precision") == "fp32":
+            raise InputError(
+                f"{self.path} is float32; ask for fp32, or export it with --precision fp16"
+            )
+        weights = self.export.get("weights_sha256")
+        if spec.weights and weights and weights != sha256(find_weights(spec.model, spec.weights)):
+            raise InputError(
+                f"{self.path} was made of other weights than {spec.weights}; export it again, or "
+                "leave --weights out"
+            )
 
     def _check_selection(self, spec: Spec) -> int | None:
         """How many rows to keep: `spec.top_k`, or None for all (threshold mode).
 
-        `InputError` where the file holds another model, or selects keypoints in another way.
+        `InputError` where the file selects keypoints in another way.
         """
-        baked = self.session.get_modelmeta().custom_metadata_map
-        model = json.loads(baked.get("aliked.model", "null"))
-        if model not in (None, spec.model):
-            raise InputError(f"{self.path} holds {model}, not {spec.model}; pass --model {model}")
-        if spec.top_k > 0:
+        by_threshold = "nms_scores" in self.shapes
+        if spec.top_k > 0 and not by_threshold:
             return self._check_top_k(spec.top_k)
-        scores_th = json.loads(baked.get("aliked.scores_th", "null"))
-        if "nms_scores" not in self.shapes or scores_th != spec.scores_th:
+        facts = {"scores_th": spec.scores_th, "n_limit": spec.n_limit}
+        wanted = {"top_k": spec.top_k} if spec.top_k > 0 else {"top_k": 0, **facts}
+        if spec.top_k > 0 or not by_threshold or any(self.export.get(n) != facts[n] for n in facts):
+            options = " ".join(f"--{name} {value}" for name, value in wanted.items())
             raise InputError(
-                f"{self.path} was not exported for --top_k 0 --scores_th {spec.scores_th}; export "
-                "it again with these options, since what it selects is part of the file"
+                f"{self.path} was not exported for {options}; export it again with these options, "
+                "since what it selects is part of the file"
             )
         return None
 
@@ -286,7 +377,13 @@ class ONNXRuntimeExtractor(Extractor):
         return top_k
 
     def _check_size(self, images: np.ndarray) -> None:
-        """Refuse an image size that a static file was not exported for, or too small for K."""
+        """Refuse a batch or size that a static file was not exported for, or too small for K."""
+        batch = self.input.shape[0]
+        if isinstance(batch, int) and batch != len(images):
+            raise InputError(
+                f"the batch has {len(images)} images, but {self.path} was exported for {batch}; "
+                "export it with --dynamic"
+            )
         uint8 = self.input.type == "tensor(uint8)"
         expected = self.input.shape[1:3] if uint8 else self.input.shape[2:4]
         for want, got in zip(expected, images.shape[1:3], strict=True):
@@ -313,8 +410,25 @@ class ONNXRuntimeExtractor(Extractor):
 
     def extract_batch(self, images: np.ndarray) -> list[Features]:
         """uint8 [B, H, W, 3] RGB to each image's `Features`, copies included."""
-        rows = self.session.run(OUTPUTS, {"image": self._prepare(images)})
-        return features_of_batch(*(values[:, : self.top_k] for values in rows))
+        prepared = self._prepare(images)
+        try:
+            rows = self.session.run(OUTPUTS, {"image": prepared})
+        except Exception as error:  # ONNX Runtime raises a class of its own for every status code
+            raise InputError(
+                f"ONNX Runtime cannot run {self.path} ({str(error).strip().splitlines()[0]}); "
+                "export it again with convert_pytorch_to_onnx.py"
+            ) from error
+        count = rows[0].shape[1:2]
+        for name, values in zip(OUTPUTS, rows, strict=True):
+            if values.ndim != RANKS[name] or values.shape[:2] != (len(images), *count):
+                raise InputError(
+                    f"{self.path} gave {name} {list(values.shape)} for {len(images)} images; "
+                    "export it again with convert_pytorch_to_onnx.py"
+                )
+        found = features_of_batch(*(values[:, : self.top_k] for values in rows))
+        for features in found:
+            check_features(features, *images.shape[1:3])
+        return found
 
     def to_device(self, images: np.ndarray):
         """uint8 [B, H, W, 3] RGB to the session's input, on its device."""

@@ -34,6 +34,8 @@ def choose_device(device: str, only: str | None = None) -> torch.device:
         chosen = torch.device(device)
     except RuntimeError as error:
         raise InputError(f"unknown device {device!r}; give auto, cpu, cuda or cuda:N") from error
+    if chosen.type not in ("cpu", "cuda"):
+        raise InputError(f"this project does not run on {chosen}; give auto, cpu, cuda or cuda:N")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise InputError(
             f"device {device} was asked for, but PyTorch sees {torch.cuda.device_count()} CUDA "

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from tqdm import tqdm
 
-from aliked.backends.onnxruntime import CPU, provider_missing
+from aliked.backends.onnxruntime import CPU, deform_conv_missing, provider_missing
 from aliked.cli import (
     add_model_options,
     add_selection_options,
@@ -21,7 +21,7 @@ from aliked.configs import Form
 from aliked.doctor import installed_versions
 from aliked.download import offer_download
 from aliked.errors import InputError
-from aliked.export.onnx_export import ExportOptions, export_onnx
+from aliked.export.onnx_export import CONTRACTS, ExportOptions, export_onnx
 from aliked.export.verify import verify_onnx
 from aliked.files import scratch_file, sha256, writable_folder, write_json
 from aliked.images import list_images, load_image, require_same_size
@@ -30,6 +30,7 @@ from aliked.parity import Verdict
 from aliked.sampling import SAMPLERS
 from aliked.weights import describe_weights, find_weights
 
+MOST_NAME_BYTES = 255  # of file systems
 # What decides the content of the file and the verdict.
 PACKAGES = ("torch", "torchvision", "onnx", "onnxscript", "onnxruntime", "numpy")
 
@@ -78,18 +79,17 @@ def add_graph_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--precision",
         choices=tuple(PRECISIONS),
-        default="fp32",
-        help="of convolutions, products and feature maps (default: %(default)s)",
+        help="of convolutions, products and feature maps (default: fp32)",
     )
     group.add_argument("--amp", action="store_true", help="the same as --precision fp16")
     group.add_argument("--dynamic", action="store_true", help="batch, height and width symbolic")
     group.add_argument("--uint8_input", action="store_true", help="input uint8 [B, H, W, 3] RGB")
     group.add_argument(
         "--io",
-        choices=("default", "colmap"),
+        choices=("default", *CONTRACTS),
         default="default",
-        help="inputs and outputs: this project's, or those that COLMAP's ALIKED extractor loads "
-        "(default: %(default)s)",
+        help="inputs and outputs: this project's, or those that COLMAP's ALIKED extractor or "
+        "cv2.ALIKED of OpenCV 5 loads (default: %(default)s)",
     )
     add_operator_options(group)
 
@@ -99,17 +99,15 @@ def add_operator_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--deform_conv",
         choices=("native", "gridsample", "gather"),
-        default="gridsample",
         help="gridsample, gather: standard operators, which every TensorRT builds; native: "
         "DeformConv of opset 19, which TensorRT runs by a plugin that needs cuBLAS and TensorRT "
-        "for RTX lacks (default: %(default)s)",
+        "for RTX and ONNX Runtime before 1.25 lack (default: gridsample)",
     )
     group.add_argument(
         "--sampling",
         choices=tuple(SAMPLERS),
-        default="gridsample",
         help="of scores and features: GridSample, or look-ups and arithmetic for runtimes that "
-        "lack it or run it wrongly (default: %(default)s)",
+        "lack it or run it wrongly (default: gridsample)",
     )
     group.add_argument(
         "--portable",
@@ -136,8 +134,10 @@ def output_path(args: argparse.Namespace) -> Path:
     rows = f"top{args.top_k}" if args.top_k > 0 else f"th{args.scores_th}"
     name = f"{args.model}-{rows}-{args.precision}-{args.images.resolve().name}.onnx"
     path = args.model_output or Path("converted_model") / name
-    if path.suffix != ".onnx" or path.is_dir():
+    if path.suffix != ".onnx" or (path.exists() and not path.is_file()):
         raise InputError(f"--model_output {path} is not the name of an .onnx file; give one")
+    if len(os.fsencode(f"{path.name}.rejected.json")) > MOST_NAME_BYTES:
+        raise InputError(f"the name {path.name} is too long; give a shorter --model_output")
     writable_folder(path.parent)
     return path
 
@@ -164,15 +164,21 @@ def resolve(args: argparse.Namespace) -> None:
     missing = provider_missing(CPU)
     if missing:
         raise InputError(f"ONNX Runtime checks what is exported, but {missing}")
-    args.scores_th = check_selection(args.top_k, args.scores_th)
-    if args.io == "colmap" and args.top_k <= 0:
-        raise InputError(
-            "COLMAP gives the threshold when the file runs; leave out --top_k 0 with --io colmap"
-        )
-    if args.amp:
-        args.precision = "fp16"
-    if args.portable:
-        args.deform_conv = args.sampling = "gather"
+    args.scores_th = check_selection(args.top_k, args.scores_th, args.n_limit)
+    settle(args, "precision", "fp32", "amp", "fp16")
+    settle(args, "deform_conv", "gridsample", "portable", "gather")
+    settle(args, "sampling", "gridsample", "portable", "gather")
+    too_old = deform_conv_missing() if args.deform_conv == "native" else None
+    if too_old:
+        raise InputError(f"{too_old}, or leave out --deform_conv native")
+
+
+def settle(args: argparse.Namespace, option: str, usual: str, switch: str, meant: str) -> None:
+    """Give `option` its value; `InputError` where it contradicts the switch that stands for it."""
+    given, switched = getattr(args, option), getattr(args, switch)
+    if switched and given not in (None, meant):
+        raise InputError(f"--{switch} means --{option} {meant}, not {given}; leave one of them out")
+    setattr(args, option, meant if switched else given or usual)
 
 
 def load_check_images(args: argparse.Namespace) -> list[tuple[str, np.ndarray]]:
@@ -180,7 +186,7 @@ def load_check_images(args: argparse.Namespace) -> list[tuple[str, np.ndarray]]:
     offer_download(args.images)
     paths = list_images(args.images)[: max(args.num_images, 1)]
     images = ((path, load_image(path)) for path in paths)
-    if not args.dynamic and args.io == "default":
+    if not args.dynamic and args.io != "colmap":
         images = require_same_size(images)
     return [(path.name, image) for path, image in images]
 

@@ -1,11 +1,12 @@
 """What an exported file computes: the model between the inputs and outputs of each contract."""
 
 import contextlib
+import copy
 import io
 import json
 import math
+import threading
 import warnings
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -68,19 +69,49 @@ class ColmapGraph(nn.Module):
         features, score_map = self.model.encode(image)
         candidates = inner(suppress_non_maxima(score_map, self.model.form.exported))
         passing = (candidates > min_score.clamp(min=0)).sum()
-        k = torch.minimum(max_keypoints, passing)
-        if not torch.jit.is_tracing():  # a trace keeps the tensor, torch.export wants a symbol
-            k = k.item()
+        k = torch.minimum(max_keypoints, passing).clamp(min=0)
+        if torch.jit.is_tracing():
+            # A Reshape of no keypoints cannot infer a length: one row at least, cut off below.
+            rows = k.clamp(min=1)
+        else:  # a trace keeps the tensor, torch.export wants a symbol
+            rows = k = k.item()
             torch._check(k >= 0)
             torch._check(k <= candidates.shape[1])
-        found = refine(score_map, *candidates.topk(k, dim=1), self.model.form)
+        found = refine(score_map, *candidates.topk(rows, dim=1), self.model.form)
         output = self.model.describe(features, found)
         height, width = image.shape[-2:]
         x, y = output.keypoints.unbind(2)
         keypoints = torch.stack((x * 2 / (width - 1) - 1, y * 2 / (height - 1) - 1), dim=2)
-        return [keypoints, output.descriptors, output.scores]
+        outputs = [keypoints, output.descriptors, output.scores]
+        return [values[:, :k] for values in outputs] if torch.jit.is_tracing() else outputs
 
 
+class OpenCVGraph(nn.Module):
+    """The contract of OpenCV's `cv2.ALIKED`: outputs without the batch axis and without fill-ins.
+
+    `image` float32 [1, 3, H, W] RGB in [0, 1]; OpenCV resizes to its `Params.inputSize`, which has
+    to be this size. Returns keypoints [N, 2] as x * 2 / W - 1, which OpenCV scales to the size of
+    its own image: exact where that is H x W; s times as large, (s - 1) / 2 pixels too far up and
+    left. Descriptors [N, D] and scores [N]; in descending order of the score at the maximum.
+    """
+
+    output_names = ("keypoints", "descriptors", "scores")
+
+    def __init__(self, model: ALIKED):
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
+        """The outputs in the order of `output_names`."""
+        output = self.model(image)
+        kept = (output.nms_scores[0] > 0).nonzero()[:, 0]
+        keypoints, descriptors, scores = (rows[0][kept] for rows in output[:3])
+        height, width = image.shape[-2:]
+        x, y = keypoints.unbind(1)
+        return [torch.stack((x * 2 / width - 1, y * 2 / height - 1), dim=1), descriptors, scores]
+
+
+CONTRACTS = {"colmap": ColmapGraph, "opencv": OpenCVGraph}
 OPSETS = (17, 18, 19)
 MAX_SIDE = 8192  # pixels, of a dynamic export
 
@@ -95,11 +126,11 @@ class ExportOptions:
     deform_conv: str = "gridsample"  # or "gather"; "native": DeformConv, which fewer runtimes have
     dynamic: bool = False  # batch, height and width symbolic
     uint8_input: bool = False  # uint8 [B, H, W, 3] instead of float32 [B, 3, H, W]
-    io: str = "default"  # or "colmap"
+    io: str = "default"  # or "colmap", "opencv"
 
 
-def check_options(options: ExportOptions, top_k: int) -> None:
-    """Raise `InputError` for options that cannot give a right file; `top_k` rows per image."""
+def check_options(options: ExportOptions, model: ALIKED) -> None:
+    """Raise `InputError` for options that cannot give a right file of `model`."""
     if options.opset > OPSETS[-1]:
         raise InputError(
             f"opset {options.opset} is not written: opset 20 renamed GridSample's modes, and "
@@ -112,10 +143,17 @@ def check_options(options: ExportOptions, top_k: int) -> None:
             f"opset {options.opset} has no DeformConv; pass --deform_conv gridsample or gather, "
             "or --opset_version 19"
         )
+    if options.io != "default" and options.uint8_input:
+        raise InputError(
+            f"COLMAP and OpenCV feed float images; leave out --uint8_input with --io {options.io}"
+        )
+    if options.io != "default" and model.top_k <= 0:
+        raise InputError(f"--io {options.io} takes the best keypoints; leave out --top_k 0")
     if options.io == "colmap":
-        if options.uint8_input:
-            raise InputError("COLMAP feeds float images; leave out --uint8_input with --io colmap")
         return
+    if options.io == "opencv":
+        _check_opencv(options, model)
+    top_k = model.top_k if model.top_k > 0 else model.n_limit
     room = (options.height - 2 * RADIUS) * (options.width - 2 * RADIUS)
     if top_k > room:
         raise InputError(
@@ -124,10 +162,22 @@ def check_options(options: ExportOptions, top_k: int) -> None:
         )
 
 
+def _check_opencv(options: ExportOptions, model: ALIKED) -> None:
+    """Refuse what OpenCV's own runtime does not run, or nobody has seen it run."""
+    taken = {
+        "--dynamic": options.dynamic,
+        "--deform_conv native": options.deform_conv == "native",
+        "--precision fp16": model.precision == "fp16",
+    }
+    for option, wanted in taken.items():
+        if wanted:
+            raise InputError(f"OpenCV does not run such a file; leave out {option} or --io opencv")
+
+
 def make_graph(model: ALIKED, options: ExportOptions) -> nn.Module:
     """The module whose inputs and outputs are those of the file."""
-    if options.io == "colmap":
-        return ColmapGraph(model).eval()
+    if options.io in CONTRACTS:
+        return CONTRACTS[options.io](model).eval()
     return ImageGraph(model, options.uint8_input).eval()
 
 
@@ -233,19 +283,25 @@ def fold_constants(proto: onnx.ModelProto) -> onnx.ModelProto:
     return onnx_ir.to_proto(model)
 
 
+# The exporters register operators, catch warnings and redirect the output of the whole process.
+exporting = threading.Lock()
+
+
 def export_onnx(
     model: ALIKED, path: Path, options: ExportOptions, verbose: bool = False
 ) -> onnx.ModelProto:
     """Write `model` to `path`, whole or not at all, checked by ONNX's full checker.
 
     Returns what was written. Raises `InputError` for options that cannot give a right file.
+    Threads that export wait for each other; `model` can run in others meanwhile.
     """
     rows = model.top_k if model.top_k > 0 else model.n_limit
-    check_options(options, rows)
+    check_options(options, model)
+    # OpenCV's runtime lacks operators that TensorRT is fast with.
+    model = in_exported_form(model, bool(symbolic_axes(options)), options.io != "opencv")
     graph = make_graph(model, options)
     export = export_native if options.deform_conv == "native" else export_standard
-    dynamic = bool(symbolic_axes(options))
-    with torch.inference_mode(), silence(not verbose), exported_form(model, dynamic):
+    with exporting, torch.inference_mode(), silence(not verbose):
         proto = export(graph, options, verbose, 0 if options.io == "colmap" else rows)
     if options.uint8_input:
         measure_behind_the_cast(proto)
@@ -257,15 +313,11 @@ def export_onnx(
     return proto
 
 
-@contextlib.contextmanager
-def exported_form(model: ALIKED, dynamic: bool) -> Iterator[None]:
-    """Have the model write itself for runtimes, by the sampling method it already has."""
-    before = model.form
-    model.form = Form(before.sampling, exported=True, dynamic=dynamic)
-    try:
-        yield
-    finally:
-        model.form = before
+def in_exported_form(model: ALIKED, dynamic: bool, exported: bool = True) -> ALIKED:
+    """The same weights as a model that writes itself for runtimes, sampling as it does already."""
+    model = copy.copy(model)
+    model.form = Form(model.form.sampling, exported, dynamic)
+    return model
 
 
 @contextlib.contextmanager
@@ -291,6 +343,9 @@ def measure_behind_the_cast(proto: onnx.ModelProto) -> None:
 def name_axes(proto: onnx.ModelProto, options: ExportOptions, rows: int) -> None:
     """Declare the outputs' first two axes, which the exporters name at random or leave unknown."""
     for output in proto.graph.output:
+        if options.io == "opencv":
+            output.type.tensor_type.shape.dim[0].dim_param = "num_keypoints"
+            continue
         batch, keypoints = output.type.tensor_type.shape.dim[:2]
         if options.dynamic and options.io == "default":
             batch.dim_param = "batch"
@@ -311,6 +366,7 @@ def describe(model: ALIKED, options: ExportOptions) -> dict[str, str]:
         "top_k": model.top_k,
         "scores_th": model.scores_th,
         "n_limit": model.n_limit,
+        "weights_sha256": model.weights_sha256,
         **asdict(options),
     }
     return {f"aliked.{name}": json.dumps(value) for name, value in facts.items()}

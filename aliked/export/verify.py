@@ -21,7 +21,7 @@ from aliked.export.onnx_export import ExportOptions
 from aliked.features import OUTPUTS, Features, drop_fill_ins
 from aliked.images import list_images, load_image
 from aliked.model import ALIKED
-from aliked.parity import FP16, FP32, Verdict, compare_features, judge
+from aliked.parity import FAINT, FP16, FP32, Verdict, compare_features, judge
 from aliked.ties import expect
 
 
@@ -30,6 +30,44 @@ def pad_right_bottom(image: np.ndarray) -> np.ndarray:
     height, width = image.shape[:2]
     border = (0, -height % STRIDE, 0, -width % STRIDE)
     return cv2.copyMakeBorder(image, *border, cv2.BORDER_REPLICATE)
+
+
+def open_cv(path: Path, reference: ALIKED, options: ExportOptions) -> "OpenCVExtractor":
+    """What runs a file written with `--io opencv`; `InputError` where OpenCV is too old."""
+    if not hasattr(cv2, "ALIKED"):
+        raise InputError(
+            f"OpenCV {cv2.__version__} has no cv2.ALIKED, which checks the file; install OpenCV 5"
+        )
+    return OpenCVExtractor(path, options.height, options.width)
+
+
+class OpenCVExtractor:
+    """A file written with `--io opencv`, run by `cv2.ALIKED` itself."""
+
+    def __init__(self, path: Path, height: int, width: int):
+        params = cv2.ALIKED.Params()
+        params.inputSize = (width, height)
+        try:
+            self.detector = cv2.ALIKED.create(str(path), params)
+        except cv2.error as error:
+            raise InputError(
+                f"OpenCV {cv2.__version__} cannot load {path} ({error.err}); export another form"
+            ) from error
+
+    def __call__(self, image: np.ndarray) -> Features:
+        """uint8 [H, W, 3] RGB of the file's size to `Features`."""
+        bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+        try:
+            found, descriptors = self.detector.detectAndCompute(bgr, None)
+        except cv2.error as error:
+            raise InputError(
+                f"OpenCV {cv2.__version__} cannot run the file ({error.err}); export another form"
+            ) from error
+        return Features(
+            np.array([point.pt for point in found], np.float32).reshape(-1, 2),
+            np.array([point.response for point in found], np.float32),
+            descriptors,
+        )
 
 
 class ColmapExtractor:
@@ -53,6 +91,20 @@ class ColmapExtractor:
         return drop_fill_ins((keypoints + 1) / 2 * corner, descriptors, scores)
 
 
+def check_none_found(path: Path) -> None:
+    """Raise `InputError` unless a COLMAP file gives empty outputs where no keypoint is wanted."""
+    extract = ColmapExtractor(path, max_keypoints=1000, min_score=1)
+    try:
+        none = extract(np.zeros((2 * STRIDE, 2 * STRIDE, 3), np.uint8))
+    except Exception as error:  # ONNX Runtime raises a class of its own for every status code
+        raise InputError(
+            f"the file does not run where no keypoint passes ({str(error).splitlines()[0]}); "
+            "export it with another --opset_version or --deform_conv"
+        ) from error
+    if len(none):
+        raise InputError(f"the file gives {len(none)} keypoints above a score of 1; export it anew")
+
+
 Images = Iterable[tuple[str, np.ndarray]]  # name, uint8 [H, W, 3] RGB
 
 
@@ -74,6 +126,8 @@ def open_exported(
     path: Path, reference: ALIKED, options: ExportOptions
 ) -> Callable[[np.ndarray], Features]:
     """What runs the file as a user of its contract would."""
+    if options.io == "opencv":
+        return open_cv(path, reference, options)
     if options.io == "colmap":
         return ColmapExtractor(path, max_keypoints=reference.top_k, min_score=0)
     return ONNXRuntimeExtractor(
@@ -81,6 +135,7 @@ def open_exported(
             reference.name,
             top_k=reference.top_k,
             scores_th=reference.scores_th,
+            n_limit=reference.n_limit,
             device="cpu",
             model_path=path,
         )
@@ -92,17 +147,25 @@ def verify_onnx(
 ) -> Verdict:
     """Compare the file's features with those of `reference`, the float32 model, image by image.
 
-    `precision` ("fp32" or "fp16") is that of the file and chooses the tolerance.
+    `precision` ("fp32" or "fp16") is that of the file and chooses the tolerance. `InputError`
+    where the images have nothing to compare.
     """
     extract = open_exported(path, reference, options)
     if options.io == "colmap":
-        images = padded(images)
+        check_none_found(path)
+        images = padded(cropped(images))
     elif options.dynamic:
         images = cropped(images)
-    parities = {}
+    parities, telling = {}, 0
     for name, image in images:
         expected = expect(reference, image)
+        telling += int((expected.features.scores >= FAINT).sum())
         parities[name] = compare_features(expected.features, extract(image), ties=expected.ties)
+    if parities and not telling:
+        raise InputError(
+            f"no keypoint of the {len(parities)} images scores {FAINT:g} or more, so that they "
+            "prove nothing about the file; give photographs"
+        )
     return judge(parities, FP16 if precision == "fp16" else FP32)
 
 

@@ -211,6 +211,69 @@ def test_an_unusable_image_is_refused_with_the_reason(image, words):
         random_model(top_k=5)(image)
 
 
+def test_a_tensor_means_what_its_type_means_everywhere():
+    image, model = texture(40, 48), random_model(top_k=20)
+    with torch.inference_mode():
+        expected = model(tensor(image))
+        bytes_ = torch.from_numpy(image).permute(2, 0, 1)[None]
+        for images in (bytes_, tensor(image).double()):
+            for found, rows in zip(model(images), expected, strict=True):
+                torch.testing.assert_close(found, rows)
+
+
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [
+        (torch.zeros(1, 3, 8, 8, dtype=torch.int64), r"int64 \[1, 3, 8, 8\]; give float RGB"),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.bool), "are bool"),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.complex64), "are complex64"),
+        (torch.zeros(1, 3, 8, 8).to_sparse(), "give float RGB"),
+        (torch.zeros(3, 8, 8), r"float32 \[3, 8, 8\]"),
+        (torch.zeros(1, 4, 8, 8), r"\[1, 4, 8, 8\]"),
+        (torch.zeros(1, 8, 8, 3), r"\[1, 8, 8, 3\]"),
+        (torch.zeros(1, 8, 8, 3, dtype=torch.uint8), r"uint8 \[1, 8, 8, 3\]"),
+        (torch.zeros(0, 3, 8, 8), "0 images"),
+        (torch.zeros(1, 3, 4, 8), "8x4 pixels"),
+        (torch.full((1, 3, 8, 8), 255.0), "values from 255 to 255"),
+        (torch.full((1, 3, 8, 8), -2.0), "values from -2"),
+        (torch.tensor([0.5, torch.nan]).repeat(1, 3, 8, 4), "values from nan"),
+        (torch.full((1, 3, 8, 8), torch.inf), "to inf"),
+        (torch.zeros(1, 3, 8, 8, device="meta"), "are on meta and the model on cpu"),
+        ([[1, 2], [3, 4]], "are a list"),
+        (None, "are a NoneType"),
+        ("photo.jpg", "are a str"),
+    ],
+)
+def test_a_tensor_of_the_wrong_kind_is_refused_with_the_reason(images, words):
+    with pytest.raises(InputError, match=words):
+        random_model(top_k=5)(images)
+
+
+def test_what_is_compiled_is_not_checked():
+    """A check of values would break the graph."""
+    compiled = torch.compile(random_model(top_k=5).forward, backend="eager", fullgraph=True)
+    with torch.inference_mode():
+        assert compiled(torch.full((1, 3, 32, 32), 2.0)).scores.shape == (1, 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_leaves_coordinates_in_float32(dtype):
+    model = random_model(top_k=200)
+    with torch.inference_mode(), torch.autocast("cpu", dtype):
+        output = model(tensor(texture(64, 2304)))
+    assert {rows.dtype for rows in output} == {torch.float32}
+    far = output.keypoints[0, output.keypoints[0, :, 0] > 2048, 0]
+    assert len(far) > 5
+    assert (far != far.round()).any()
+
+
+def test_a_pixel_that_is_not_a_number_does_not_end_the_process():
+    images = tensor(texture(64, 64))
+    images[0, 1, 20, 20] = torch.nan
+    with torch.inference_mode():
+        assert random_model(top_k=5).forward(images).scores.shape == (1, 5)  # as on a GPU
+
+
 def test_an_unknown_model_names_the_known_ones():
     with pytest.raises(InputError, match="aliked-n16rot"):
         ALIKED("aliked-n17")

@@ -12,8 +12,11 @@ from types import ModuleType, SimpleNamespace
 
 import cv2
 import numpy as np
+import onnx
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from aliked import gpu
 from aliked.backends import BACKENDS, Spec, aotinductor, create_extractor, get_backend
@@ -22,7 +25,9 @@ from aliked.backends import pytorch as pytorch_backend
 from aliked.errors import InputError
 from aliked.export.build import build_model_file
 from aliked.features import drop_fill_ins
+from aliked.files import sha256
 from aliked.parity import FP16, FP32, compare_features, judge
+from aliked.weights import SHIPPED
 from tests.helpers.fake_tensorrt import Machine
 from tests.helpers.small_models import write_small_model
 
@@ -148,6 +153,169 @@ def test_onnxruntime_tells_which_provider_runs_what(tmp_path):
     if not hasattr(extractor.session, "get_provider_graph_assignment_info"):
         pytest.skip("this ONNX Runtime does not tell")
     assert extractor.placement()["CPUExecutionProvider"]["TopK"] == 1
+
+
+def test_onnxruntime_can_be_sent_to_another_process(tmp_path):
+    import multiprocessing
+
+    model = write_small_model(tmp_path / "model.onnx")
+    extractor = create_extractor("onnxruntime-cpu", Spec("aliked-t16", model_path=model, top_k=20))
+    image = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        there = pool.apply(extractor, (image,))
+    np.testing.assert_array_equal(there.keypoints, extractor(image).keypoints)
+
+
+def rewritten(path: Path, change) -> Path:
+    """A file of `write_small_model` after `change(model)`."""
+    model = onnx.load(write_small_model(path))
+    change(model)
+    onnx.save(model, path)
+    return path
+
+
+def set_metadata(**texts):
+    """What sets metadata of a model, or removes it where the text is None."""
+
+    def change(model) -> None:
+        facts = {entry.key: entry.value for entry in model.metadata_props}
+        facts |= {f"aliked.{name}": text for name, text in texts.items()}
+        del model.metadata_props[:]
+        onnx.helper.set_model_props(model, {k: v for k, v in facts.items() if v is not None})
+
+    return change
+
+
+def without_batch_axis(model) -> None:
+    """As other projects export ALIKED: outputs of one image."""
+    for output in model.graph.output:
+        producer = next(node for node in model.graph.node if node.output[0] == output.name)
+        axis = onnx.numpy_helper.from_array(np.array([0]), f"axis of {output.name}")
+        model.graph.initializer.append(axis)
+        producer.op_type = "Squeeze"
+        producer.input.append(axis.name)
+        del output.type.tensor_type.shape.dim[0]
+
+
+def scaled(name: str, factor: float):
+    """What multiplies an output."""
+
+    def change(model) -> None:
+        producer = next(node for node in model.graph.node if node.output[0] == name)
+        value = onnx.numpy_helper.from_array(np.array(factor, np.float32), "factor")
+        model.graph.initializer.append(value)
+        producer.op_type = "Mul"
+        producer.input.append("factor")
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "spec", "words"),
+    [
+        (set_metadata(model=None), {}, "does not say which model"),
+        (set_metadata(model="{"), {}, "not JSON"),
+        (set_metadata(io='"opencv"'), {}, "another contract"),
+        (set_metadata(precision='"fp32"'), {"precision": "fp16"}, "is float32"),
+        (set_metadata(weights_sha256='"0"'), {"model": "aliked-t16-homography"}, "holds aliked-t1"),
+        (without_batch_axis, {}, "another contract"),
+        (scaled("keypoints", 100), {}, "of an image of 64x48"),
+        (scaled("keypoints", np.nan), {}, "NaN"),
+        (scaled("scores", np.nan), {}, "NaN"),
+        (scaled("descriptors", np.inf), {}, "NaN"),
+        (lambda model: None, {"top_k": 0}, "not exported for --top_k 0"),
+        (lambda model: None, {"top_k": 21}, "gives 20 keypoints"),
+    ],
+)
+def test_a_file_that_is_not_what_it_should_be_is_refused(change, spec, words, tmp_path):
+    path = rewritten(tmp_path / "model.onnx", change)
+    spec = Spec(**{"model": "aliked-t16", "top_k": 20, "model_path": path} | spec)
+    with pytest.raises(InputError, match=words):
+        create_extractor("onnxruntime-cpu", spec)(np.full((48, 64, 3), 99, np.uint8))
+
+
+def test_a_file_of_other_weights_is_refused(tmp_path):
+    name = "aliked-t16-homography"
+    facts = {"model": name, "weights_sha256": sha256(SHIPPED / f"{name}.pth")}
+    spec = Spec(name, top_k=20, weights=SHIPPED / f"{name}.pth")
+    right = write_small_model(tmp_path / "right.onnx", metadata=facts)
+    create_extractor("onnxruntime-cpu", replace(spec, model_path=right))
+    wrong = write_small_model(tmp_path / "w.onnx", metadata=facts | {"weights_sha256": "0" * 64})
+    with pytest.raises(InputError, match="other weights"):
+        create_extractor("onnxruntime-cpu", replace(spec, model_path=wrong))
+
+
+def test_a_batch_that_a_file_does_not_take_is_refused(tmp_path):
+    model = write_small_model(tmp_path / "model.onnx")
+    extractor = create_extractor("onnxruntime-cpu", Spec("aliked-t16", model_path=model, top_k=20))
+    with pytest.raises(InputError, match="has 2 images"):
+        extractor.extract_batch(np.zeros((2, 48, 64, 3), np.uint8))
+
+
+def test_onnxruntime_without_deform_conv_says_which_has_it(tmp_path, monkeypatch):
+    import onnxruntime
+
+    from aliked.backends.onnxruntime import deform_conv_missing
+
+    model = write_small_model(tmp_path / "model.onnx", deform=True)
+
+    def refuse(*_) -> None:
+        raise RuntimeError("Could not find an implementation for DeformConv(19)")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", refuse)
+    monkeypatch.setattr(onnxruntime, "__version__", "1.24.2")
+    with pytest.raises(InputError, match=r"1\.24\.2 has no DeformConv; install 1\.25"):
+        create_extractor("onnxruntime-cpu", Spec("aliked-t16", model_path=model, top_k=20))
+    monkeypatch.setattr(onnxruntime, "__version__", "1.100.0")
+    assert deform_conv_missing() is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"model": None}, "unknown model None"),
+        ({"model": ["aliked-t16"]}, "unknown model"),
+        ({"top_k": "100"}, "top_k is '100'"),
+        ({"top_k": 1.5}, "top_k is 1.5"),
+        ({"top_k": True}, "top_k is True"),
+        ({"n_limit": None}, "n_limit is None"),
+        ({"top_k": 0, "n_limit": 0}, "at least 1"),
+        ({"scores_th": float("nan")}, "scores_th is nan"),
+        ({"scores_th": float("inf")}, "scores_th is inf"),
+        ({"scores_th": -5}, "scores_th is -5"),
+        ({"scores_th": 7}, "scores_th is 7"),
+        ({"scores_th": "0.2"}, "scores_th is '0.2'"),
+        ({"precision": "int8"}, "unknown precision 'int8'"),
+        ({"device": "mps"}, "unknown device 'mps'"),
+        ({"device": "xpu:0"}, "unknown device 'xpu:0'"),
+        ({"device": "meta"}, "unknown device 'meta'"),
+        ({"device": "cuda:x"}, "unknown device 'cuda:x'"),
+        ({"device": 0}, "unknown device 0"),
+        ({"weights": 3}, "weights is 3"),
+        ({"model_path": 3}, "model_path is 3"),
+        ({"model_path": "model.onnx"}, "pytorch does not run model.onnx; .*--backend onnxruntime"),
+        ({"model_path": Path("model.trt")}, "--backend tensorrt"),
+    ],
+)
+def test_what_says_nothing_to_run_is_refused(fields, words):
+    with pytest.raises(InputError, match=words):
+        create_extractor("pytorch", Spec(**fields))
+
+
+@given(
+    field=st.sampled_from(["model", "top_k", "scores_th", "n_limit", "precision", "device"]),
+    value=st.one_of(st.none(), st.booleans(), st.binary(max_size=3), st.just(float("nan"))),
+)
+def test_a_field_of_another_type_never_reaches_a_model(field, value):
+    with pytest.raises(InputError):
+        replace(SPEC, **{field: value}).check()
+
+
+def test_create_extractor_takes_only_names_and_specs():
+    with pytest.raises(InputError, match="unknown backend None"):
+        create_extractor(None, SPEC)
+    with pytest.raises(InputError, match="give a Spec"):
+        create_extractor("pytorch", {"top_k": 5})
 
 
 def test_the_eager_model_takes_batches(photographs, reference, weights_dir):

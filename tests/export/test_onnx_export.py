@@ -1,11 +1,15 @@
 """Exported files are the model: in every form, at every size, through the contract they promise."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 
+import cv2
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 
 from aliked import cli
 from aliked.backends import Spec
@@ -13,6 +17,7 @@ from aliked.backends.onnxruntime import ONNXRuntimeExtractor
 from aliked.commands import export as script
 from aliked.configs import Form
 from aliked.errors import InputError
+from aliked.export import onnx_export, verify
 from aliked.export.onnx_checks import check_file
 from aliked.export.onnx_export import ExportOptions, export_onnx
 from aliked.export.verify import verify_onnx
@@ -61,6 +66,8 @@ def options(image, **changes):
             "fp32",
             {"io": "colmap", "deform_conv": "native"},
         ),
+        ({"top_k": 200}, "gather", "fp32", {"io": "colmap", "opset": 17, "deform_conv": "gather"}),
+        ({"top_k": 200}, "gridsample", "fp32", {"io": "opencv"}),
     ],
 )
 def test_an_exported_file_gives_the_features_of_pytorch(
@@ -149,7 +156,46 @@ def test_colmap_limits_act_when_the_file_runs(photograph, model, tmp_path):
     assert np.abs(keypoints).max() <= 1
     few = run(96, 160, 10**6, 0.5)[2]
     assert 0 < few.shape[1] < run(96, 160, 10**6, 0.1)[2].shape[1]
-    assert run(96, 160, 100, 1.0)[0].shape == (1, 0, 2)
+    for none in (run(96, 160, 100, 1.0), run(96, 160, 0, 0)):
+        assert [rows.shape for rows in none] == [(1, 0, 2), (1, 0, 64), (1, 0)]
+
+
+def test_images_without_a_keypoint_prove_nothing(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(verify, "open_exported", lambda *_: model)
+    for image in (np.zeros((5, 5, 3), np.uint8), np.full((64, 64, 3), 128, np.uint8)):
+        with pytest.raises(InputError, match="prove nothing"):
+            verify_onnx(tmp_path, model, "fp32", options(image), [("flat", image)])
+
+
+def test_threads_export_one_after_the_other_and_leave_the_model_alone(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model, inside, before = ALIKED(NAME, top_k=10).eval(), [], Form()
+
+    def exporter(graph, *_):
+        inside.append(graph)
+        time.sleep(0.05)
+        assert graph is inside[-1]  # nobody else has begun meanwhile
+        assert graph.model.form.exported
+        assert model.form == before
+        raise InputError("enough")
+
+    monkeypatch.setattr(onnx_export, "export_standard", exporter)
+    image = np.zeros((64, 64, 3), np.uint8)
+
+    def export(name: str) -> None:
+        with pytest.raises(InputError, match="enough"):
+            export_onnx(model, tmp_path / name, options(image))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(export, "abcd"))
+    assert len(inside) == 4
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_older_opencv_cannot_check_its_file(model, tmp_path, monkeypatch):
+    monkeypatch.delattr(cv2, "ALIKED", raising=False)
+    with pytest.raises(InputError, match="install OpenCV 5"):
+        verify.open_exported(tmp_path, model, ExportOptions(64, 64, io="opencv"))
 
 
 def test_threshold_mode_has_a_score_to_cut_on(photograph, weights_dir, tmp_path):
@@ -226,13 +272,21 @@ def test_a_wrong_file_is_kept_as_rejected_and_the_old_one_stays(
         ([FRAMES, "--model_output", "{tmp}/file/model.onnx"], "cannot write"),
         ([FRAMES, "--model_output", "{tmp}/model.pt"], "name of an .onnx file"),
         ([FRAMES, "--io", "colmap", "--uint8_input"], "leave out --uint8_input"),
+        ([FRAMES, "--io", "colmap", "--top_k", "0", "--scores_th", "0.2"], "leave out --top_k 0"),
+        ([FRAMES, "--io", "opencv", "--dynamic"], "leave out --dynamic"),
+        ([FRAMES, "--io", "opencv", "--amp"], "leave out --precision fp16"),
+        ([FRAMES, "--io", "opencv", "--deform_conv", "native"], "leave out --deform_conv native"),
+        ([FRAMES, "--amp", "--precision", "fp32"], "--amp means --precision fp16, not fp32"),
+        ([FRAMES, "--portable", "--deform_conv", "native"], "means --deform_conv gather"),
+        ([FRAMES, "--portable", "--sampling", "gridsample"], "means --sampling gather"),
+        ([FRAMES, "--n_limit", "20"], "--n_limit"),
+        ([FRAMES, "--model_output", "{tmp}/" + "n" * 240 + ".onnx"], "is too long"),
+        ([FRAMES, "--model_output", "{tmp}/" + "é" * 120 + ".onnx"], "is too long"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_status_2(
     arguments, words, weights_dir, tmp_path, capsys
 ):
-    import cv2
-
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("not a folder")
     (tmp_path / "two_sizes").mkdir()

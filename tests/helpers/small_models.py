@@ -48,6 +48,7 @@ def write_small_model(
     half: bool = False,
     deform: bool = False,
     outputs: tuple[str, ...] = ("keypoints", "descriptors", "scores"),
+    metadata: dict | None = None,
 ) -> Path:
     """Places beside the brightest pixels: `keypoints`, their brightness and colours."""
     sketch = Sketch()
@@ -77,6 +78,7 @@ def write_small_model(
     shape = ["B" if dynamic else batch, 3, *(("H", "W") if dynamic else (height, width))]
     shape = [shape[0], *shape[2:], 3] if uint8 else shape
     export = {"model": "aliked-t16", "top_k": top_k, "scores_th": 0.2, "n_limit": 5000}
+    export |= metadata or {}
     _save(path, sketch, opset, (UINT8 if uint8 else FLOAT, shape), outputs, export)
     return path
 
