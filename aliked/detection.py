@@ -130,11 +130,6 @@ def above(nms_scores: torch.Tensor, mean_score: torch.Tensor, threshold: float) 
     return passed | ((nms_scores > mean_score) & ~passed.any(dim=1, keepdim=True))
 
 
-def grouped(form: Form) -> bool:
-    """Whether to select by groups: where that is faster and the number of pixels is known."""
-    return form.exported and not form.dynamic
-
-
 def select_above(
     nms_scores: torch.Tensor, passed: torch.Tensor, n_limit: int, form: Form
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -143,7 +138,7 @@ def select_above(
     In descending order if exported; otherwise only where more than `n_limit` passed, and else in
     the order of [B, N], as in the official code. Rows beyond the selection have value 0.
     """
-    values, indices = select_top_k(torch.where(passed, nms_scores, 0.0), n_limit, grouped(form))
+    values, indices = select_top_k(torch.where(passed, nms_scores, 0.0), n_limit, form.static)
     if form.exported:
         return values, indices
     beyond = nms_scores.shape[1]
@@ -190,7 +185,7 @@ def detect(
     """
     candidates = inner(suppress_non_maxima(score_map, form.exported))
     if top_k > 0:
-        selected = select_top_k(candidates, top_k, grouped(form))
+        selected = select_top_k(candidates, top_k, form.static)
     else:
         passed = above(candidates, score_map.mean(dim=(1, 2, 3))[:, None], scores_th)
         selected = select_above(candidates, passed, n_limit, form)
