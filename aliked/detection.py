@@ -148,7 +148,9 @@ def select_above(
     return values.gather(1, order), indices.gather(1, order)
 
 
-def soft_argmax(score_map: torch.Tensor, maxima: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def soft_argmax(
+    score_map: torch.Tensor, maxima: torch.Tensor, exported: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Sub-pixel shift and dispersity of each maximum over its 5x5 window.
 
     score_map: [B, 1, H, W]; maxima: [B, K, 2] integer pixels. Returns [B, K, 2] and [B, K].
@@ -157,7 +159,8 @@ def soft_argmax(score_map: torch.Tensor, maxima: torch.Tensor) -> tuple[torch.Te
     weights = torch.softmax(patches / TEMPERATURE, dim=2)
     steps = torch.arange(-RADIUS, RADIUS + 1, device=score_map.device, dtype=score_map.dtype)
     grid = torch.cartesian_prod(steps, steps).flip(1)  # [25, 2], (x, y), row by row
-    shift = weights @ grid
+    # Not a product of matrices: TensorRT has none in float32 for Turing.
+    shift = (weights[..., None] * grid).sum(dim=2) if exported else weights @ grid
     distance2 = ((grid - shift[:, :, None]) / RADIUS).square().sum(dim=3)  # [B, K, 25]
     return shift, (weights * distance2).sum(dim=2)
 
@@ -169,7 +172,7 @@ def refine(
     width = score_map.shape[-1] - 2 * RADIUS
     row = index // width  # on integers: a flat index can be beyond what a float holds exactly
     maxima = torch.stack((index - row * width, row), dim=2) + RADIUS  # [B, K, 2]
-    shift, dispersity = soft_argmax(score_map, maxima)
+    shift, dispersity = soft_argmax(score_map, maxima, form.exported)
     keypoints = maxima + shift
     scores = bilinear_sample(score_map, keypoints, form.sampling)[:, 0]
     scores = torch.where(nms_scores > 0, scores, 0.0)
