@@ -93,3 +93,8 @@ class Form:
     # mode in descending order, as the official order takes a sort that TensorRT lacks.
     exported: bool = False
     dynamic: bool = False  # exported with symbolic sizes, which rule out some of these operators
+
+    @property
+    def static(self) -> bool:
+        """Whether it is a file for images of one size."""
+        return self.exported and not self.dynamic

@@ -9,7 +9,7 @@ from torch import nn
 
 from aliked.backbone import conv1x1, longest_side
 from aliked.configs import Form
-from aliked.pyramid import Maps, patches_of, sample, size_of
+from aliked.pyramid import Maps, Pyramid, patches_of, sample, size_of, windows_of
 
 
 def linear(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
@@ -50,6 +50,8 @@ class SDDH(nn.Module):
 
     def forward(self, features: Maps, keypoints: torch.Tensor, form: Form) -> torch.Tensor:
         """Features of B images and keypoints [B, K, 2] in pixels to unit-length [B, K, D]."""
+        if form.static:
+            return self.convolve(features, keypoints, form)
         offsets = self.sample_offsets(features, keypoints, form.sampling)
         positions = keypoints[:, :, None] + offsets  # [B, K, M, 2]
         sampled = sample(features, positions.flatten(1, 2), form.sampling)
@@ -57,4 +59,23 @@ class SDDH(nn.Module):
         # Summing over positions and channels at once is one matrix product.
         weights = self.agg_weights.flatten(0, 1)  # [M * C, D]
         descriptors = sampled.reshape(*keypoints.shape[:2], weights.shape[0]) @ weights
+        return F.normalize(descriptors.float(), dim=2)
+
+    def convolve(self, features: Pyramid, keypoints: torch.Tensor, form: Form) -> torch.Tensor:
+        """`forward` by convolutions along each keypoint's window and positions.
+
+        They take features as they lie in memory where channels come last, which spares TensorRT two
+        slow transpositions.
+        """
+        first, _, second = self.offset_conv
+        windows = windows_of(features, keypoints.long(), self.kernel_size, form.sampling)
+        hidden = F.conv2d(windows, first.weight.flatten(2).unsqueeze(2), first.bias)
+        limit = longest_side(size_of(features)) / 4
+        offsets = second(F.selu(hidden)).float().clamp(-limit, limit)  # [B, 2 * M, K, 1]
+        offsets = offsets.transpose(1, 2).unflatten(2, (2, -1))[..., 0].transpose(2, 3)
+        positions = keypoints[:, :, None] + offsets  # [B, K, M, 2]
+        sampled = sample(features, positions.flatten(1, 2), form.sampling)
+        sampled = F.selu(self.sf_conv(sampled.unflatten(2, positions.shape[1:3])))  # [B, C, K, M]
+        weight = self.agg_weights.permute(2, 1, 0).unsqueeze(2)  # [D, C, 1, M]
+        descriptors = F.conv2d(sampled, weight)[..., 0].transpose(1, 2)
         return F.normalize(descriptors.float(), dim=2)

@@ -130,11 +130,6 @@ def above(nms_scores: torch.Tensor, mean_score: torch.Tensor, threshold: float) 
     return passed | ((nms_scores > mean_score) & ~passed.any(dim=1, keepdim=True))
 
 
-def grouped(form: Form) -> bool:
-    """Whether to select by groups: where that is faster and the number of pixels is known."""
-    return form.exported and not form.dynamic
-
-
 def select_above(
     nms_scores: torch.Tensor, passed: torch.Tensor, n_limit: int, form: Form
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -143,7 +138,7 @@ def select_above(
     In descending order if exported; otherwise only where more than `n_limit` passed, and else in
     the order of [B, N], as in the official code. Rows beyond the selection have value 0.
     """
-    values, indices = select_top_k(torch.where(passed, nms_scores, 0.0), n_limit, grouped(form))
+    values, indices = select_top_k(torch.where(passed, nms_scores, 0.0), n_limit, form.static)
     if form.exported:
         return values, indices
     beyond = nms_scores.shape[1]
@@ -153,7 +148,9 @@ def select_above(
     return values.gather(1, order), indices.gather(1, order)
 
 
-def soft_argmax(score_map: torch.Tensor, maxima: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def soft_argmax(
+    score_map: torch.Tensor, maxima: torch.Tensor, exported: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Sub-pixel shift and dispersity of each maximum over its 5x5 window.
 
     score_map: [B, 1, H, W]; maxima: [B, K, 2] integer pixels. Returns [B, K, 2] and [B, K].
@@ -164,7 +161,8 @@ def soft_argmax(score_map: torch.Tensor, maxima: torch.Tensor) -> tuple[torch.Te
     weights = torch.softmax(patches / TEMPERATURE, dim=2)
     steps = torch.arange(-RADIUS, RADIUS + 1, device=score_map.device, dtype=score_map.dtype)
     grid = torch.cartesian_prod(steps, steps).flip(1)  # [25, 2], (x, y), row by row
-    shift = weights @ grid
+    # Not a product of matrices: TensorRT has none in float32 for Turing.
+    shift = (weights[..., None] * grid).sum(dim=2) if exported else weights @ grid
     distance2 = ((grid - shift[:, :, None]) / RADIUS).square().sum(dim=3)  # [B, K, 25]
     return shift, (weights * distance2).sum(dim=2)
 
@@ -176,7 +174,7 @@ def refine(
     width = score_map.shape[-1] - 2 * RADIUS
     row = index // width  # on integers: a flat index can be beyond what a float holds exactly
     maxima = torch.stack((index - row * width, row), dim=2) + RADIUS  # [B, K, 2]
-    shift, dispersity = soft_argmax(score_map, maxima)
+    shift, dispersity = soft_argmax(score_map, maxima, form.exported)
     keypoints = maxima + shift
     scores = bilinear_sample(score_map, keypoints, form.sampling)[:, 0]
     scores = torch.where(nms_scores > 0, scores, 0.0)
@@ -192,7 +190,7 @@ def detect(
     """
     candidates = inner(suppress_non_maxima(score_map, form.exported))
     if top_k > 0:
-        selected = select_top_k(candidates, top_k, grouped(form))
+        selected = select_top_k(candidates, top_k, form.static)
     else:
         passed = above(candidates, score_map.mean(dim=(1, 2, 3))[:, None], scores_th)
         selected = select_above(candidates, passed, n_limit, form)

@@ -52,11 +52,17 @@ def patches_of(features: Maps, centres: torch.Tensor, size: int, method: str) ->
     """`get_patches` of the unit-length features: centres [B, K, 2] to [B, K, D, size, size]."""
     if not isinstance(features, Pyramid):
         return get_patches(features, centres, size)
+    windows = windows_of(features, centres, size, method)
+    return windows.transpose(1, 2).unflatten(3, (size, size))
+
+
+def windows_of(features: Pyramid, centres: torch.Tensor, size: int, method: str) -> torch.Tensor:
+    """The same patches with channels first and pixels row by row: [B, D, K, size * size]."""
     steps = torch.arange(size, device=centres.device) - (size - 1) // 2
     x = (centres[:, :, :1] + steps.repeat(size)).float()  # [B, K, size * size]
     y = (centres[:, :, 1:] + steps.repeat_interleave(size)).float()
     pixels, inside = features_at(features, x, y, method)
-    return (pixels * inside[:, None]).transpose(1, 2).unflatten(3, (size, size))
+    return pixels * inside[:, None]
 
 
 def sample(features: Maps, positions: torch.Tensor, method: str) -> torch.Tensor:

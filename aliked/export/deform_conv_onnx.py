@@ -110,8 +110,8 @@ def make_symbolic(sample: Callable[..., Value]) -> Callable[..., Value]:
         x = positions(g, maps, offset, 1, taps[:, 1], stride_w)
         samples = sample(g, maps, y, x)
         if use_mask:
-            mask = reshape(g, mask, -1, len(taps), 0, 0)
-            samples = g.op("Mul", samples, reshape(g, mask, 0, 1, len(taps), -1))
+            mask = reshape(g, reshape(g, mask, -1, len(taps), 0, 0), 0, 1, len(taps), -1)
+            samples = g.op("Mul", samples, g.op("Transpose", mask, perm_i=[0, 1, 3, 2]))
         return weighted_sum(g, samples, weight, bias, groups, offset)
 
     return deform_conv2d
@@ -120,26 +120,26 @@ def make_symbolic(sample: Callable[..., Value]) -> Callable[..., Value]:
 def positions(
     g: Graph, maps: Value, offset: Value, axis: int, taps: torch.Tensor, stride: int
 ) -> Value:
-    """Where the maps are read along `axis` (0: y, 1: x): [M, T, N] in pixels.
+    """Where the maps are read along `axis` (0: y, 1: x): [M, N, T] in pixels.
 
     `taps` [T] is where the taps of the first output pixel are without offsets.
     """
     # The channels of `offset` are (dy, dx), interleaved per tap.
-    bounds = (constant(g, [n]) for n in (axis, LAST, 1, 2))
-    offset_along = reshape(g, g.op("Slice", offset, *bounds), -1, len(taps), 0, 0)  # [M, T, h, w]
+    by_pixel = reshape(g, offset, -1, 2 * len(taps), 0, 0)
+    by_pixel = g.op("Transpose", by_pixel, perm_i=[0, 2, 3, 1])  # [M, h, w, 2 * T]
+    bounds = (constant(g, [n]) for n in (axis, LAST, 3, 2))
     output = to_float(g, arange(g, size(g, offset, 2 + axis)))
     output = g.op("Mul", output, constant(g, float(stride)))
-    if axis == 0:
-        output = reshape(g, output, -1, 1)
-    base = g.op("Add", output, constant(g, taps.float()[:, None, None]))
-    position = g.op("Add", offset_along, base)
+    output = reshape(g, output, *((-1, 1, 1) if axis == 0 else (-1, 1)))
+    base = g.op("Add", output, constant(g, taps.float()))
+    position = g.op("Add", g.op("Slice", by_pixel, *bounds), base)  # [M, h, w, T]
     # From one pixel outside on all is zero; far positions would not fit into an index.
     limit = to_float(g, size(g, maps, 2 + axis))
-    return reshape(g, g.op("Clip", position, constant(g, -1.0), limit), 0, 0, -1)
+    return reshape(g, g.op("Clip", position, constant(g, -1.0), limit), 0, -1, len(taps))
 
 
 def sample_by_gather(g: Graph, maps: Value, y: Value, x: Value) -> Value:
-    """Bilinear samples of the maps, zero outside: [M, C, T, N]."""
+    """Bilinear samples of the maps, zero outside: [M, C, N, T]."""
     height, width = size(g, maps, 2), size(g, maps, 3)
     pixels = g.op("Transpose", maps, perm_i=[0, 2, 3, 1])
     pixels = g.op("Flatten", pixels, axis_i=3)  # [M * H * W, C]: one look-up takes all channels
@@ -150,7 +150,7 @@ def sample_by_gather(g: Graph, maps: Value, y: Value, x: Value) -> Value:
     for row, row_weight in neighbours(g, y, height):
         begin = g.op("Add", first, g.op("Mul", row, width))
         for column, column_weight in columns:
-            values = g.op("Gather", pixels, g.op("Add", begin, column), axis_i=0)  # [M, T, N, C]
+            values = g.op("Gather", pixels, g.op("Add", begin, column), axis_i=0)  # [M, N, T, C]
             weight = unsqueeze(g, g.op("Mul", row_weight, column_weight), 3)
             terms.append(g.op("Mul", values, weight))
     return g.op("Transpose", g.op("Sum", *terms), perm_i=[0, 3, 1, 2])
@@ -175,12 +175,12 @@ def neighbours(g: Graph, position: Value, length: Value) -> list[tuple[Value, Va
 
 
 def sample_by_gridsample(g: Graph, maps: Value, y: Value, x: Value) -> Value:
-    """Bilinear samples of the maps, zero outside: [M, C, T, N]."""
+    """Bilinear samples of the maps, zero outside: [M, C, N, T]."""
     grid = [unsqueeze(g, normalise(g, p, size(g, maps, axis)), 3) for p, axis in ((x, 3), (y, 2))]
     return g.op(
         "GridSample",
         maps,
-        g.op("Concat", *grid, axis_i=3),  # [M, T, N, 2]
+        g.op("Concat", *grid, axis_i=3),  # [M, N, T, 2]
         mode_s="bilinear",
         padding_mode_s="zeros",
         align_corners_i=0,  # with 1 there is no position outside a map of one pixel
@@ -202,22 +202,24 @@ SAMPLERS = {"gather": sample_by_gather, "gridsample": sample_by_gridsample}
 def weighted_sum(
     g: Graph, samples: Value, weight: Value, bias: Value, groups: int, offset: Value
 ) -> Value:
-    """Samples [M, C, T, N] times the kernels, plus the bias: [B, out, h, w], sized as `offset`.
+    """Samples [M, C, N, T] times the kernels, plus the bias: [B, out, h, w], sized as `offset`.
 
-    Every tap of every channel becomes a channel, which makes the sum a 1x1 convolution.
+    The sum over taps and channels is a convolution along the taps, which reads the samples as they
+    lie in memory where channels come last.
     """
     out_channels, group_channels, *kernel = weight.type().sizes()
-    terms = group_channels * math.prod(kernel)  # of one output value's sum
-    spatial = [reshape(g, size(g, offset, axis), 1) for axis in (2, 3)]
-    shape = g.op("Concat", constant(g, [-1, terms * groups]), *spatial, axis_i=0)
-    return g.op(
+    taps = math.prod(kernel)
+    sums = g.op(
         "Conv",
-        g.op("Reshape", samples, shape),
-        reshape(g, weight, out_channels, terms, 1, 1),
+        reshape(g, samples, -1, group_channels * groups, 0, taps),
+        reshape(g, weight, out_channels, group_channels, 1, taps),
         bias,
         group_i=groups,
-        kernel_shape_i=[1, 1],
+        kernel_shape_i=[1, taps],
     )
+    spatial = [reshape(g, size(g, offset, axis), 1) for axis in (2, 3)]
+    shape = g.op("Concat", constant(g, [-1, out_channels]), *spatial, axis_i=0)
+    return g.op("Reshape", sums, shape)
 
 
 def constant(g: Graph, value: Any) -> Value:
