@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from aliked import gpu
 from aliked.backends import Spec, create_extractor
 from aliked.errors import InputError
 from aliked.features import OUTPUTS, Extractor, Features, features_of_batch
@@ -80,7 +81,8 @@ class Subject:
         self.returned: dict[str, tuple[str, Features]] = {}  # by label: image name and features
 
     def _check_device(self) -> None:
-        device = str(getattr(self.extractor, "device", self.row.device))
+        device = getattr(self.extractor, "device", self.row.device)
+        device = "cuda" if isinstance(device, gpu.Device) else str(device)
         if not device.startswith(self.row.device):
             raise WrongAnswer(f"it runs on {device}, but this row is to run on {self.row.device}")
 
