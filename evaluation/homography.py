@@ -306,7 +306,8 @@ class Homography(Task):
     badness_text = "corner error {:.1f} px"
     curve = CURVE
     notes = (
-        "Mutual nearest neighbours, no limit of similarity. Repeatability: keypoints found again "
+        "Mutual nearest neighbours, no limit of similarity, unless another matcher is named. "
+        "Repeatability: keypoints found again "
         f"within {CORRECT_PX} px, of those that both images show. Matching score: correct matches "
         "of the same. MMA@t: share of the matches within t px, mean over the pairs. accuracy@t: "
         "pairs whose homography moves the image's corners by at most t px; AUC@t: area under that "

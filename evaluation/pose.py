@@ -212,7 +212,8 @@ class Pose(Task):
     curve = tuple(map(accuracy_at, CURVE_DEGREES))
     curve_unit = "degrees"
     notes = (
-        "Mutual nearest neighbours, no limit of similarity. Error of a pose: the larger of the "
+        "Mutual nearest neighbours, no limit of similarity, unless another matcher is named. "
+        "Error of a pose: the larger of the "
         "angles by which rotation and direction of translation are off; AUC@t: area under the "
         "share of pairs over that error, up to t degrees. Poses by OpenCV's MAGSAC++ and by "
         f"PoseLib, {EPIPOLAR_PX:g} px, several times each with other random numbers. inliers: "

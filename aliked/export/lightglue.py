@@ -23,7 +23,7 @@ from aliked.backends.onnxruntime_lightglue import (
 from aliked.configs import STRIDE
 from aliked.errors import InputError
 from aliked.export.deform_conv_onnx import standard_deform_conv
-from aliked.export.onnx_export import OPSETS, exported_form, fold_constants, silence
+from aliked.export.onnx_export import OPSETS, fold_constants, in_exported_form, silence
 from aliked.features import Features
 from aliked.files import whole_file
 from aliked.lightglue import LightGlue, Output, filter_matches
@@ -213,13 +213,12 @@ def export_pair(
         )
     if model.top_k <= 0:
         raise InputError("a file from images to matches has a fixed number of rows; pass --top_k")
-    graph = PairGraph(model, matcher, options).eval()
+    graph = PairGraph(in_exported_form(model, options.dynamic), matcher, options).eval()
     sizes = dict(zip(graph.input_names, (options.size0, options.size1), strict=True))
     inputs = {name: _example_image(size, options) for name, size in sizes.items()}
     threshold = matcher.filter_threshold
     with (
         standard_deform_conv(options.deform_conv, options.opset),
-        exported_form(model, options.dynamic),
         written_in_steps(matcher, threshold),
     ):
         proto = _trace(graph, inputs, _pair_axes(graph, options), options.opset)
