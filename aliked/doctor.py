@@ -100,7 +100,17 @@ def custom_operators() -> dict[str, str]:
         from aliked import patches  # here, because the doctor also runs without PyTorch
     except ModuleNotFoundError as error:
         return {"get_patches": missing_package(error)}
-    return {"get_patches": patches.form_in_use()}
+    return {"get_patches": patches.form_in_use(), **native_deform_conv()}
+
+
+def native_deform_conv() -> dict[str, str]:
+    """Whether ONNX Runtime runs files exported with `--deform_conv native`; others need nothing."""
+    try:
+        from aliked.backends.onnxruntime import deform_conv_missing
+
+        return {"DeformConv": deform_conv_missing() or "available in ONNX Runtime"}
+    except ModuleNotFoundError as error:
+        return {"DeformConv": missing_package(error)}
 
 
 def parser() -> argparse.ArgumentParser:

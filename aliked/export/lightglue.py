@@ -1,6 +1,7 @@
 """LightGlue as an ONNX file, alone or from two images on, and the proof that it still is."""
 
 import contextlib
+import copy
 import io
 import json
 import math
@@ -23,7 +24,13 @@ from aliked.backends.onnxruntime_lightglue import (
 from aliked.configs import STRIDE
 from aliked.errors import InputError
 from aliked.export.deform_conv_onnx import standard_deform_conv
-from aliked.export.onnx_export import OPSETS, fold_constants, in_exported_form, silence
+from aliked.export.onnx_export import (
+    OPSETS,
+    exporting,
+    fold_constants,
+    in_exported_form,
+    silence,
+)
 from aliked.features import Features
 from aliked.files import whole_file
 from aliked.lightglue import LightGlue, Output, filter_matches
@@ -189,9 +196,10 @@ def export_matcher(matcher: LightGlue, path: Path, options: MatcherOptions) -> o
     if options.top_k is not None and options.top_k < 1:
         raise InputError(f"top_k is {options.top_k}; a file matches at least 1 keypoint an image")
     colmap = options.io == "colmap"
+    matcher = copy.copy(matcher)  # as others may run it meanwhile
     graph = (ColmapMatcherGraph if colmap else MatcherGraph)(matcher).eval()
     threshold = 0.0 if colmap else matcher.filter_threshold
-    with written_in_steps(matcher, threshold):
+    with exporting, written_in_steps(matcher, threshold):
         inputs = _example_features(matcher, options)
         proto = _trace(graph, inputs, _matcher_axes(options), options.opset)
     facts = {"graph": "matcher", "filter_threshold": threshold, **asdict(options)}
@@ -213,11 +221,13 @@ def export_pair(
         )
     if model.top_k <= 0:
         raise InputError("a file from images to matches has a fixed number of rows; pass --top_k")
-    graph = PairGraph(in_exported_form(model, options.dynamic), matcher, options).eval()
+    model, matcher = in_exported_form(model, options.dynamic), copy.copy(matcher)
+    graph = PairGraph(model, matcher, options).eval()
     sizes = dict(zip(graph.input_names, (options.size0, options.size1), strict=True))
     inputs = {name: _example_image(size, options) for name, size in sizes.items()}
     threshold = matcher.filter_threshold
     with (
+        exporting,
         standard_deform_conv(options.deform_conv, options.opset),
         written_in_steps(matcher, threshold),
     ):
