@@ -18,6 +18,7 @@ from types import ModuleType
 import torch
 
 from aliked.configs import OFFICIAL
+from aliked.export.builder import set_compute_capabilities
 from aliked.export.onnx_export import OPSETS, ExportOptions, export_onnx
 from aliked.model import ALIKED
 
@@ -61,8 +62,11 @@ def add_profile(trt: ModuleType, builder, network, config) -> None:
     config.add_optimization_profile(profile)
 
 
-def build(path: Path) -> dict:
-    """Parse and build one file; returns the outcome, the seconds and the MiB of the engine."""
+def build(path: Path, capabilities: tuple[str, ...] = ()) -> dict:
+    """Parse and build one file; returns the outcome, the seconds and the MiB of the engine.
+
+    `capabilities` are the GPUs to build for by TensorRT for RTX; (): its default.
+    """
     trt = library()
     logger = make_logger(trt)
     builder = trt.Builder(logger)
@@ -73,6 +77,8 @@ def build(path: Path) -> dict:
         return outcome | {"reason": f"parse: {parser.get_error(0).desc()}"}
     config = builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)
+    if capabilities:
+        set_compute_capabilities(trt, config, capabilities)
     add_profile(trt, builder, network, config)
     start = time.perf_counter()
     engine = builder.build_serialized_network(network, config)

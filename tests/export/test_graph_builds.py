@@ -70,6 +70,12 @@ def test_more_rows_than_maxima_are_fill_ins(size):
     torch.testing.assert_close(exported.keypoints[kept], plain.keypoints[kept])
 
 
+def export(precision, path, **changes):
+    torch.manual_seed(0)
+    model = ALIKED("aliked-t16", top_k=300).eval().fold_batch_norm().set_precision(precision)
+    export_onnx(model, path, ExportOptions(96, 128, deform_conv="gridsample", **changes))
+
+
 @pytest.mark.parametrize(
     ("precision", "changes"),
     [
@@ -81,9 +87,20 @@ def test_more_rows_than_maxima_are_fill_ins(size):
 def test_the_real_library_builds_the_export(precision, changes, tmp_path):
     if library() is None:
         pytest.skip("neither tensorrt nor tensorrt_rtx is installed")
-    torch.manual_seed(0)
-    model = ALIKED("aliked-t16", top_k=300).eval().fold_batch_norm().set_precision(precision)
     path = tmp_path / "model.onnx"
-    export_onnx(model, path, ExportOptions(96, 128, deform_conv="gridsample", **changes))
+    export(precision, path, **changes)
     outcome = build(path)
+    assert outcome["built"], outcome["reason"]
+
+
+@pytest.mark.parametrize(
+    ("precision", "dynamic"), [("fp16", False), ("fp16", True), ("fp32", False)]
+)
+def test_exports_build_for_turing(precision, dynamic, tmp_path):
+    trt = library()
+    if trt is None or trt.__name__ != "tensorrt_rtx":
+        pytest.skip("tensorrt_rtx, which builds for GPUs that are not there, is not installed")
+    path = tmp_path / "model.onnx"
+    export(precision, path, dynamic=dynamic)
+    outcome = build(path, ("SM75",))
     assert outcome["built"], outcome["reason"]
