@@ -90,7 +90,11 @@ def read_source(path: Path) -> Source:
         )
     dims = inputs[0].type.tensor_type.shape.dim
     shape = tuple(dim.dim_value if dim.HasField("dim_value") else -1 for dim in dims)
-    return Source(path, model, _export_metadata(path, model), shape, graph_precision(model))
+    export = _export_metadata(path, model)
+    # A float32 export counts maxima in half precision, which holds small whole numbers exactly.
+    said = str(export.get("precision", "")).upper()
+    precision = said if said in ("FP32", "FP16") else graph_precision(model)
+    return Source(path, model, export, shape, precision)
 
 
 def _export_metadata(path: Path, model: onnx.ModelProto) -> dict:

@@ -18,6 +18,7 @@ from aliked.commands import export as script
 from aliked.configs import Form
 from aliked.errors import InputError
 from aliked.export import onnx_export, verify
+from aliked.export.engine import read_source
 from aliked.export.onnx_checks import check_file
 from aliked.export.onnx_export import ExportOptions, export_onnx
 from aliked.export.verify import verify_onnx
@@ -80,6 +81,8 @@ def test_an_exported_file_gives_the_features_of_pytorch(
     export_onnx(exported, path, settings)
     verdict = verify_onnx(path, reference, precision, settings, [("photograph", photograph)])
     assert verdict.passed, verdict.text
+    if settings.io == "default":
+        assert read_source(path).precision == precision.upper()
 
 
 @pytest.mark.parametrize("changes", [{"deform_conv": "native"}, {"opset": 17}])
