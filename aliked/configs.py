@@ -1,7 +1,9 @@
-"""The ALIKED variants as one table: the published ones (arXiv 2304.03608, table I) and our own."""
+"""The ALIKED variants as one table (arXiv 2304.03608, table I), and what can be asked of them."""
 
+import os
 from dataclasses import dataclass
 from numbers import Integral, Real
+from pathlib import Path
 
 from aliked.errors import InputError
 
@@ -82,6 +84,40 @@ class Selection:
             if self.by_threshold
             else str(self.top_k)
         )
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What to run. A backend that runs a file (`model_path`) takes the rest from that file."""
+
+    model: str = DEFAULT_MODEL
+    top_k: int = Selection.top_k  # <= 0: threshold mode
+    scores_th: float = Selection.scores_th
+    n_limit: int = Selection.n_limit
+    precision: str = "fp32"  # or "fp16"
+    device: str = "auto"  # "auto", "cpu", "cuda" or "cuda:N"
+    weights: Path | None = None
+    model_path: Path | None = None
+    compile_mode: str = "reduce-overhead"  # of torch.compile: with CUDA graphs
+
+    def check(self) -> None:
+        """Raise `InputError` for a field of another type or value than it can have."""
+        get_config(self.model)
+        self.selection.check()
+        if self.precision not in ("fp32", "fp16"):
+            raise InputError(f"unknown precision {self.precision!r}; choose fp32 or fp16")
+        for name in ("weights", "model_path"):
+            path = getattr(self, name)
+            if path is not None and not isinstance(path, str | os.PathLike):
+                raise InputError(f"{name} is {path!r}; give the path of a file")
+        kind = self.device.partition(":")[0] if isinstance(self.device, str) else None
+        if kind not in ("auto", "cpu", "cuda"):
+            raise InputError(f"unknown device {self.device!r}; give auto, cpu, cuda or cuda:N")
+
+    @property
+    def selection(self) -> Selection:
+        """Which keypoints are kept."""
+        return Selection(self.top_k, self.scores_th, self.n_limit)
 
 
 @dataclass(frozen=True)

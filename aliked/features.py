@@ -4,16 +4,13 @@ import abc
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from aliked.configs import RADIUS
+from aliked.configs import RADIUS, Spec
 from aliked.errors import InputError
 from aliked.threads import each, in_parts
-
-if TYPE_CHECKING:
-    from aliked.backends import Spec
 
 # What every runtime returns for a batch, found by these names: [B, K, 2], [B, K, D], [B, K].
 OUTPUTS = ("keypoints", "descriptors", "scores")
@@ -149,7 +146,7 @@ class Extractor(abc.ABC):
         return None
 
     @classmethod
-    def from_spec(cls, spec: "Spec", name: str, **options: Any) -> "Extractor":
+    def from_spec(cls, spec: Spec, name: str, **options: Any) -> "Extractor":
         """Return an extractor that runs `spec`, under a backend's name and with its options.
 
         `InputError` where `spec` cannot be run.
