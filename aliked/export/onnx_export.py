@@ -10,6 +10,7 @@ import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir
 import onnxscript.optimizer
@@ -283,6 +284,41 @@ def fold_constants(proto: onnx.ModelProto) -> onnx.ModelProto:
     return onnx_ir.to_proto(model)
 
 
+def square_kernels(proto: onnx.ModelProto) -> None:
+    """Write convolutions along the last axis as 1x1 ones: OpenCV 5.0.0 computes others wrongly.
+
+    Each has the whole axis as its kernel: [B, C, N, T] to [B, out, N, 1].
+    """
+    weights = {tensor.name: tensor for tensor in proto.graph.initializer}
+    nodes = []
+    for node in proto.graph.node:
+        kernel = weights[node.input[1]].dims if node.op_type == "Conv" else []
+        if len(kernel) == 4 and kernel[2] != kernel[3]:
+            out, channels, _, taps = kernel
+            name = node.output[0]
+            shape = onnx.numpy_helper.from_array(
+                np.array([0, channels * taps, -1, 1]), f"{name} shape"
+            )
+            values = onnx.numpy_helper.to_array(weights[node.input[1]])
+            weight = onnx.numpy_helper.from_array(
+                values.reshape(out, channels * taps, 1, 1), f"{name} weight"
+            )
+            proto.graph.initializer.extend([shape, weight])
+            proto.graph.initializer.remove(weights[node.input[1]])
+            turned, rows = f"{name} turned", f"{name} rows"
+            nodes += [
+                onnx.helper.make_node("Transpose", node.input[:1], [turned], perm=[0, 1, 3, 2]),
+                onnx.helper.make_node("Reshape", [turned, shape.name], [rows]),
+            ]
+            node.input[0], node.input[1] = rows, weight.name
+            for attribute in node.attribute:
+                if attribute.name == "kernel_shape":
+                    attribute.ints[:] = [1, 1]
+        nodes.append(node)
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+
+
 # The exporters register operators, catch warnings and redirect the output of the whole process.
 exporting = threading.Lock()
 
@@ -303,6 +339,8 @@ def export_onnx(
     export = export_native if options.deform_conv == "native" else export_standard
     with exporting, torch.inference_mode(), silence(not verbose):
         proto = export(graph, options, verbose, 0 if options.io == "colmap" else rows)
+    if options.io == "opencv":
+        square_kernels(proto)
     if options.uint8_input:
         measure_behind_the_cast(proto)
     name_axes(proto, options, rows)
