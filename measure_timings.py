@@ -127,7 +127,9 @@ def add_grid_options(group: argparse._ArgumentGroup) -> None:
         "similarity, -1 to 1 (default: no matching)",
     )
     add_size_option(group)
-    group.add_argument("--lines", help=argparse.SUPPRESS)  # of demo_pair.py's pictures
+    # Of demo_pair.py, so that its command line is taken here too.
+    for name, kind in (("--lines", str), ("--matcher", str), ("--matcher_weights", Path)):
+        group.add_argument(name, type=kind, help=argparse.SUPPRESS)
 
 
 def add_file_options(group: argparse._ArgumentGroup) -> None:
@@ -308,6 +310,11 @@ def main(args: argparse.Namespace) -> int:
     for source in sources:
         offer_download(source)
     image_sets = load_image_sets(sources, args.max_size)
+    if args.matcher not in (None, "mutual") or args.matcher_weights:
+        raise InputError(
+            "this script times what finds features; leave --matcher and --matcher_weights out: "
+            "python -m tools.time_lightglue times LightGlue"
+        )
     if args.min_similarity is not None and all(len(images.paths) < 2 for images in image_sets):
         raise InputError("--min_similarity matches an image with the next; give two of one size")
     run = open_run(
