@@ -19,8 +19,8 @@ from aliked.matching import (
     MATCHERS,
     MIN_SIMILARITY,
     Matcher,
+    MutualMatcher,
     check_descriptor_length,
-    create_matcher,
 )
 from aliked.weights import LIGHTGLUE
 
@@ -356,7 +356,10 @@ def matcher_from(args: argparse.Namespace, model: str, mutual_device: str = "cpu
         check_descriptor_length(get_config(model).dim, LIGHTGLUE_DIM)
     elif args.matcher_weights is not None:
         raise InputError("--matcher_weights are LightGlue's; pass --matcher lightglue as well")
-    limit = MIN_SIMILARITY if args.min_similarity is None else args.min_similarity
-    name = args.matcher or "mutual"
-    device = mutual_device if name == "mutual" else args.device
-    return create_matcher(name, device, args.matcher_weights, limit)
+    if args.matcher != "lightglue":
+        limit = MIN_SIMILARITY if args.min_similarity is None else args.min_similarity
+        return MutualMatcher(limit, mutual_device)
+    from aliked.backends.pytorch import choose_device  # here: mutual matching needs no PyTorch
+    from aliked.lightglue import LightGlue
+
+    return LightGlue.from_pretrained(args.matcher_weights, choose_device(args.device))

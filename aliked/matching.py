@@ -3,7 +3,6 @@
 import abc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -70,6 +69,11 @@ class MutualMatcher(Matcher):
     """
 
     def __init__(self, min_similarity: float = MIN_SIMILARITY, device: str = "cpu") -> None:
+        """`device` is "cpu", "cuda", "cuda:N", or "auto": a GPU where PyTorch sees one."""
+        if device == "auto":
+            import torch
+
+            device = "cuda" if torch.cuda.is_available() else "cpu"
         self.min_similarity, self.device = min_similarity, device
 
     def prepare(self, features: Features, size: Size | None = None) -> Any:
@@ -230,27 +234,3 @@ def check_size(size: Size) -> None:
 
 MATCHERS = ("mutual", "lightglue")
 LIGHTGLUE_DIM = 128  # length of the descriptors that the published weights match
-
-
-def create_matcher(
-    name: str,
-    device: str = "cpu",
-    weights: Path | None = None,
-    min_similarity: float = MIN_SIMILARITY,
-    precision: str = "fp32",
-) -> Matcher:
-    """Return the matcher `name` on "cpu", "cuda", "cuda:N" or "auto".
-
-    `weights` and `precision` are LightGlue's, `min_similarity` that of mutual nearest neighbours.
-    """
-    if name not in MATCHERS:
-        raise InputError(f"unknown matcher {name!r}; choose {' or '.join(MATCHERS)}")
-    if device == "auto":
-        import torch
-
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "mutual":
-        return MutualMatcher(min_similarity, device)
-    from aliked.lightglue import LightGlue  # here: mutual matching needs no PyTorch
-
-    return LightGlue.from_pretrained(weights, device, precision)

@@ -16,7 +16,8 @@ from aliked.configs import Selection, get_config
 from aliked.errors import InputError
 from aliked.features import Features, check_image
 from aliked.files import code_digest, sha256
-from aliked.matching import LIGHTGLUE_DIM, Matcher, check_descriptor_length, create_matcher
+from aliked.lightglue import LightGlue
+from aliked.matching import LIGHTGLUE_DIM, Matcher, check_descriptor_length
 from aliked.store import FeatureStore
 from aliked.weights import find_weights
 from benchmark.artifacts import BuildFile, build_files, cached_path
@@ -256,7 +257,7 @@ class FileExtractor:
 def open_matcher(name: str, machine: Machine) -> Matcher:
     """The matcher of this name; LightGlue, always in float32, where the systems run."""
     if name == "lightglue":
-        return create_matcher(name, machine.device, machine.matcher_weights)
+        return LightGlue.from_pretrained(machine.matcher_weights, machine.device)
     return RatioMatcher() if name == "ratio" else MUTUAL
 
 
