@@ -119,7 +119,7 @@ class FeatureStore:
                 with _sentence(path):  # as it is stored: to read and write it takes far longer
                     sources[path].copy(name, file, name)
         self._where = dict.fromkeys(self._where, self.path)
-        for part in parts:
+        for part in (*parts, *filter(_is_left, self.parts.glob(".*"))):
             part.unlink()
         with contextlib.suppress(OSError):  # another process has begun to write
             self.parts.rmdir()
@@ -140,7 +140,8 @@ class FeatureStore:
             self.flush()
 
     def _part_files(self) -> list[Path]:
-        return sorted(self.parts.glob("*.h5"))
+        # A kill can leave the scratch file of a part, which is hidden and not whole.
+        return sorted(p for p in self.parts.glob("*.h5") if not p.name.startswith("."))
 
     def _find(self, *paths: Path) -> None:
         """Take in what is in files of this store."""
@@ -343,3 +344,15 @@ def _difference(found: str, wanted: str) -> str:
 
 def _bytes(features: Features) -> int:
     return features.descriptors.nbytes + features.keypoints.nbytes + features.scores.nbytes
+
+
+def _is_left(scratch: Path) -> bool:
+    """Whether the process that wrote this scratch file of a part, whose name begins so, is gone."""
+    pid = scratch.name[1:].partition("-")[0]
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except (ValueError, PermissionError):  # no number, or somebody else's process
+        pass
+    return False

@@ -241,3 +241,17 @@ def test_the_key_is_kept_as_json(path):
     with h5py.File(path) as file:
         assert json.loads(file.attrs["key"]) == KEY
         assert file.attrs["format"] == module.FORMAT
+
+
+def test_what_a_kill_left_half_written_is_no_part_and_goes(tmp_path):
+    """The scratch file of a part is hidden, and names the process that wrote it."""
+    path, ended = tmp_path / "features.h5", subprocess.Popen(["true"])
+    ended.wait()
+    parts = tmp_path / "features.h5.parts"
+    parts.mkdir()
+    for pid in (ended.pid, os.getpid()):
+        (parts / f".{pid}-12ab.u2xn.partial.h5").write_bytes(b"half a file")
+    with FeatureStore.open(path, KEY) as store:
+        store.write("0.jpg", features(0), SIZE)
+    assert FeatureStore.open(path, KEY).names() == ["0.jpg"]
+    assert [file.name for file in parts.iterdir()] == [f".{os.getpid()}-12ab.u2xn.partial.h5"]

@@ -71,7 +71,7 @@ def test_a_killed_run_is_resumed_and_gives_what_an_uninterrupted_one_gives(tmp_p
     killed = tmp_path / "killed.h5"
     process = start(photos, "--output", killed, *options)
     parts = tmp_path / "killed.h5.parts"
-    while not list(parts.glob("*.h5")) and process.poll() is None:
+    while not list(parts.glob("[!.]*.h5")) and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL and not killed.exists()
