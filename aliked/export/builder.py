@@ -111,21 +111,35 @@ def progress_monitor(trt: ModuleType, progress: Progress) -> "trt.IProgressMonit
     return Monitor()
 
 
+STOPPING = ("SIGINT", "SIGTERM", "SIGHUP")  # not every system has the last
+
+
 @contextlib.contextmanager
-def cancelled_by_ctrl_c(progress: Progress) -> Iterator[None]:
-    """Let Ctrl-C cancel the build at its next step: an exception must not pass through C++."""
+def stopped_at_a_step(progress: Progress) -> Iterator[None]:
+    """Let Ctrl-C and the like cancel the build at its next step, and take effect after it.
+
+    What their handlers raise must not pass through C++, where it would be lost.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    numbers = [getattr(signal, name) for name in STOPPING if hasattr(signal, name)]
+    handled = {n: signal.getsignal(n) for n in numbers if callable(signal.getsignal(n))}
+    received: list[int] = []
 
-    def cancel(*_: object) -> None:
+    def cancel(number: int, _: object) -> None:
         progress.cancelled = True
+        received.append(number)
 
-    before = signal.signal(signal.SIGINT, cancel)
+    for number in handled:
+        signal.signal(number, cancel)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in handled.items():
+            signal.signal(number, handler)
+    if received:
+        signal.raise_signal(received[0])
 
 
 def has_weak_fp16(trt: ModuleType) -> bool:
@@ -149,10 +163,8 @@ def build_plan(library: Library, onnx_path: Path, options: BuildOptions) -> byte
     progress = Progress()
     monitor = progress_monitor(trt, progress)  # which must live until the build is over
     config.progress_monitor = monitor
-    with cancelled_by_ctrl_c(progress):
+    with stopped_at_a_step(progress):
         plan = builder.build_serialized_network(network, config)
-    if progress.cancelled:
-        raise KeyboardInterrupt
     if plan is None:
         raise build_failure(library, onnx_path, options, journal().last_words(library))
     if options.timing_cache:

@@ -191,14 +191,17 @@ def test_what_the_builder_refuses_is_one_sentence_and_leaves_nothing(
     assert files(tmp_path) == {"model.onnx"}
 
 
-def test_ctrl_c_cancels_the_build_and_leaves_nothing(build, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_ctrl_c_and_the_like_cancel_the_build_and_leave_nothing(
+    build, tmp_path, monkeypatch, number
+):
     def press_ctrl_c(progress, phase, parent, steps):
         start(progress, phase, parent, steps)
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(number)
 
     start = builder_module.Progress.start
     monkeypatch.setattr(builder_module.Progress, "start", press_ctrl_c)
-    assert build() == 130
+    assert build() == 128 + number
     assert files(tmp_path) == {"model.onnx"}
 
 
