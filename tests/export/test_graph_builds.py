@@ -3,11 +3,13 @@
 import pytest
 import torch
 
+from aliked.backends.tensorrt_library import RTX
 from aliked.configs import Form
 from aliked.detection import detect, inner, suppress_non_maxima, top_k_of_groups
+from aliked.export.builder import BuildOptions
 from aliked.export.onnx_export import ExportOptions, export_onnx
 from aliked.model import ALIKED
-from tools.build_grid import build, library
+from tools.build_grid import build, shapes
 
 EXPORTED = Form(exported=True)
 
@@ -76,6 +78,14 @@ def export(precision, path, **changes):
     export_onnx(model, path, ExportOptions(96, 128, deform_conv="gridsample", **changes))
 
 
+def outcome_of(path, capabilities=(), dynamic=False, uint8_input=False):
+    """What the tool says that builds the whole grid."""
+    if reason := RTX.cannot_build():
+        pytest.skip(reason)
+    row = {"dynamic": dynamic, "uint8_input": uint8_input}
+    return build(path, BuildOptions(capabilities, shapes=shapes(row)))
+
+
 @pytest.mark.parametrize(
     ("precision", "changes"),
     [
@@ -85,11 +95,10 @@ def export(precision, path, **changes):
     ],
 )
 def test_the_real_library_builds_the_export(precision, changes, tmp_path):
-    if library() is None:
-        pytest.skip("neither tensorrt nor tensorrt_rtx is installed")
     path = tmp_path / "model.onnx"
     export(precision, path, **changes)
-    outcome = build(path)
+    forms = {name: value for name, value in changes.items() if name != "opset"}
+    outcome = outcome_of(path, **forms)
     assert outcome["built"], outcome["reason"]
 
 
@@ -97,10 +106,15 @@ def test_the_real_library_builds_the_export(precision, changes, tmp_path):
     ("precision", "dynamic"), [("fp16", False), ("fp16", True), ("fp32", False)]
 )
 def test_exports_build_for_turing(precision, dynamic, tmp_path):
-    trt = library()
-    if trt is None or trt.__name__ != "tensorrt_rtx":
-        pytest.skip("tensorrt_rtx, which builds for GPUs that are not there, is not installed")
     path = tmp_path / "model.onnx"
     export(precision, path, dynamic=dynamic)
-    outcome = build(path, ("SM75",))
+    outcome = outcome_of(path, ("SM75",), dynamic)
     assert outcome["built"], outcome["reason"]
+
+
+def test_what_does_not_build_is_an_outcome_with_the_librarys_words(tmp_path):
+    path = tmp_path / "model.onnx"
+    export("fp32", path, dynamic=True)  # whose resizing is a product of matrices
+    outcome = outcome_of(path, ("SM75",), dynamic=True)
+    assert not outcome["built"]
+    assert "FP32 GEMM is not supported" in outcome["reason"]
