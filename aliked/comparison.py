@@ -34,8 +34,7 @@ class Side:
 
     def label(self, extractor: Extractor) -> str:
         """Return the side in words: the runtime, where it runs, and the precision."""
-        runtime, device = extractor.name, getattr(extractor, "device", "")
-        kind = str(device).partition(":")[0]
+        runtime, kind = extractor.name, extractor.device.partition(":")[0]
         if len(get_backend(self.backend).devices) > 1 and not runtime.endswith(kind):
             runtime += f"-{kind}"
         return f"{runtime} {self.precision}" + (f" ({self.path.name})" if self.path else "")

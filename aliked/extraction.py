@@ -316,11 +316,10 @@ class Lane:
     def __init__(self, extractor: Extractor):
         self.extractor = extractor
         self._stream = contextlib.nullcontext
-        device = str(getattr(extractor, "device", "cpu"))
-        if device.startswith("cuda"):
+        if extractor.device != "cpu":
             import torch
 
-            stream = torch.cuda.Stream(device)
+            stream = torch.cuda.Stream(extractor.device)
             self._stream = lambda: torch.cuda.stream(stream)
 
     def extract(self, pixels: np.ndarray) -> list[Features]:

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from aliked import gpu
 from aliked.backends import Spec, create_extractor
 from aliked.errors import InputError
 from aliked.features import OUTPUTS, Extractor, Features, features_of_batch
@@ -81,10 +80,9 @@ class Subject:
         self.returned: dict[str, tuple[str, Features]] = {}  # by label: image name and features
 
     def _check_device(self) -> None:
-        device = getattr(self.extractor, "device", self.row.device)
-        device = "cuda" if isinstance(device, gpu.Device) else str(device)
-        if not device.startswith(self.row.device):
-            raise WrongAnswer(f"it runs on {device}, but this row is to run on {self.row.device}")
+        device, wanted = self.extractor.device, self.row.device
+        if device.partition(":")[0] != wanted:
+            raise WrongAnswer(f"it runs on {device}, but this row is to run on {wanted}")
 
     def compute(self, index: int) -> Sample:
         """Time one run on device tensors that are already there."""
@@ -253,9 +251,8 @@ def monitored(run: TimedRun, monitor: Monitor) -> TimedRun:
 
 def allocator_of(extractor: Extractor) -> AllocatorPeak | None:
     """Return PyTorch's allocator where it is what the extractor allocates through."""
-    device = getattr(extractor, "device", None)
-    on_gpu = isinstance(device, torch.device) and device.type == "cuda"
-    return AllocatorPeak(device) if on_gpu else None
+    device = getattr(extractor, "torch_device", None)
+    return AllocatorPeak(device) if device and device.type == "cuda" else None
 
 
 def read_memory(monitor: Monitor, allocator: AllocatorPeak | None) -> dict:

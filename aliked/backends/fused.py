@@ -43,13 +43,14 @@ class FusedExtractor(Extractor):
         from aliked.fused import kernels, pipeline, weights  # here, as it imports triton
 
         self.name = name
-        self.device = choose_device(spec.device, "cuda")
+        self.torch_device = choose_device(spec.device, "cuda")
+        self.device = str(self.torch_device)
         if spec.precision not in PRECISIONS:
             choices = " or ".join(PRECISIONS)
             raise InputError(f"unknown precision {spec.precision!r}; choose {choices}")
         selection = spec.selection
         model = load_model(replace(spec, precision="fp32"), torch.device("cpu"))
-        packed = weights.pack(model, PRECISIONS[spec.precision], self.device)
+        packed = weights.pack(model, PRECISIONS[spec.precision], self.torch_device)
         self.run = functools.partial(
             pipeline.extract, weights=packed, selection=selection, ops=kernels
         )
@@ -58,16 +59,16 @@ class FusedExtractor(Extractor):
     def extract_batch(self, images: np.ndarray) -> list[Features]:
         """Return each image's `Features` of uint8 [B, H, W, 3] RGB, copies included."""
         check_images(images)
-        with torch.cuda.device(self.device):
+        with torch.cuda.device(self.torch_device):
             plan = self._plan(images)
-            upload(images, self.device, plan.images)
+            upload(images, self.torch_device, plan.images)
             plan.graph.replay()
         return to_features(plan.outputs)
 
     def to_device(self, images: np.ndarray) -> torch.Tensor:
         """Return uint8 [B, H, W, 3] RGB on the device."""
         check_images(images)
-        return upload(images, self.device)
+        return upload(images, self.torch_device)
 
     def infer(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return `keypoints`, `descriptors` and `scores` of uint8 [B, H, W, 3], wherever it is.
@@ -77,7 +78,7 @@ class FusedExtractor(Extractor):
         """
         if batch.dtype != torch.uint8:  # an array's is another, whatever it holds
             raise self._refused(batch)
-        with torch.cuda.device(self.device):
+        with torch.cuda.device(self.torch_device):
             plan = self._plan(batch)
             plan.images.copy_(batch, non_blocking=True)
             plan.graph.replay()
@@ -90,7 +91,7 @@ class FusedExtractor(Extractor):
 
     def synchronize(self) -> None:
         """Wait for the device."""
-        torch.cuda.synchronize(self.device)
+        torch.cuda.synchronize(self.torch_device)
 
     def _plan(self, batch: np.ndarray | torch.Tensor) -> Plan:
         """Return the plan for a batch's shape on the current stream, captured when it is new."""
@@ -113,7 +114,7 @@ class FusedExtractor(Extractor):
     @torch.no_grad()  # inference mode would bind every call: it alone may write to its tensors
     def _capture(self, shape: tuple) -> Plan:
         """Run once, which compiles the kernels, then capture the same run as a graph."""
-        images = torch.zeros(shape, dtype=torch.uint8, device=self.device)
+        images = torch.zeros(shape, dtype=torch.uint8, device=self.torch_device)
         self.run(images)
         graph = torch.cuda.CUDAGraph()
         # Other threads may allocate meanwhile.

@@ -147,7 +147,7 @@ class FusedPair:
         compile_mode: str | None = "max-autotune-no-cudagraphs",
     ) -> None:
         extractor = FusedExtractor(spec)
-        self.device, self.extract = extractor.device, extractor.run
+        self.device, self.extract = extractor.torch_device, extractor.run
         self.matcher = LightGlue.from_pretrained(matcher_weights, self.device, spec.precision)
         if get_config(spec.model).dim != self.matcher.descriptor_dim:
             raise InputError(

@@ -292,9 +292,10 @@ class ONNXRuntimeExtractor(Extractor):
         self._arguments = spec, name, provider
         (chosen, options), *others = PROVIDERS[provider][1](spec)
         self.session = open_session(self.path, chosen, options, others)
-        self.device = "cpu" if chosen == CPU else "cuda"
-        self.name = name if provider else f"{name}-{self.device}"
-        self.device_id = int(options.get("device_id", 0))
+        self._place = ("cpu", 0) if chosen == CPU else ("cuda", int(options["device_id"]))
+        kind, index = self._place
+        self.device = kind if kind == "cpu" else f"{kind}:{index}"
+        self.name = name if provider else f"{name}-{kind}"
         self.shapes = {tensor.name: tensor.shape for tensor in self.session.get_outputs()}
         self.export = read_metadata(self.path, self.session.get_modelmeta().custom_metadata_map)
         self.input = self._check_contract()
@@ -435,14 +436,14 @@ class ONNXRuntimeExtractor(Extractor):
         import onnxruntime
 
         prepared = self._prepare(images)
-        return onnxruntime.OrtValue.ortvalue_from_numpy(prepared, self.device, self.device_id)
+        return onnxruntime.OrtValue.ortvalue_from_numpy(prepared, *self._place)
 
     def infer(self, batch) -> dict:
         """The session's input to its outputs, all `OrtValue`s on its device."""
         binding = self.session.io_binding()
         binding.bind_ortvalue_input("image", batch)
         for name in OUTPUTS:
-            binding.bind_output(name, self.device, self.device_id)
+            binding.bind_output(name, *self._place)
         self.session.run_with_iobinding(binding)
         return dict(zip(OUTPUTS, binding.get_outputs(), strict=True))
 

@@ -92,7 +92,8 @@ class ForwardExtractor(Extractor):
     """A forward pass, float [B, 3, H, W] to `named` outputs, run by PyTorch on one device."""
 
     def __init__(self, name: str, device: torch.device, forward: Forward):
-        self.name, self.device, self.forward = name, device, forward
+        self.name, self.device, self.forward = name, str(device), forward
+        self.torch_device = device
 
     def extract_batch(self, images: np.ndarray) -> list[Features]:
         """Return each image's `Features` of uint8 [B, H, W, 3] RGB, copies included."""
@@ -101,7 +102,7 @@ class ForwardExtractor(Extractor):
     def to_device(self, images: np.ndarray) -> torch.Tensor:
         """Return uint8 [B, H, W, 3] RGB as float32 [B, 3, H, W] in [0, 1] on the device."""
         check_images(images)
-        return to_tensor(upload(images, self.device))
+        return to_tensor(upload(images, self.torch_device))
 
     @torch.inference_mode()
     def infer(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -111,8 +112,8 @@ class ForwardExtractor(Extractor):
 
     def synchronize(self) -> None:
         """Wait for the device."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self.torch_device.type == "cuda":
+            torch.cuda.synchronize(self.torch_device)
 
 
 class PyTorchExtractor(ForwardExtractor):

@@ -369,7 +369,8 @@ class TensorRTExtractor(Extractor):
         self.name, self.path, self.cuda_graph = name, Path(path), cuda_graph
         self.manifest = manifest or read_manifest(self.path)
         self.library = LIBRARIES[library or self.manifest["library"]]
-        index, self.device = gpu.device(device)  # first: without a driver the library crashes
+        index, self.gpu = gpu.device(device)  # first: without a driver the library crashes
+        self.device = f"cuda:{index}"
         reason = self.library.not_installed()
         if reason:
             raise InputError(f"{self.path} cannot run here: {reason}")
@@ -383,7 +384,7 @@ class TensorRTExtractor(Extractor):
         self._batch: Any = None
         self._graph: CudaGraph | None = None
         with self.memory.active():
-            self.engine = open_engine(self.path, self.manifest, self.library, self.device)
+            self.engine = open_engine(self.path, self.manifest, self.library, self.gpu)
             self._check_contract()
             self.context = self._create_context()
         self.dtype = self._dtype(INPUT)
@@ -409,7 +410,7 @@ class TensorRTExtractor(Extractor):
         journal().errors.clear()
         if self.library is RTX:  # compiles the engine for this GPU, or takes what was kept
             config = runtime_config(self._trt, self.engine, self.cuda_graph)
-            facts = (self.manifest["sha256"], self._trt.__version__, self.device)
+            facts = (self.manifest["sha256"], self._trt.__version__, self.gpu)
             self.cache = RuntimeCache(config, self.path, *facts)
             context = self.engine.create_execution_context(config)
         else:
@@ -528,7 +529,7 @@ class TensorRTExtractor(Extractor):
         workspace = self.manifest["max_workspace_size_mib"]
         limit = f"a workspace of {workspace} MiB" if workspace else "no limit on its workspace"
         return InputError(
-            f"out of device memory on {self.device.name} ({why}): {self.path} was built with "
+            f"out of device memory on {self.gpu.name} ({why}): {self.path} was built with "
             f"{limit} and is to run a batch of {batch or self.limits()[1][0]}; build it with a "
             "smaller --max_workspace_size or a smaller batch, or free the GPU"
         )
