@@ -86,6 +86,11 @@ class Selection:
         )
 
 
+# tf32, which only TensorRT's backends have, is float32 that is multiplied with the 11 significant
+# bits of half precision.
+PRECISIONS = ("fp32", "tf32", "fp16")
+
+
 @dataclass(frozen=True)
 class Spec:
     """What to run. A backend that runs a file (`model_path`) takes the rest from that file."""
@@ -94,7 +99,7 @@ class Spec:
     top_k: int = Selection.top_k  # <= 0: threshold mode
     scores_th: float = Selection.scores_th
     n_limit: int = Selection.n_limit
-    precision: str = "fp32"  # or "fp16"
+    precision: str = "fp32"  # of PRECISIONS
     device: str = "auto"  # "auto", "cpu", "cuda" or "cuda:N"
     weights: Path | None = None
     model_path: Path | None = None
@@ -104,8 +109,9 @@ class Spec:
         """Raise `InputError` for a field of another type or value than it can have."""
         get_config(self.model)
         self.selection.check()
-        if self.precision not in ("fp32", "fp16"):
-            raise InputError(f"unknown precision {self.precision!r}; choose fp32 or fp16")
+        if self.precision not in PRECISIONS:
+            names = ", ".join(PRECISIONS)
+            raise InputError(f"unknown precision {self.precision!r}; choose one of {names}")
         for name in ("weights", "model_path"):
             path = getattr(self, name)
             if path is not None and not isinstance(path, str | os.PathLike):

@@ -1,7 +1,7 @@
 """Are two runtimes the same model? What one finds and matches beside the other, and judged."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -93,6 +93,12 @@ FP16 = Tolerance(
     min_cosine_at_edge=-1.0,
     max_score_difference=1.0,
 )
+
+# TF32 multiplies with the 11 significant bits of FP16, so what may use it cannot be held to the
+# tolerance of float32.
+TF32 = replace(FP16, name="TF32")
+
+TOLERANCES = {"fp32": FP32, "tf32": TF32, "fp16": FP16}  # by precision
 
 
 @dataclass(frozen=True)

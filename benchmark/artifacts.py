@@ -14,7 +14,7 @@ import torch
 
 from aliked.backends import Spec, create_extractor
 from aliked.backends.pytorch import PyTorchExtractor
-from aliked.backends.tensorrt import read_manifest
+from aliked.backends.tensorrt import precision_of, read_manifest
 from aliked.configs import Selection
 from aliked.errors import InputError
 from aliked.export.build import build_model_file
@@ -134,7 +134,7 @@ def facts_of(path: Path) -> dict[str, Any]:
         weights = manifest.get("weights") if manifest.get("sha256") == sha256(path) else None
     else:
         engine = read_manifest(path)
-        export, precision = engine["source"]["export"], engine["precision"]
+        export, precision = engine["source"]["export"], precision_of(engine)
         shape = weights = None
     try:
         export = msgspec.convert(export, Exported)

@@ -17,7 +17,7 @@ from aliked.errors import InputError
 from aliked.features import OUTPUTS, Extractor, Features, features_of_batch
 from aliked.files import sha256
 from aliked.matching import match_mutual
-from aliked.parity import FP16, FP32, Parity, compare_features, judge
+from aliked.parity import TOLERANCES, Parity, compare_features, judge
 from aliked.patches import form_in_use
 from aliked.ties import Expected
 from benchmark import environment
@@ -140,7 +140,6 @@ def _to_host(values: Any) -> np.ndarray:
     return np.asarray(values.cpu() if hasattr(values, "cpu") else values.numpy())
 
 
-TOLERANCES = {"fp32": FP32, "fp16": FP16}
 CLOCKS_EVERY = 20  # runs between two readings of the GPU's clocks
 # A GPU runtime that leaves one of these to the processor is another runtime.
 HEAVY_OPERATORS = {"Conv", "DeformConv", "GridSample", "MatMul", "Gemm", "MaxPool", "TopK"}

@@ -17,8 +17,8 @@ from benchmark.records import AnyRecord, Measured, runtime_order, sections
 from benchmark.report import milliseconds
 from benchmark.rows import Row
 
-MARKERS = {"fp32": "o", "fp16": "s"}
-LINES = {"fp32": "-", "fp16": "--"}
+MARKERS = {"fp32": "o", "tf32": "D", "fp16": "s"}
+LINES = {"fp32": "-", "tf32": "-.", "fp16": "--"}
 FADED = 0.35  # opacity of what is not ranked
 # One colour per backend, in every plot: those that are usually drawn together are far apart.
 COLOURS = {
@@ -278,7 +278,7 @@ def _finish(figure: Figure, axes, order: list[str], title: str) -> None:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             if label not in entries or _alpha(handle) > _alpha(entries[label]):
                 entries[label] = handle
-    names = [name + suffix for name in order for suffix in ("", " fp32", " fp16")]
+    names = [name + suffix for name in order for suffix in ("", *(f" {p}" for p in MARKERS))]
     labels = sorted(entries, key=names.index)
     figure.legend(
         [entries[label] for label in labels],

@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Meta, structs
 
 from aliked.backends import BACKENDS
-from aliked.configs import CONFIGS
+from aliked.configs import CONFIGS, PRECISIONS
 from aliked.errors import InputError
 from aliked.files import locked, read_file, whole_file
 from benchmark.rows import Row
@@ -484,7 +484,7 @@ def table_order(record: AnyRecord) -> tuple:
         row.image_set,
         row.top_k,
         row.batch,
-        row.precision != "fp32",
+        PRECISIONS.index(row.precision),
         *runtime_order(row),
     )
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from aliked.backends import Spec
-from aliked.backends.tensorrt_library import RTX, TENSORRT, numbers
+from aliked.backends.tensorrt_library import RTX, TENSORRT, numbers, tf32_off
 from aliked.errors import InputError
 from aliked.features import OUTPUTS, Extractor, Features, check_images, features_of_batch
 from aliked.model import ALIKED, Output, plain_float32, to_tensor
@@ -274,8 +274,8 @@ def import_torch_tensorrt() -> ModuleType:
 class EngineForward:
     """The forward pass, compiled at the first call of each input shape."""
 
-    def __init__(self, model: torch.nn.Module):
-        self.model = NamedOutputs(model)
+    def __init__(self, model: torch.nn.Module, tf32: bool):
+        self.model, self.tf32 = NamedOutputs(model), tf32
         self.compiled: dict[torch.Size, torch.nn.Module] = {}
 
     def __call__(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -287,10 +287,14 @@ class EngineForward:
     def _compile(self, batch: torch.Tensor) -> torch.nn.Module:
         torch_tensorrt = import_torch_tensorrt()
         program = torch.export.export(self.model, (batch,))
-        # The model's own types are the precision, as in the other runtimes; TF32 is neither.
-        return torch_tensorrt.dynamo.compile(
-            program, arg_inputs=[batch], use_explicit_typing=True, disable_tf32=True
-        )
+        # The model's own types are the precision, as in the other runtimes.
+        with tf32_off(not self.tf32):
+            return torch_tensorrt.dynamo.compile(
+                program,
+                arg_inputs=[batch],
+                use_explicit_typing=True,
+                disable_tf32=not self.tf32,
+            )
 
 
 class TorchTensorRTExtractor(ForwardExtractor):
@@ -309,4 +313,6 @@ class TorchTensorRTExtractor(ForwardExtractor):
     def __init__(self, spec: Spec, name: str = "torch-tensorrt"):
         """Raise `InputError` on another device than CUDA."""
         device = choose_device(spec.device, "cuda")
-        super().__init__(name, device, EngineForward(load_model(spec, device)))
+        types = replace(spec, precision="fp32") if spec.precision == "tf32" else spec
+        forward = EngineForward(load_model(types, device), tf32=spec.precision != "fp32")
+        super().__init__(name, device, forward)

@@ -5,6 +5,7 @@ itself cannot be asked: without a driver it ends the process, and an engine of a
 GPU is an error in its log at best.
 """
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -31,6 +32,7 @@ from aliked.backends.tensorrt_library import (
     logger,
     numbers,
     register_plugins,
+    tf32_off,
 )
 from aliked.errors import InputError, how_to_install
 from aliked.features import OUTPUTS, Extractor, Features, check_images, features_of_batch
@@ -122,6 +124,12 @@ def _has_known_parts(manifest: dict) -> bool:
     source = manifest["source"]
     found = isinstance(source.get("images"), (str, type(None))) and is_export(source.get("export"))
     return named and spelled and found
+
+
+def precision_of(manifest: dict) -> str:
+    """Return the precision of an engine: "fp16", "fp32", or "tf32" where float32 may be that."""
+    precision = manifest["precision"].lower()
+    return "tf32" if precision == "fp32" and manifest["tf32"] else precision
 
 
 def mismatch(manifest: dict, library: Library, device: gpu.Device) -> str | None:
@@ -383,7 +391,9 @@ class TensorRTExtractor(Extractor):
         self.pinned: dict[str, np.ndarray] = {}
         self._batch: Any = None
         self._graph: CudaGraph | None = None
-        with self.memory.active():
+        # TensorRT for RTX compiles what it loads, and for shapes that are new.
+        self._compiling = functools.partial(tf32_off, not self.manifest["tf32"])
+        with self.memory.active(), self._compiling():
             self.engine = open_engine(self.path, self.manifest, self.library, self.gpu)
             self._check_contract()
             self.context = self._create_context()
@@ -549,7 +559,8 @@ class TensorRTExtractor(Extractor):
             self._graph.launch()
             return
         self._set_address(INPUT, batch)
-        self._enqueue()
+        with self._compiling() if self._new_shape else contextlib.nullcontext():
+            self._enqueue()
         if self.cache and self._new_shape:  # kernels may have been compiled for it
             self.memory.synchronize()
             self.cache.save()

@@ -5,10 +5,13 @@ that TensorRT for RTX builds without any GPU. The runtimes end the process on a 
 driver, so the driver is asked before any of them.
 """
 
+import contextlib
 import functools
 import importlib
 import importlib.util
+import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -103,6 +106,33 @@ RTX_GPUS = {
     "12.1": "1.5 and later",
     "9.0": "1.5.0 and 1.6.1 run, though NVIDIA does not list it; 1.7.1 refuses it",
 }
+
+
+TF32_OVERRIDE = "NVIDIA_TF32_OVERRIDE"  # "0" forbids TF32 to all of NVIDIA's libraries
+
+
+def tf32_is_off() -> bool:
+    """Return whether the environment forbids TF32, whatever an engine allows."""
+    return os.environ.get(TF32_OVERRIDE) == "0"
+
+
+@contextlib.contextmanager
+def tf32_off(wanted: bool = True) -> Iterator[None]:
+    """Forbid TF32 by the environment meanwhile, where it is `wanted`.
+
+    TensorRT for RTX follows nothing else: it multiplies float32 in TF32 with the builder's flag
+    cleared, too, and asks the environment anew whenever it builds.
+    """
+    before = os.environ.get(TF32_OVERRIDE)
+    if wanted:
+        os.environ[TF32_OVERRIDE] = "0"
+    try:
+        yield
+    finally:
+        if wanted and before is None:
+            del os.environ[TF32_OVERRIDE]
+        elif wanted:
+            os.environ[TF32_OVERRIDE] = before
 
 
 def numbers(version: str) -> tuple[int, ...]:

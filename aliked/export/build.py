@@ -3,6 +3,7 @@
 import functools
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,7 +22,8 @@ Shape = tuple[int, int, int]  # B, H, W
 def build_onnx(spec: Spec, shape: Shape, path: Path) -> None:
     """Export the model of `spec` for uint8 images of `shape` to `path`."""
     batch, height, width = shape
-    model = load_model(spec, choose_device("cpu"))
+    precision = "fp32" if spec.precision == "tf32" else spec.precision
+    model = load_model(replace(spec, precision=precision), choose_device("cpu"))
     # A static file holds a batch of 1. Bytes are a quarter of the copy, converted on the device.
     options = ExportOptions(height=height, width=width, dynamic=batch > 1, uint8_input=True)
     export_onnx(model, path, options)
@@ -30,8 +32,7 @@ def build_onnx(spec: Spec, shape: Shape, path: Path) -> None:
 def build_engine(spec: Spec, shape: Shape, path: Path, builder: str = "tensorrt") -> None:
     """Export the model of `spec` for images of `shape` and build its engine by `builder`.
 
-    Without TF32 where the library can do without, and not verified: whoever times it compares
-    what it gives.
+    It is not verified: whoever times it compares what it gives.
     """
     with tempfile.TemporaryDirectory() as folder:
         onnx_path = Path(folder) / f"{path.stem}.onnx"
@@ -39,7 +40,7 @@ def build_engine(spec: Spec, shape: Shape, path: Path, builder: str = "tensorrt"
         request = Request(
             onnx_path,
             path,
-            BuildOptions(tf32=builder == "tensorrt-rtx"),
+            BuildOptions(tf32=spec.precision != "fp32"),
             builder=builder,
             shapes=((*shape, 3),) * 3 if -1 in read_source(onnx_path).shape else (None,) * 3,
             verify=False,

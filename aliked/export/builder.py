@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from aliked.backends.tensorrt_library import RTX, Library, journal, logger, register_plugins
+from aliked.backends.tensorrt_library import (
+    RTX,
+    Library,
+    journal,
+    logger,
+    register_plugins,
+    tf32_off,
+)
 from aliked.errors import InputError
 from aliked.files import whole_file
 
@@ -51,8 +58,6 @@ ONLY_TENSORRT: dict[str, Callable[[BuildOptions], bool]] = {
     "--timing_cache": lambda options: options.timing_cache is not None,
     "--version_compatible": lambda options: options.version_compatible,
     "--hardware_compatible": lambda options: options.hardware_compatible,
-    # Seen with 1.5.0 on an H100: products in TF32, the flag cleared or not.
-    "--no_tf32": lambda options: not options.tf32,
 }
 ONLY_RTX: dict[str, Callable[[BuildOptions], bool]] = {
     "--compute_capability": lambda options: bool(options.compute_capabilities),
@@ -163,7 +168,7 @@ def build_plan(library: Library, onnx_path: Path, options: BuildOptions) -> byte
     progress = Progress()
     monitor = progress_monitor(trt, progress)  # which must live until the build is over
     config.progress_monitor = monitor
-    with stopped_at_a_step(progress):
+    with stopped_at_a_step(progress), tf32_off(not options.tf32):
         plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise build_failure(library, onnx_path, options, journal().last_words(library))

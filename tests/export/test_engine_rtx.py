@@ -1,6 +1,7 @@
 """Building by the real TensorRT for RTX, which needs no GPU: what is built, kept and refused."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,7 +14,8 @@ import pytest
 
 from aliked import cli, gpu
 from aliked.backends import Spec
-from aliked.backends.tensorrt import read_manifest
+from aliked.backends.tensorrt import precision_of, read_manifest
+from aliked.backends.tensorrt_library import TF32_OVERRIDE
 from aliked.export import build as build_module
 from aliked.export import builder as builder_module
 from aliked.export import engine as engine_module
@@ -148,12 +150,23 @@ def test_a_dynamic_file_is_built_with_its_shapes_and_not_without(
 
 @pytest.mark.parametrize(
     "option",
-    ["--timing_cache x", "--version_compatible", "--hardware_compatible", "--no_tf32"],
+    ["--timing_cache x", "--version_compatible", "--hardware_compatible"],
 )
 def test_options_that_it_does_not_have_are_refused(build, tmp_path, capsys, option):
     assert build(*option.split()) == 2
     assert f"TensorRT for RTX has no {option.split()[0]}" in capsys.readouterr().err
     assert files(tmp_path) == {"model.onnx"}
+
+
+def test_the_manifest_says_whether_float32_may_be_tf32(build, tmp_path, monkeypatch):
+    assert build() == 0
+    assert precision_of(read_manifest(tmp_path / "model.rtx")) == "tf32"
+    assert build("--no_tf32") == 0
+    assert precision_of(read_manifest(tmp_path / "model.rtx")) == "fp32"
+    assert TF32_OVERRIDE not in os.environ
+    monkeypatch.setenv(TF32_OVERRIDE, "0")  # which the library obeys without being told
+    assert build() == 0
+    assert precision_of(read_manifest(tmp_path / "model.rtx")) == "fp32"
 
 
 def test_the_inspector_is_refused_before_the_build(build, tmp_path, capsys):

@@ -1,12 +1,14 @@
 """TensorRT for RTX builds what is exported, and the forms made for it select the same pixels."""
 
+import os
+
 import pytest
 import torch
 
-from aliked.backends.tensorrt_library import RTX
+from aliked.backends.tensorrt_library import RTX, TF32_OVERRIDE
 from aliked.configs import Form
 from aliked.detection import detect, inner, suppress_non_maxima, top_k_of_groups
-from aliked.export.builder import BuildOptions
+from aliked.export.builder import BuildOptions, build_plan
 from aliked.export.onnx_export import ExportOptions, export_onnx
 from aliked.model import ALIKED
 from tools.build_grid import build, shapes
@@ -100,6 +102,23 @@ def test_the_real_library_builds_the_export(precision, changes, tmp_path):
     forms = {name: value for name, value in changes.items() if name != "opset"}
     outcome = outcome_of(path, **forms)
     assert outcome["built"], outcome["reason"]
+
+
+def test_without_tf32_other_kernels_are_built_as_by_the_environment(monkeypatch, tmp_path):
+    """The builder's flag alone changes two bytes of the engine, and none of its products."""
+
+    def unlike(first, second):
+        return sum(a != b for a, b in zip(first, second, strict=False)) / len(first)
+
+    if reason := RTX.cannot_build():
+        pytest.skip(reason)
+    path = tmp_path / "model.onnx"
+    export("fp32", path)
+    usual, full = (build_plan(RTX, path, BuildOptions(tf32=tf32)) for tf32 in (True, False))
+    assert unlike(usual, full) > 0.5
+    assert TF32_OVERRIDE not in os.environ
+    monkeypatch.setenv(TF32_OVERRIDE, "0")
+    assert unlike(build_plan(RTX, path, BuildOptions()), full) < 0.01  # two builds differ a little
 
 
 @pytest.mark.parametrize(
