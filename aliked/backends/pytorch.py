@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 
 from aliked.backends import Spec
-from aliked.backends.tensorrt_library import RTX, TENSORRT, numbers, tf32_off
+from aliked.backends.tensorrt_library import RTX, TENSORRT, numbers, tf32_switched
 from aliked.errors import InputError
 from aliked.features import OUTPUTS, Extractor, Features, check_images, features_of_batch
 from aliked.model import ALIKED, Output, plain_float32, to_tensor
@@ -237,12 +238,17 @@ class CapturedExtractor(ForwardExtractor):
         super().__init__(name, device, CapturedForward(load_model(spec, device), device))
 
 
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def torch_tensorrt_refuses() -> str | None:
     """Return why the installed Torch-TensorRT does not go with this PyTorch or GPU, or None."""
     for package, library in (("torch-tensorrt-rtx", RTX), ("torch-tensorrt", TENSORRT)):
-        try:
-            installed = version(package)
-        except PackageNotFoundError:
+        if not (installed := _installed(package)):
             continue
         ours = torch.__version__.split("+")[0]
         if numbers(installed)[:2] != numbers(ours)[:2]:
@@ -257,11 +263,13 @@ def torch_tensorrt_refuses() -> str | None:
 
 def import_torch_tensorrt() -> ModuleType:
     """Return Torch-TensorRT's module; `InputError` where it does not load."""
-    if importlib.util.find_spec("tensorrt_rtx") is not None:
-        # Torch-TensorRT-RTX 2.11 names this class in an annotation; version 1.5 dropped it.
+    if _installed("torch-tensorrt-rtx"):
         library = RTX.load()
+        # Version 2.11 names this class in an annotation; TensorRT for RTX 1.5 dropped it.
         if not hasattr(library, "IAlgorithmSelector"):
             library.IAlgorithmSelector = object
+        # It looks for plugins, whose module is in the wheel but cannot be imported.
+        sys.modules["tensorrt.plugin"] = None
     try:
         return importlib.import_module("torch_tensorrt")
     except Exception as error:  # it raises Exception itself where its library is missing
@@ -288,7 +296,7 @@ class EngineForward:
         torch_tensorrt = import_torch_tensorrt()
         program = torch.export.export(self.model, (batch,))
         # The model's own types are the precision, as in the other runtimes.
-        with tf32_off(not self.tf32):
+        with tf32_switched(self.tf32):
             return torch_tensorrt.dynamo.compile(
                 program,
                 arg_inputs=[batch],

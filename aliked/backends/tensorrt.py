@@ -32,7 +32,7 @@ from aliked.backends.tensorrt_library import (
     logger,
     numbers,
     register_plugins,
-    tf32_off,
+    tf32_switched,
 )
 from aliked.errors import InputError, how_to_install
 from aliked.features import OUTPUTS, Extractor, Features, check_images, features_of_batch
@@ -392,7 +392,7 @@ class TensorRTExtractor(Extractor):
         self._batch: Any = None
         self._graph: CudaGraph | None = None
         # TensorRT for RTX compiles what it loads, and for shapes that are new.
-        self._compiling = functools.partial(tf32_off, not self.manifest["tf32"])
+        self._compiling = functools.partial(tf32_switched, self.manifest["tf32"])
         with self.memory.active(), self._compiling():
             self.engine = open_engine(self.path, self.manifest, self.library, self.gpu)
             self._check_contract()

@@ -117,21 +117,21 @@ def tf32_is_off() -> bool:
 
 
 @contextlib.contextmanager
-def tf32_off(wanted: bool = True) -> Iterator[None]:
-    """Forbid TF32 by the environment meanwhile, where it is `wanted`.
+def tf32_switched(on: bool) -> Iterator[None]:
+    """Allow or forbid TF32 by the environment meanwhile.
 
-    TensorRT for RTX follows nothing else: it multiplies float32 in TF32 with the builder's flag
-    cleared, too, and asks the environment anew whenever it builds.
+    TensorRT for RTX follows nothing else: with the builder's flag cleared it multiplies float32 in
+    TF32 all the same. It reads the variable anew whenever it builds or loads, and refuses to load
+    an engine that was built under another value.
     """
     before = os.environ.get(TF32_OVERRIDE)
-    if wanted:
-        os.environ[TF32_OVERRIDE] = "0"
+    if on != (before != "0"):
+        os.environ[TF32_OVERRIDE] = "1" if on else "0"
     try:
         yield
     finally:
-        if wanted and before is None:
-            del os.environ[TF32_OVERRIDE]
-        elif wanted:
+        os.environ.pop(TF32_OVERRIDE, None)
+        if before is not None:
             os.environ[TF32_OVERRIDE] = before
 
 

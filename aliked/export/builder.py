@@ -19,7 +19,7 @@ from aliked.backends.tensorrt_library import (
     journal,
     logger,
     register_plugins,
-    tf32_off,
+    tf32_switched,
 )
 from aliked.errors import InputError
 from aliked.files import whole_file
@@ -168,7 +168,7 @@ def build_plan(library: Library, onnx_path: Path, options: BuildOptions) -> byte
     progress = Progress()
     monitor = progress_monitor(trt, progress)  # which must live until the build is over
     config.progress_monitor = monitor
-    with stopped_at_a_step(progress), tf32_off(not options.tf32):
+    with stopped_at_a_step(progress), tf32_switched(options.tf32):
         plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise build_failure(library, onnx_path, options, journal().last_words(library))
