@@ -560,6 +560,22 @@ def test_torch_tensorrt_of_another_pytorch_is_refused(monkeypatch, installed, sa
     assert says in pytorch_backend.torch_tensorrt_refuses()
 
 
+def test_torch_tensorrt_for_rtx_finds_what_its_library_has_dropped(monkeypatch, tmp_path):
+    """A class, and plugins, whose module is shipped but cannot be imported."""
+    (tmp_path / "torch_tensorrt.py").write_text(
+        "import importlib.util, tensorrt_rtx\n"
+        "named = tensorrt_rtx.IAlgorithmSelector\n"
+        "plugins = importlib.util.find_spec('tensorrt.plugin')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torch_tensorrt", raising=False)
+    monkeypatch.setitem(sys.modules, "tensorrt.plugin", ModuleType("tensorrt.plugin"))
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", ModuleType("tensorrt_rtx"))
+    monkeypatch.setattr(pytorch_backend, "version", {"torch-tensorrt-rtx": "2.11.0"}.get)
+    assert pytorch_backend.import_torch_tensorrt().plugins is None
+    del sys.modules["torch_tensorrt"]
+
+
 def test_torch_tensorrt_that_does_not_load_is_one_sentence(monkeypatch, tmp_path):
     (tmp_path / "torch_tensorrt.py").write_text("raise Exception('libtensorrt_rtx.so.1 is gone')")
     monkeypatch.syspath_prepend(tmp_path)
