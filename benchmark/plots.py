@@ -50,12 +50,13 @@ def draw_all(records: list[AnyRecord], folder: Path) -> list[Path]:
     GPU and CPU are drawn apart: on one axis the slower would leave nothing of the other.
     """
     written = []
-    for section, (kind, name) in itertools.product(
-        sections(records), (("cuda", "gpu"), ("cpu", "cpu"))
+    for (title, section), (kind, name) in itertools.product(
+        sections(records).items(), (("cuda", "gpu"), ("cpu", "cpu"))
     ):
+        number = title.removeprefix(section[0].device_name)
         own = [r for r in section if r.measured and r.row.device == kind and r.row.batch == 1]
         if own:
-            device = str(own[0].configuration.machine[name])
+            device = str(own[0].configuration.machine[name]) + number
             written += [
                 save_figure(figure, folder, f"{device} {what}")
                 for what, figure in draw(own, device)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from aliked.backends.tensorrt_library import HOPPER, numbers
 from aliked.cli import markdown
 from benchmark.records import (
     CLOCKS,
@@ -153,13 +154,14 @@ def _wide_cell(record: AnyRecord | None, best: Measured | None, view: View) -> s
 
 def report_text(records: list[AnyRecord]) -> str:
     """Return the tables of all sections, as Markdown; the same records give the same bytes."""
-    parts = ((section_text(own), repeats_text(own)) for own in sections(records))
+    titled = sections(records).items()
+    parts = ((section_text(title, own), repeats_text(own)) for title, own in titled)
     return "\n\n".join(filter(None, itertools.chain(*parts))) + "\n"
 
 
-def section_text(records: list[AnyRecord]) -> str:
+def section_text(title: str, records: list[AnyRecord]) -> str:
     """Return all tables of one section."""
-    parts = [f"### {records[0].device_name}", describe_section(records)]
+    parts = [f"### {title}", describe_section(records)]
     of_rows = [r for r in records if r.row]
     for kind in dict.fromkeys(map(_kind, of_rows)):
         chosen = [r for r in of_rows if _kind(r) == kind]
@@ -192,7 +194,7 @@ def small_table(records: list[AnyRecord]) -> str:
     """
     chosen = [
         [r for r in section if r.measured and r.row.batch == 1 and _is_users(r.row)]
-        for section in sections(records)
+        for section in sections(records).values()
     ]
     most = max(chosen, key=lambda own: len({case(r.row) for r in own}), default=[])
     if not most:
@@ -221,8 +223,18 @@ def describe_section(records: list[AnyRecord]) -> str:
         f"Median of {count} runs over the images in turn. Compute: device tensors to device "
         f"tensors, by {_distinct((r.clock for r in measured), ' and ')}. End to end: uint8 image "
         f"in host memory to NumPy arrays, decoding excluded. MiB: {'; '.join(memory)}. "
-        f"Bold: fastest of its line."
+        f"Bold: fastest of its line.{_unsupported(records)}"
     )
+
+
+def _unsupported(records: list[AnyRecord]) -> str:
+    """What is to be said of rows on a GPU that their library does not support."""
+    on_hopper = any(
+        numbers(str(r.configuration.machine.get("compute_capability"))) == HOPPER
+        for r in records
+        if r.measured and "tensorrt-rtx" in r.runtime
+    )
+    return " This GPU is outside NVIDIA's support list of TensorRT for RTX." if on_hopper else ""
 
 
 def _hardware(machine: dict) -> str:

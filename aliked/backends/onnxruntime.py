@@ -17,7 +17,7 @@ import numpy as np
 
 from aliked import gpu
 from aliked.backends import Spec
-from aliked.backends.tensorrt_library import HOPPER, numbers, tf32_switched
+from aliked.backends.tensorrt_library import HOPPER, numbers, settle_tf32
 from aliked.errors import InputError, how_to_install
 from aliked.features import (
     OUTPUTS,
@@ -291,8 +291,9 @@ class ONNXRuntimeExtractor(Extractor):
         self.path = Path(spec.model_path)
         self._arguments = spec, name, provider
         (chosen, options), *others = PROVIDERS[provider][1](spec)
-        with tf32_switched(spec.precision != "fp32"):  # as TensorRT's providers compile here
-            self.session = open_session(self.path, chosen, options, others)
+        if chosen == TENSORRT_RTX:
+            settle_tf32(spec.precision != "fp32")
+        self.session = open_session(self.path, chosen, options, others)
         self._place = ("cpu", 0) if chosen == CPU else ("cuda", int(options["device_id"]))
         kind, index = self._place
         self.device = kind if kind == "cpu" else f"{kind}:{index}"

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from aliked.backends import Spec
-from aliked.backends.tensorrt_library import RTX, TENSORRT, numbers, tf32_switched
+from aliked.backends.tensorrt_library import RTX, TENSORRT, numbers, settle_tf32
 from aliked.errors import InputError
 from aliked.features import OUTPUTS, Extractor, Features, check_images, features_of_batch
 from aliked.model import ALIKED, Output, plain_float32, to_tensor
@@ -148,6 +148,8 @@ class AutocastExtractor(ForwardExtractor):
             with torch.autocast(device.type, torch.float16):
                 return named(model(batch))
 
+        if _installed("torch-tensorrt-rtx"):
+            settle_tf32(forward.tf32)
         super().__init__(name, device, forward)
 
 
@@ -264,12 +266,7 @@ def torch_tensorrt_refuses() -> str | None:
 def import_torch_tensorrt() -> ModuleType:
     """Return Torch-TensorRT's module; `InputError` where it does not load."""
     if _installed("torch-tensorrt-rtx"):
-        library = RTX.load()
-        # Version 2.11 names this class in an annotation; TensorRT for RTX 1.5 dropped it.
-        if not hasattr(library, "IAlgorithmSelector"):
-            library.IAlgorithmSelector = object
-        # It looks for plugins, whose module is in the wheel but cannot be imported.
-        sys.modules["tensorrt.plugin"] = None
+        _restore(RTX.load())
     try:
         return importlib.import_module("torch_tensorrt")
     except Exception as error:  # it raises Exception itself where its library is missing
@@ -277,6 +274,17 @@ def import_torch_tensorrt() -> ModuleType:
             f"torch_tensorrt does not load ({error}); install the version of it and of its "
             "library that belong to this PyTorch"
         ) from error
+
+
+def _restore(rtx: ModuleType) -> None:
+    """Give TensorRT for RTX back what Torch-TensorRT-RTX 2.11 takes for granted, as 1.4 had it."""
+    if not hasattr(rtx, "IAlgorithmSelector"):  # named in an annotation
+        rtx.IAlgorithmSelector = object
+    types = rtx.ITensor.dtype
+    if types.fset is None:  # it sets what an output is anyway
+        rtx.ITensor.dtype = types.setter(lambda tensor, dtype: None)
+    # It looks for plugins, whose module is in the wheel but cannot be imported.
+    sys.modules["tensorrt.plugin"] = None
 
 
 class EngineForward:
@@ -296,13 +304,9 @@ class EngineForward:
         torch_tensorrt = import_torch_tensorrt()
         program = torch.export.export(self.model, (batch,))
         # The model's own types are the precision, as in the other runtimes.
-        with tf32_switched(self.tf32):
-            return torch_tensorrt.dynamo.compile(
-                program,
-                arg_inputs=[batch],
-                use_explicit_typing=True,
-                disable_tf32=not self.tf32,
-            )
+        return torch_tensorrt.dynamo.compile(
+            program, arg_inputs=[batch], use_explicit_typing=True, disable_tf32=not self.tf32
+        )
 
 
 class TorchTensorRTExtractor(ForwardExtractor):
@@ -323,4 +327,6 @@ class TorchTensorRTExtractor(ForwardExtractor):
         device = choose_device(spec.device, "cuda")
         types = replace(spec, precision="fp32") if spec.precision == "tf32" else spec
         forward = EngineForward(load_model(types, device), tf32=spec.precision != "fp32")
+        if _installed("torch-tensorrt-rtx"):
+            settle_tf32(forward.tf32)
         super().__init__(name, device, forward)

@@ -5,7 +5,6 @@ itself cannot be asked: without a driver it ends the process, and an engine of a
 GPU is an error in its log at best.
 """
 
-import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -32,7 +31,7 @@ from aliked.backends.tensorrt_library import (
     logger,
     numbers,
     register_plugins,
-    tf32_switched,
+    settle_tf32,
 )
 from aliked.errors import InputError, how_to_install
 from aliked.features import OUTPUTS, Extractor, Features, check_images, features_of_batch
@@ -226,6 +225,8 @@ def open_engine(
             f"{path} is truncated or not the file that {manifest_path(path).name} describes; "
             "copy both again, or build the engine again"
         )
+    if library is RTX:
+        settle_tf32(manifest["tf32"])
     if manifest["verified"] is None and manifest.get("verify_with"):
         _say_unverified(path, manifest["verify_with"])
     return deserialize(path, manifest["version_compatible"], library)
@@ -391,9 +392,7 @@ class TensorRTExtractor(Extractor):
         self.pinned: dict[str, np.ndarray] = {}
         self._batch: Any = None
         self._graph: CudaGraph | None = None
-        # TensorRT for RTX compiles what it loads, and for shapes that are new.
-        self._compiling = functools.partial(tf32_switched, self.manifest["tf32"])
-        with self.memory.active(), self._compiling():
+        with self.memory.active():
             self.engine = open_engine(self.path, self.manifest, self.library, self.gpu)
             self._check_contract()
             self.context = self._create_context()
@@ -559,8 +558,7 @@ class TensorRTExtractor(Extractor):
             self._graph.launch()
             return
         self._set_address(INPUT, batch)
-        with self._compiling() if self._new_shape else contextlib.nullcontext():
-            self._enqueue()
+        self._enqueue()
         if self.cache and self._new_shape:  # kernels may have been compiled for it
             self.memory.synchronize()
             self.cache.save()

@@ -5,13 +5,11 @@ that TensorRT for RTX builds without any GPU. The runtimes end the process on a 
 driver, so the driver is asked before any of them.
 """
 
-import contextlib
 import functools
 import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -116,23 +114,30 @@ def tf32_is_off() -> bool:
     return os.environ.get(TF32_OVERRIDE) == "0"
 
 
-@contextlib.contextmanager
-def tf32_switched(on: bool) -> Iterator[None]:
-    """Allow or forbid TF32 by the environment meanwhile.
+def settle_tf32(allowed: bool) -> None:
+    """Allow or forbid TF32 to TensorRT for RTX, for the rest of this process, by the environment.
 
-    TensorRT for RTX follows nothing else: with the builder's flag cleared it multiplies float32 in
-    TF32 all the same. It reads the variable anew whenever it builds or loads, and refuses to load
-    an engine that was built under another value.
+    It follows nothing else: with the builder's flag cleared it multiplies float32 in TF32 all the
+    same, and it refuses to load an engine that was built under another setting. `InputError` where
+    another was settled before: seen on an H100, an engine that was loaded after such a change
+    multiplied as before the change.
     """
-    before = os.environ.get(TF32_OVERRIDE)
-    if on != (before != "0"):
-        os.environ[TF32_OVERRIDE] = "1" if on else "0"
-    try:
-        yield
-    finally:
-        os.environ.pop(TF32_OVERRIDE, None)
-        if before is not None:
-            os.environ[TF32_OVERRIDE] = before
+    if tf32_settled().setdefault("allowed", allowed) != allowed:
+        ours, theirs = ("with", "without") if allowed else ("without", "with")
+        raise InputError(
+            f"this engine is to run {ours} TF32 and an earlier one in this process {theirs} it, "
+            "which TensorRT for RTX does not do right; run each in a process of its own"
+        )
+    if not allowed:
+        os.environ[TF32_OVERRIDE] = "0"
+    elif tf32_is_off():
+        del os.environ[TF32_OVERRIDE]
+
+
+@functools.cache
+def tf32_settled() -> dict[str, bool]:
+    """Return what `settle_tf32` has settled in this process."""
+    return {}
 
 
 def numbers(version: str) -> tuple[int, ...]:

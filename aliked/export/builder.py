@@ -19,7 +19,7 @@ from aliked.backends.tensorrt_library import (
     journal,
     logger,
     register_plugins,
-    tf32_switched,
+    settle_tf32,
 )
 from aliked.errors import InputError
 from aliked.files import whole_file
@@ -158,6 +158,8 @@ def build_plan(library: Library, onnx_path: Path, options: BuildOptions) -> byte
     `InputError` with the library's own words where it refuses the file or an option, or finds no
     kernel in the memory that it may use.
     """
+    if library is RTX:
+        settle_tf32(options.tf32)
     trt = library.load()
     builder, network, parser = parse_file(library, onnx_path, options)
     config = create_config(trt, builder, options)
@@ -168,7 +170,7 @@ def build_plan(library: Library, onnx_path: Path, options: BuildOptions) -> byte
     progress = Progress()
     monitor = progress_monitor(trt, progress)  # which must live until the build is over
     config.progress_monitor = monitor
-    with stopped_at_a_step(progress), tf32_switched(options.tf32):
+    with stopped_at_a_step(progress):
         plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise build_failure(library, onnx_path, options, journal().last_words(library))

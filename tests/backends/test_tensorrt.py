@@ -20,7 +20,13 @@ from aliked.backends.tensorrt import (
     read_manifest,
     runtime_config,
 )
-from aliked.backends.tensorrt_library import LEAN, TENSORRT, TF32_OVERRIDE, tf32_is_off
+from aliked.backends.tensorrt_library import (
+    LEAN,
+    TENSORRT,
+    TF32_OVERRIDE,
+    tf32_is_off,
+    tf32_settled,
+)
 from aliked.errors import InputError
 from aliked.export.builder import BuildOptions
 from aliked.export.engine import Request, convert
@@ -29,7 +35,7 @@ from tests.helpers.fake_tensorrt import RTX_VERSION, VERSIONS, Machine
 from tests.helpers.fake_tensorrt.builder import pack
 from tests.helpers.fake_tensorrt.installed import install
 from tests.helpers.fake_tensorrt.pycuda import make_pycuda
-from tests.helpers.fake_tensorrt.runtime import CompiledEngine, IExecutionContext
+from tests.helpers.fake_tensorrt.runtime import CompiledEngine
 from tests.helpers.small_models import write_small_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -571,25 +577,29 @@ def test_an_engine_is_compiled_under_the_setting_of_tf32_that_it_was_built_under
 ):
     rtx()
     _, engine = write_rtx_engine(tmp_path, tf32=tf32)
-    monkeypatch.delenv(TF32_OVERRIDE, raising=False)
     if outside:
         monkeypatch.setenv(TF32_OVERRIDE, outside)
-    seen = []
+    seen, create = [], CompiledEngine.create_execution_context
 
-    def compiles(kind, name):
-        method = getattr(kind, name)
+    def noting(*arguments):
+        seen.append(tf32_is_off())
+        return create(*arguments)
 
-        def noting(*arguments):
-            seen.append(tf32_is_off())
-            return method(*arguments)
+    monkeypatch.setattr(CompiledEngine, "create_execution_context", noting)
+    open_rtx(engine)
+    assert seen == [not tf32]
+    assert tf32_is_off() != tf32  # also where later shapes are compiled
 
-        monkeypatch.setattr(kind, name, noting)
 
-    compiles(CompiledEngine, "create_execution_context")
-    compiles(IExecutionContext, "execute_async_v3")  # where the shape is new
-    open_rtx(engine)(np.zeros((48, 64, 3), np.uint8))
-    assert seen == [not tf32] * 2
-    assert os.environ.get(TF32_OVERRIDE) == outside
+def test_engines_with_and_without_tf32_do_not_share_a_process(rtx, tmp_path):
+    rtx()
+    _, engine = write_rtx_engine(tmp_path, tf32=True)
+    open_rtx(engine)
+    _, engine = write_rtx_engine(tmp_path, tf32=False)
+    with pytest.raises(InputError, match="run each in a process of its own"):
+        open_rtx(engine)
+    tf32_settled.cache_clear()
+    open_rtx(engine)
 
 
 def test_an_engine_that_nobody_compared_says_so_once(rtx, tmp_path, capsys):

@@ -1,7 +1,6 @@
 """Building by the real TensorRT for RTX, which needs no GPU: what is built, kept and refused."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import pytest
 from aliked import cli, gpu
 from aliked.backends import Spec
 from aliked.backends.tensorrt import precision_of, read_manifest
-from aliked.backends.tensorrt_library import TF32_OVERRIDE
+from aliked.backends.tensorrt_library import TF32_OVERRIDE, tf32_is_off
 from aliked.export import build as build_module
 from aliked.export import builder as builder_module
 from aliked.export import engine as engine_module
@@ -158,15 +157,17 @@ def test_options_that_it_does_not_have_are_refused(build, tmp_path, capsys, opti
     assert files(tmp_path) == {"model.onnx"}
 
 
-def test_the_manifest_says_whether_float32_may_be_tf32(build, tmp_path, monkeypatch):
-    assert build() == 0
-    assert precision_of(read_manifest(tmp_path / "model.rtx")) == "tf32"
-    assert build("--no_tf32") == 0
-    assert precision_of(read_manifest(tmp_path / "model.rtx")) == "fp32"
-    assert TF32_OVERRIDE not in os.environ
-    monkeypatch.setenv(TF32_OVERRIDE, "0")  # which the library obeys without being told
-    assert build() == 0
-    assert precision_of(read_manifest(tmp_path / "model.rtx")) == "fp32"
+@pytest.mark.parametrize(
+    ("option", "environment", "precision"),
+    [([], "1", "tf32"), (["--no_tf32"], "1", "fp32"), ([], "0", "fp32")],
+)
+def test_the_manifest_says_whether_float32_may_be_tf32(
+    build, tmp_path, monkeypatch, option, environment, precision
+):
+    monkeypatch.setenv(TF32_OVERRIDE, environment)  # the library obeys it without being told
+    assert build(*option) == 0
+    assert precision_of(read_manifest(tmp_path / "model.rtx")) == precision
+    assert tf32_is_off() == (precision == "fp32")
 
 
 def test_the_inspector_is_refused_before_the_build(build, tmp_path, capsys):
