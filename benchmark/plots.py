@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -47,16 +48,19 @@ OTHERS = "#7f7f7f"  # backends that have no colour of their own yet
 def draw_all(records: list[AnyRecord], folder: Path) -> list[Path]:
     """Draw every plot that the records have the data for, section by section; the paths written.
 
-    GPU and CPU are drawn apart: on one axis the slower would leave nothing of the other.
+    GPU and CPU are drawn apart: on one axis the slower would leave nothing of the other. Where a
+    device has several sections, the plots of all but the first are numbered.
     """
-    written = []
-    for (title, section), (kind, name) in itertools.product(
-        sections(records).items(), (("cuda", "gpu"), ("cpu", "cpu"))
+    written, drawn = [], Counter()
+    for section, (kind, name) in itertools.product(
+        sections(records), (("cuda", "gpu"), ("cpu", "cpu"))
     ):
-        number = title.removeprefix(section[0].device_name)
         own = [r for r in section if r.measured and r.row.device == kind and r.row.batch == 1]
         if own:
-            device = str(own[0].configuration.machine[name]) + number
+            device = str(own[0].configuration.machine[name])
+            drawn[device] += 1
+            if drawn[device] > 1:
+                device += f" ({drawn[device]})"
             written += [
                 save_figure(figure, folder, f"{device} {what}")
                 for what, figure in draw(own, device)

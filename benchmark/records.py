@@ -462,19 +462,11 @@ def section_key(record: AnyRecord) -> tuple[str, str]:
     return record.device_name, repr(sorted(record.configuration.versions.items()))
 
 
-def sections(records: list[AnyRecord]) -> dict[str, list[AnyRecord]]:
-    """Return records by `section_key`, in order, each with a title: the device, numbered if twice.
-
-    The first of a device is the one with most records.
-    """
+def sections(records: list[AnyRecord]) -> list[list[AnyRecord]]:
+    """Return records by `section_key`; of one device the section with most records comes first."""
     ordered = sorted(records, key=section_key)
     groups = [list(group) for _, group in itertools.groupby(ordered, section_key)]
-    titled = {}
-    for own in sorted(groups, key=lambda own: (own[0].device_name, -len(own))):
-        device = own[0].device_name
-        before = sum(other[0].device_name == device for other in titled.values())
-        titled[device + (f" ({before + 1})" if before else "")] = own
-    return titled
+    return sorted(groups, key=lambda own: (own[0].device_name, -len(own)))
 
 
 def case(row: Row) -> tuple:

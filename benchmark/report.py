@@ -154,14 +154,13 @@ def _wide_cell(record: AnyRecord | None, best: Measured | None, view: View) -> s
 
 def report_text(records: list[AnyRecord]) -> str:
     """Return the tables of all sections, as Markdown; the same records give the same bytes."""
-    titled = sections(records).items()
-    parts = ((section_text(title, own), repeats_text(own)) for title, own in titled)
+    parts = ((section_text(own), repeats_text(own)) for own in sections(records))
     return "\n\n".join(filter(None, itertools.chain(*parts))) + "\n"
 
 
-def section_text(title: str, records: list[AnyRecord]) -> str:
+def section_text(records: list[AnyRecord]) -> str:
     """Return all tables of one section."""
-    parts = [f"### {title}", describe_section(records)]
+    parts = [f"### {records[0].device_name}", describe_section(records)]
     of_rows = [r for r in records if r.row]
     for kind in dict.fromkeys(map(_kind, of_rows)):
         chosen = [r for r in of_rows if _kind(r) == kind]
@@ -189,14 +188,14 @@ USERS_ROWS = {
 def small_table(records: list[AnyRecord]) -> str:
     """Return one table of single images by the compute clock, of two models and two K.
 
-    It is of the models, K and precision that `USERS_ROWS` names, on the device with most of them
-    (the first such); "" where there is none.
+    It is of the models, K and precision that `USERS_ROWS` names, of the section with most of them,
+    then with most runtimes (the first such); "" where there is none.
     """
     chosen = [
         [r for r in section if r.measured and r.row.batch == 1 and _is_users(r.row)]
-        for section in sections(records).values()
+        for section in sections(records)
     ]
-    most = max(chosen, key=lambda own: len({case(r.row) for r in own}), default=[])
+    most = max(chosen, key=lambda own: (len({case(r.row) for r in own}), len(own)), default=[])
     if not most:
         return ""
     title = f"**{most[0].device_name}, {USERS_ROWS['precision'].upper()}: ms, MiB**"
