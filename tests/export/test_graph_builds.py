@@ -1,5 +1,9 @@
 """TensorRT for RTX builds what is exported, and the forms made for it select the same pixels."""
 
+import io
+
+import onnx
+import onnxruntime
 import pytest
 import torch
 
@@ -8,7 +12,7 @@ from aliked.configs import Form
 from aliked.detection import detect, inner, suppress_non_maxima, top_k_of_groups
 from aliked.errors import InputError
 from aliked.export.builder import BuildOptions, build_plan
-from aliked.export.onnx_export import ExportOptions, export_onnx
+from aliked.export.onnx_export import ExportOptions, export_onnx, fold_constants
 from aliked.model import ALIKED
 from tools.build_grid import build, shapes
 
@@ -71,6 +75,61 @@ def test_more_rows_than_maxima_are_fill_ins(size):
     assert (exported.scores[exported.nms_scores == 0] == 0).all()
     kept = plain.nms_scores > 0
     torch.testing.assert_close(exported.keypoints[kept], plain.keypoints[kept])
+
+
+class Detector(torch.nn.Module):
+    """Detection alone, so that a score map can be given to it."""
+
+    def __init__(self, selection, form):
+        super().__init__()
+        self.selection, self.form = selection, form
+
+    def forward(self, scores):
+        found = detect(scores, *self.selection, self.form)
+        return found.keypoints, found.scores, found.nms_scores
+
+
+def in_onnx_runtime(selection, form, scores):
+    """What the exported detection finds in ONNX Runtime, on the CPU."""
+    buffer = io.BytesIO()
+    torch.onnx.export(
+        Detector(selection, form),
+        (torch.rand_like(scores),),
+        buffer,
+        dynamo=False,
+        opset_version=17,
+        input_names=["scores"],
+        dynamic_axes={"scores": {0: "batch", 2: "height", 3: "width"}} if form.dynamic else {},
+    )
+    model = fold_constants(onnx.load_from_string(buffer.getvalue()))
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    return [torch.from_numpy(rows) for rows in session.run(None, {"scores": scores.numpy()})]
+
+
+# Smaller than anything is cut into; odd; more than one TopK returns; more than a group of it.
+@pytest.mark.parametrize(
+    ("size", "k"), [((5, 5), 1), ((5, 37), 33), ((33, 50), 1334), ((71, 67), 4221), ((90, 91), 300)]
+)
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("threshold", [False, True])
+def test_the_exported_detection_finds_the_same_in_onnx_runtime(size, k, dynamic, threshold):
+    def selection(rows):
+        return (0, 0.1, rows) if threshold else (rows, 0.0, 0)
+
+    batch = torch.cat([scores(*size)[:1] for scores in MAPS])
+    count = (size[0] - 4) * (size[1] - 4)
+    expected = detect(batch, *selection(count), Form())  # every maximum
+    form = Form("gridsample", exported=True, dynamic=dynamic)
+    keypoints, scores, nms_scores = in_onnx_runtime(selection(k), form, batch)
+    descending = expected.nms_scores.sort(dim=1, descending=True).values
+    assert torch.equal(nms_scores, descending[:, :k])
+    assert (scores[nms_scores == 0] == 0).all()
+    for image in range(len(batch)):  # equals may come in another order
+        found = keypoints[image, nms_scores[image] > 0]
+        wanted = expected.keypoints[image, expected.nms_scores[image] > 0]
+        distance = torch.cdist(found, wanted, compute_mode="donot_use_mm_for_euclid_dist")
+        for sides in ((1, 0) if k == count else (1,)) if len(found) else ():
+            assert distance.amin(dim=sides).max() < 1e-4
 
 
 def export(precision, path, **changes):
