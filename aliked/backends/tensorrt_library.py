@@ -128,10 +128,9 @@ def settle_tf32(allowed: bool) -> None:
             f"this engine is to run {ours} TF32 and an earlier one in this process {theirs} it, "
             "which TensorRT for RTX does not do right; run each in a process of its own"
         )
+    os.environ.pop(TF32_OVERRIDE, None)  # any value counts as another setting
     if not allowed:
         os.environ[TF32_OVERRIDE] = "0"
-    elif tf32_is_off():
-        del os.environ[TF32_OVERRIDE]
 
 
 @functools.cache
