@@ -188,14 +188,14 @@ USERS_ROWS = {
 def small_table(records: list[AnyRecord]) -> str:
     """Return one table of single images by the compute clock, of two models and two K.
 
-    It is of the models, K and precision that `USERS_ROWS` names, of the section with most of them,
-    then with most runtimes (the first such); "" where there is none.
+    It is of the models, K and precision that `USERS_ROWS` names, on the device with most of them
+    (the first such); "" where there is none.
     """
     chosen = [
         [r for r in section if r.measured and r.row.batch == 1 and _is_users(r.row)]
         for section in sections(records)
     ]
-    most = max(chosen, key=lambda own: (len({case(r.row) for r in own}), len(own)), default=[])
+    most = max(chosen, key=lambda own: len({case(r.row) for r in own}), default=[])
     if not most:
         return ""
     title = f"**{most[0].device_name}, {USERS_ROWS['precision'].upper()}: ms, MiB**"
