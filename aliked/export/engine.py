@@ -32,6 +32,7 @@ from aliked.backends.tensorrt import (
     read_manifest,
 )
 from aliked.backends.tensorrt_library import BUILDERS, LIBRARIES, RTX, Library, tf32_is_off
+from aliked.configs import Selection
 from aliked.errors import InputError
 from aliked.export.builder import (
     BuildOptions,
@@ -188,6 +189,7 @@ def check_shapes(source: Source, shapes: tuple[Shape | None, ...]) -> tuple[Shap
             f"--min_shape {list(smallest)}, --opt_shape {list(usual)} and --max_shape "
             f"{list(largest)} must not decrease in any place"
         )
+    _check_room(source, smallest)
     return smallest, usual, largest
 
 
@@ -200,6 +202,20 @@ def _check_fits(source: Source, shape: Shape) -> None:
             f"the shape {list(shape)} does not fit the input {list(source.shape)} of "
             f"{source.path}; give one with the same fixed sizes, such as "
             f"{'x'.join(str(size if size > 0 else 'N') for size in source.shape)}"
+        )
+
+
+def _check_room(source: Source, smallest: Shape) -> None:
+    """`InputError` where the smallest image has fewer pixels than the file gives keypoints."""
+    if not {"top_k", "n_limit"} <= source.export.keys():
+        return
+    selection = Selection(source.export["top_k"], n_limit=source.export["n_limit"])
+    height, width = smallest[1:3] if source.uint8 else smallest[2:4]
+    room = selection.rows(height, width)
+    if room < selection.limit:
+        raise InputError(
+            f"--min_shape {list(smallest)} has room for {room} keypoints and {source.path} gives "
+            f"{selection.limit}; give a larger one, or export it for fewer"
         )
 
 
