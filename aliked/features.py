@@ -45,8 +45,11 @@ def drop_fill_ins(keypoints: np.ndarray, descriptors: np.ndarray, scores: np.nda
             "the runtime returned scores that are NaN, so its model is damaged or its precision "
             "too low; check the weights or the file"
         )
+    outputs = keypoints, scores, descriptors
+    if (scores > 0).all():  # copied as a whole twice as fast
+        return Features(*(rows.copy() for rows in outputs))
     kept = np.flatnonzero(scores > 0)  # rows taken by number are copied twice as fast as by mask
-    return Features(*(rows.take(kept, axis=0) for rows in (keypoints, scores, descriptors)))
+    return Features(*(rows.take(kept, axis=0) for rows in outputs))
 
 
 def features_of_batch(

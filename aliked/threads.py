@@ -14,11 +14,12 @@ import numpy as np
 
 MOST_THREADS = 8
 PART_BYTES = 2 << 20  # a core copies them in 0.2 ms; less is done before another thread is awake
+ALONE_BYTES = 256 << 10  # of a part where there is one thread: a device takes it meanwhile
 
 
-def in_parts(length: int, nbytes: int) -> list[slice]:
-    """Equal slices of an axis of `length`, each of at least `PART_BYTES` of all `nbytes`."""
-    count = max(1, min(length, nbytes // PART_BYTES))
+def in_parts(length: int, nbytes: int, least: int | None = None) -> list[slice]:
+    """Equal slices of an axis of `length`, each of `PART_BYTES`, or of `least`, and more."""
+    count = max(1, min(length, nbytes // (least or PART_BYTES)))
     edges = [length * i // count for i in range(count + 1)]
     return [slice(*ends) for ends in itertools.pairwise(edges)]
 
@@ -35,7 +36,10 @@ def copied_parts(to: np.ndarray, values: np.ndarray) -> Iterator[slice]:
         np.copyto(to[rows], values[rows])
         return rows
 
-    return each(copy, in_parts(len(values), values.nbytes))
+    parts = in_parts(len(values), values.nbytes)
+    if len(parts) > 1:
+        return each(copy, parts)
+    return map(copy, in_parts(len(values), values.nbytes, ALONE_BYTES))
 
 
 @functools.cache

@@ -3,28 +3,38 @@
 import functools
 import importlib.util
 from collections import OrderedDict
-from dataclasses import replace
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from aliked.backends import Spec
-from aliked.backends.pytorch import choose_device, load_model, named, to_features
+from aliked.backends.pytorch import choose_device, load_model, named
 from aliked.errors import InputError
-from aliked.features import Extractor, Features, check_images
+from aliked.features import OUTPUTS, Extractor, Features, check_images, features_of_batch
 from aliked.model import PRECISIONS
-from aliked.transfer import upload
+from aliked.transfer import download, page_locked, upload
 
 MAX_PLANS = 16  # sizes whose buffers are kept; the one unused for longest makes room
 
 
-class Plan(NamedTuple):
+@dataclass(frozen=True)
+class Plan:
     """A captured run: replaying the graph reads `images` and overwrites `outputs`."""
 
     graph: torch.cuda.CUDAGraph
     images: torch.Tensor
     outputs: dict[str, torch.Tensor]
+
+    @functools.cached_property
+    def staged(self) -> torch.Tensor:
+        """Page-locked memory for images on their way to the device, from the first use on."""
+        return page_locked(self.images)
+
+    @functools.cached_property
+    def results(self) -> list[torch.Tensor]:
+        """The same for outputs on their way home."""
+        return [page_locked(self.outputs[name]) for name in OUTPUTS]
 
 
 class FusedExtractor(Extractor):
@@ -60,9 +70,10 @@ class FusedExtractor(Extractor):
         check_images(images)
         with torch.cuda.device(self.device):
             plan = self._plan(images)
-            upload(images, self.device, plan.images)
+            upload(images, self.device, plan.images, plan.staged)
             plan.graph.replay()
-        return to_features(plan.outputs)
+            rows = download((plan.outputs[name] for name in OUTPUTS), plan.results)
+        return features_of_batch(*rows)
 
     def to_device(self, images: np.ndarray) -> torch.Tensor:
         """Return uint8 [B, H, W, 3] RGB on the device."""
