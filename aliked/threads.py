@@ -14,11 +14,10 @@ import numpy as np
 
 MOST_THREADS = 8
 PART_BYTES = 2 << 20  # a core copies them in 0.2 ms; less is done before another thread is awake
-ALONE_BYTES = 256 << 10  # of a part where there is one thread: a device takes it meanwhile
 
 
 def in_parts(length: int, nbytes: int, least: int | None = None) -> list[slice]:
-    """Equal slices of an axis of `length`, each of `PART_BYTES`, or of `least`, and more."""
+    """Equal slices of an axis of `length`, each of at least `least` bytes, or `PART_BYTES`."""
     count = max(1, min(length, nbytes // (least or PART_BYTES)))
     edges = [length * i // count for i in range(count + 1)]
     return [slice(*ends) for ends in itertools.pairwise(edges)]
@@ -29,17 +28,20 @@ def each(task: Callable[[slice], Any], parts: list[slice]) -> Iterator[Any]:
     return _threads().map(task, parts) if len(parts) > 1 else map(task, parts)
 
 
-def copied_parts(to: np.ndarray, values: np.ndarray) -> Iterator[slice]:
-    """Copy `values`, part by part of the first axis; each part once it is there, in order."""
+def copied_parts(to: np.ndarray, values: np.ndarray, alone: int | None = None) -> Iterator[slice]:
+    """Copy `values`, part by part of the first axis; each part once it is there, in order.
+
+    What is not worth several threads is one part, or parts of at least `alone` bytes.
+    """
 
     def copy(rows: slice) -> slice:
         np.copyto(to[rows], values[rows])
         return rows
 
     parts = in_parts(len(values), values.nbytes)
-    if len(parts) > 1:
-        return each(copy, parts)
-    return map(copy, in_parts(len(values), values.nbytes, ALONE_BYTES))
+    if alone and len(parts) == 1:
+        return map(copy, in_parts(len(values), values.nbytes, alone))
+    return each(copy, parts)
 
 
 @functools.cache
