@@ -10,6 +10,7 @@ be the same bit for bit.
 import argparse
 import ctypes
 import functools
+import itertools
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int, c_size_t, c_void_p
 from pathlib import Path
 
@@ -443,13 +445,17 @@ def sanitize(build: Path, file: Path, folder: Path, record) -> int:
         ],
         "batch": ["aliked_bench", "--image", frames[0], "--batch", 3, "--top_k", 100, "--runs", 1],
     }
-    for tool in ("memcheck", "racecheck", "synccheck"):
-        for name, (program, *rest) in programs.items():
-            command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", 7]
-            command += [build / "examples" / program, *rest, "--model", file]
-            done = subprocess.run(
-                list(map(str, command)), capture_output=True, text=True, timeout=300
-            )
+
+    def check(case: tuple[str, str]) -> subprocess.CompletedProcess:
+        tool, name = case
+        program, *rest = programs[name]
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", 7]
+        command += [build / "examples" / program, *rest, "--model", file]
+        return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+
+    cases = list(itertools.product(("memcheck", "racecheck", "synccheck"), programs))
+    with ThreadPoolExecutor(len(cases)) as pool:  # they share the GPU, and nothing is timed
+        for (tool, name), done in zip(cases, pool.map(check, cases), strict=True):
             said = (done.stdout + done.stderr).strip().splitlines()
             bad += done.returncode != 0
             record("sanitizer", tool=tool, program=name, status=done.returncode, said=said[-1])
