@@ -28,20 +28,14 @@ def each(task: Callable[[slice], Any], parts: list[slice]) -> Iterator[Any]:
     return _threads().map(task, parts) if len(parts) > 1 else map(task, parts)
 
 
-def copied_parts(to: np.ndarray, values: np.ndarray, alone: int | None = None) -> Iterator[slice]:
-    """Copy `values`, part by part of the first axis; each part once it is there, in order.
-
-    What is not worth several threads is one part, or parts of at least `alone` bytes.
-    """
+def copied_parts(to: np.ndarray, values: np.ndarray) -> Iterator[slice]:
+    """Copy `values`, part by part of the first axis; each part once it is there, in order."""
 
     def copy(rows: slice) -> slice:
         np.copyto(to[rows], values[rows])
         return rows
 
-    parts = in_parts(len(values), values.nbytes)
-    if alone and len(parts) == 1:
-        return map(copy, in_parts(len(values), values.nbytes, alone))
-    return each(copy, parts)
+    return each(copy, in_parts(len(values), values.nbytes))
 
 
 @functools.cache
