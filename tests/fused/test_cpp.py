@@ -188,7 +188,7 @@ def test_every_build_of_the_table_is_one_that_python_would_compile(monkeypatch):
                 ops = {op: getattr(kernels, op)._init_fn for op in kernels.__all__}
                 pipeline.extract(images, packed, selection, type("Ops", (), ops))
     for source, builds in launches.table().builds.items():
-        if source in ("mean", "match"):  # of the library alone
+        if source in ("mean", "match"):  # not of the pipeline: PyTorch's mean; matching
             continue
         for constants in builds:
             kept = frozenset((k, v) for k, v in constants.items() if k != "KIND")
