@@ -115,8 +115,9 @@ class TorchMemory:
     def replay(self, graph: "CudaGraph", source: Any, target: Any) -> None:
         # On the caller's stream: to wait for one another costs streams some ten microseconds.
         cuda = self._torch.cuda
-        with cuda.device(self._device):
-            caller = cuda.current_stream()
+        here = cuda.current_device() == self._device.index
+        with contextlib.nullcontext() if here else cuda.device(self._device):
+            caller = cuda.current_stream(self._device)
             if self._latest != caller:
                 caller.wait_stream(self._latest)
             target.copy_(source, non_blocking=True)
