@@ -1,7 +1,7 @@
 """The graph that TensorRT for RTX is given: the file's own, in forms that it runs faster.
 
-It takes its kernels by rules and does not time them. What each form brings is in
-docs/tensorrt-graph.md. The ONNX file stays as it is, for every runtime.
+It takes its kernels by rules and does not time them. What each form brings, in half precision and
+for images of one size, is in docs/tensorrt-graph.md. The ONNX file stays as it is, for every runtime.
 """
 
 from collections import defaultdict
@@ -88,8 +88,7 @@ def fuse_selu(rewriter: Rewriter) -> None:
             nodes.append(node)
             continue
         out = node.output[0]
-        dtype = helper.tensor_dtype_to_np_dtype(rewriter.types[out].elem_type)
-        scale = rewriter.constant(f"{out} scale", np.array(SELU_SCALE, dtype))
+        scale = rewriter.constant(f"{out} scale", np.array(SELU_SCALE, np.float16))
         nodes += [
             helper.make_node("Elu", node.input, [f"{out} elu"], alpha=SELU_ALPHA),
             helper.make_node("Mul", [f"{out} elu", scale], [out]),
@@ -98,7 +97,10 @@ def fuse_selu(rewriter: Rewriter) -> None:
 
 
 def _fuses(rewriter: Rewriter, selu: onnx.NodeProto) -> bool:
-    if any(user.op_type == "Cast" for user in rewriter.users[selu.output[0]]):
+    out = selu.output[0]
+    if rewriter.shape(out) is None or rewriter.types[out].elem_type != TensorProto.FLOAT16:
+        return False  # not measured
+    if any(user.op_type == "Cast" for user in rewriter.users[out]):
         return False
     maker = rewriter.makers.get(selu.input[0])
     before = [rewriter.makers.get(name) for name in maker.input] if maker is not None else []

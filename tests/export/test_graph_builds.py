@@ -2,6 +2,7 @@
 
 import numpy as np
 import onnx
+import onnx.parser
 import onnxruntime
 import pytest
 import torch
@@ -152,6 +153,38 @@ def test_convolutions_for_rtx_put_every_pixel_in_its_place(width):
 )
 def test_other_convolutions_stay_as_they_are_for_rtx(model):
     assert for_rtx(model, pixels=1).graph.node == model.graph.node
+
+
+def selu(*nodes, dtype="float16", width="8"):
+    """A model of `nodes` in ONNX's own text, from x [1, 4, 6, width] to y."""
+    return onnx.parser.parse_model(
+        f"""<ir_version: 9, opset_import: ["": 18]>
+        selu ({dtype}[1, 4, 6, {width}] x) => ({dtype}[1, 4, 6, {width}] y)
+        <int64[4] sizes = {{1, 4, 6, 8}}>
+        {{ {"".join(f"{node} " for node in nodes)} }}"""
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "fused"),
+    [
+        (selu("y = Selu(x)"), True),
+        (selu("a = Abs(x)", "b = Add(a, x)", "y = Selu(b)"), True),
+        (selu("y = Selu(x)", dtype="float"), False),
+        (selu("y = Selu(x)", width="N"), False),
+        (selu("a = Selu(x)", "b = Cast<to = 1>(a)", "y = Cast<to = 10>(b)"), False),
+        (selu("a = Resize(x, , , sizes)", "b = Add(x, a)", "y = Selu(b)"), False),
+    ],
+)
+def test_selu_is_written_for_rtx_where_a_convolution_takes_it_in(model, fused):
+    rewritten = for_rtx(model)
+    assert (kinds(rewritten) != kinds(model)) == fused
+    x = np.random.default_rng(0).normal(size=(1, 4, 6, 8))
+    x = x.astype(
+        onnx.helper.tensor_dtype_to_np_dtype(model.graph.input[0].type.tensor_type.elem_type)
+    )
+    (want,), (got,) = (ReferenceEvaluator(m).run(None, {"x": x}) for m in (model, rewritten))
+    np.testing.assert_allclose(got, want, rtol=3e-3, atol=1e-3)
 
 
 def test_convolutions_of_small_maps_stay_as_they_are_for_rtx():
