@@ -1,7 +1,8 @@
 """The graph that TensorRT for RTX is given: the file's own, in forms that it runs faster.
 
 It takes its kernels by rules and does not time them. What each form brings, in half precision and
-for images of one size, is in docs/tensorrt-graph.md. The ONNX file stays as it is, for every runtime.
+for images of one size, is in docs/tensorrt-graph.md. The ONNX file stays as it is, for every
+runtime.
 """
 
 from collections import defaultdict
