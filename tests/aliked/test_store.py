@@ -250,8 +250,8 @@ def test_what_a_kill_left_half_written_is_no_part_and_goes(tmp_path):
     parts = tmp_path / "features.h5.parts"
     parts.mkdir()
     for pid in (ended.pid, os.getpid()):
-        (parts / f".{pid}-12ab.u2xn.partial.h5").write_bytes(b"half a file")
+        (parts / f".{pid}-12ab.u2xn.partial.part").write_bytes(b"half a file")
     with FeatureStore.open(path, KEY) as store:
         store.write("0.jpg", features(0), SIZE)
     assert FeatureStore.open(path, KEY).names() == ["0.jpg"]
-    assert [file.name for file in parts.iterdir()] == [f".{os.getpid()}-12ab.u2xn.partial.h5"]
+    assert [file.name for file in parts.iterdir()] == [f".{os.getpid()}-12ab.u2xn.partial.part"]
