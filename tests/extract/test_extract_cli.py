@@ -71,7 +71,7 @@ def test_a_killed_run_is_resumed_and_gives_what_an_uninterrupted_one_gives(tmp_p
     killed = tmp_path / "killed.h5"
     process = start(photos, "--output", killed, *options)
     parts = tmp_path / "killed.h5.parts"
-    while not list(parts.glob("[!.]*.h5")) and process.poll() is None:
+    while not list(parts.glob("[!.]*.part")) and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL and not killed.exists()
@@ -130,7 +130,7 @@ def test_a_full_disk_is_one_sentence_and_what_was_extracted_is_kept(tmp_path, ph
     (sentence,) = [line for line in errors.splitlines() if "error:" in line]
     assert "cannot write" in sentence and "pass --resume" in sentence
     assert "Traceback" not in errors and not (tmp_path / "f.h5").exists()
-    assert len(list((tmp_path / "f.h5.parts").glob("*.h5"))) >= 1
+    assert len(list((tmp_path / "f.h5.parts").glob("*.part"))) >= 1
     extract(photos, *options, "--batch_size", 1, "--resume")
     extract(photos, "--output", tmp_path / "whole.h5", "--top_k", 50, "--batch_size", 1)
     assert (tmp_path / "f.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()

@@ -8,7 +8,17 @@ import pytest
 
 from aliked import extraction
 from aliked.errors import InputError
-from aliked.extraction import Job, Photo, Tally, as_stored, extract, read_mask, unmasked
+from aliked.extraction import (
+    Job,
+    Photo,
+    Pipeline,
+    Tally,
+    as_stored,
+    extract,
+    missing,
+    read_mask,
+    unmasked,
+)
 from aliked.features import Features
 from aliked.images import find_images, load_image, read_header
 from aliked.store import FeatureStore
@@ -109,23 +119,13 @@ def test_batches_are_those_of_the_whole_folder_when_a_run_goes_on(tmp_path, extr
     job = Job(tmp_path / "p", batch_size=3)
     whole, _ = run(tmp_path / "p", tmp_path / "whole.h5", batch_size=3)
     first = FeatureStore.open(tmp_path / "f.h5", job.key())
-    extract(job, first, part=(0, 3))  # 0, 1, 2
+    batches = missing(job, first, Tally())
+    Pipeline(job, first).run_batches([next(batches)])  # 0, 1, 2
     first.write("4.png", whole.read("4.png"), whole.size("4.png"))  # of an unfinished batch
     first.flush()
     extractor.seen.clear()
     _, tally = run(tmp_path / "p", tmp_path / "f.h5", batch_size=3)
     assert extractor.seen == [(3, 48, 64, 3), (1, 48, 64, 3)] and tally.images == 4
-    assert (tmp_path / "f.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
-
-
-def test_parts_are_all_of_it(tmp_path, extractor):
-    for i in range(5):
-        write_photo(tmp_path / f"p/{i}.png", noise(i))
-    job = Job(tmp_path / "p", batch_size=2)
-    run(tmp_path / "p", tmp_path / "whole.h5", batch_size=2)
-    with FeatureStore.open(tmp_path / "f.h5", job.key()) as store:
-        for i in range(3):
-            extract(job, store, part=(i, 3))
     assert (tmp_path / "f.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
 
 
