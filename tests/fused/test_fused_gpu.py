@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -14,6 +15,7 @@ from aliked.configs import OFFICIAL, Selection
 from aliked.errors import InputError
 from aliked.features import drop_fill_ins
 from aliked.fused import kernels, pipeline, weights
+from aliked.images import decode_image
 from aliked.model import plain_float32, to_tensor
 from aliked.parity import FP16, FP32, compare_features, judge
 from tests.helpers.fused_models import random_images, random_model
@@ -116,6 +118,45 @@ def test_a_flat_image_gives_no_more_keypoints_than_asked_for(weights_dir):
     features = fused(np.full((200, 300, 3), 128, np.uint8))
     assert len(features) <= 100
     assert np.isfinite(features.descriptors).all()
+
+
+def test_a_maximum_in_the_last_row_and_column_of_a_large_image_is_found(weights_dir):
+    fused, plain = extractors(weights_dir, "aliked-n16rot", top_k=4096)
+    image = np.full((3072, 4096, 3), 128, np.uint8)
+    image[-200:, -200:] = texture(200, 200)
+    found, expected = fused(image), plain(image)
+    for features in (found, expected):  # a border of 2 is dropped, refinement moves by up to 1
+        assert (features.keypoints.max(axis=0) > (4092, 3068)).all()
+    verdict = judge({"large": compare_features(expected, found)}, FP32)
+    assert verdict.passed, verdict.text
+
+
+def test_the_lane_of_a_run_over_many_images_gives_what_the_extractor_gives(weights_dir):
+    from aliked.lanes import FusedLane
+
+    fused, _ = extractors(weights_dir, "aliked-n16rot", precision="fp16")
+    images = np.stack([texture(240, 320, seed) for seed in range(3)] + [texture(240, 320) * 0])
+    lane = FusedLane(fused)
+    pixels = lane.buffer(images.shape)
+    pixels[:] = images
+    for found, expected in zip(lane.extract(pixels), fused.extract_batch(images), strict=True):
+        for name, values in vars(expected).items():
+            np.testing.assert_array_equal(getattr(found, name), values)
+
+
+def test_jpegs_that_the_gpu_decodes_give_nearly_the_same_pixels(weights_dir, tmp_path):
+    pytest.importorskip("nvidia.nvimgcodec", reason="nvImageCodec is not installed")
+    from aliked.lanes import DecodingLane
+
+    fused, _ = extractors(weights_dir, "aliked-n16rot", precision="fp16")
+    lane, image = DecodingLane(fused), texture(240, 320)
+    file = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
+    expected = decode_image(np.frombuffer(file, np.uint8), "a.jpg").astype(int)
+    shape = image.shape
+    good, cut, other = lane.decode([file, file[:-100], file], [shape, shape, (5, 5, 3)])
+    assert cut is None and other is None
+    assert np.abs(good.cpu().numpy() - expected).mean() < 2
+    assert lane.stack([(good, 1)]).shape == (1, 320, 240, 3)
 
 
 def test_two_streams_do_not_disturb_each_other(weights_dir):
