@@ -141,12 +141,16 @@ def load_image(path: Path, stored: int | None = None, max_size: int | None = Non
     image whose longer side is above `max_size` is reduced to it.
     """
     data = np.frombuffer(read_file(path, MOST_BYTES), np.uint8)
-    image = decode_image(data, str(path), stored)
-    if max_size and max(image.shape[:2]) > max_size:
-        scale = max_size / max(image.shape[:2])
-        size = [max(MIN_SIDE, round(side * scale)) for side in image.shape[1::-1]]
-        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-    return image
+    return reduced(decode_image(data, str(path), stored), max_size)
+
+
+def reduced(image: np.ndarray, max_size: int | None) -> np.ndarray:
+    """An image whose longer side is at most `max_size`, where that is given."""
+    if not max_size or max(image.shape[:2]) <= max_size:
+        return image
+    scale = max_size / max(image.shape[:2])
+    size = [max(MIN_SIDE, round(side * scale)) for side in image.shape[1::-1]]
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
 
 
 def decode_image(data: np.ndarray, path: str, stored: int | None = None) -> np.ndarray:

@@ -31,7 +31,7 @@ from aliked.images import find_images
 from aliked.matching import Matcher
 from aliked.store import FeatureStore
 from aliked.threads import keep_freed_memory
-from aliked.video import is_video
+from aliked.video import add_video_options, check_video_options, is_video
 from aliked.workers import CORES, devices_of, extract_in_processes, extract_with_ray
 
 OVERLAP = 10  # images that each is matched with in a sequence, as in COLMAP
@@ -67,10 +67,7 @@ def _add_image_options(group: argparse._ArgumentGroup) -> None:
         metavar="FOLDER",
         help="a mask NAME.png for every image, as COLMAP has it: no keypoint where it is black",
     )
-    group.add_argument("--every", type=_positive, metavar="N", help="each N-th frame of a video")
-    group.add_argument(
-        "--frames", type=_positive, metavar="N", help="at most N frames of a video or a camera"
-    )
+    add_video_options(group)
     group.add_argument(
         "--strict", action="store_true", help="stop at the first file that cannot be used"
     )
@@ -181,20 +178,18 @@ def check_options(args: argparse.Namespace) -> None:
     if args.output is None and args.colmap is None:
         raise InputError("there is nothing to write; pass --output FILE.h5 or --colmap DATABASE")
     order = args.match[0] if args.match else None
-    video, camera = is_video(args.images), str(args.images).isdigit()
+    video = is_video(args.images)
+    check_video_options(args)
     without = (
         (args.colmap is None, "--colmap", ("match", "camera_mode", "camera_model")),
         (order != "sequential", "--match sequential", ("overlap",)),
         (order is None, "--match", ("matcher", "matcher_weights", "min_similarity")),
-        (not video, "a video or a camera", ("every", "frames")),
         (video, "a folder of images", ("masks", "processes", "ray")),
     )
     for absent, needed, names in without:
         for name in names:
             if absent and getattr(args, name) is not None:
                 raise InputError(f"--{name} needs {needed}; leave it out, or give that as well")
-    if camera and args.frames is None:
-        raise InputError(f"camera {args.images} has no end; pass --frames N")
     orders = (["exhaustive"], ["sequential"])
     if args.match and args.match not in orders and not (order == "pairs" and len(args.match) == 2):
         raise InputError(
