@@ -137,6 +137,58 @@ def test_two_processes_fill_one_store(tmp_path):
     assert FeatureStore.open(path, KEY).names() == ["a.jpg", "b.jpg"]
 
 
+def test_the_file_grows_while_others_write_and_has_the_same_bytes(tmp_path):
+    """In the order that is arranged, of what is there; the rest by name."""
+    order = ["b.jpg", "missing.jpg", "c.jpg", "a.jpg"]
+    whole, path = tmp_path / "whole.h5", tmp_path / "features.h5"
+    with FeatureStore.open(whole, KEY) as store:
+        for i, name in enumerate(("a.jpg", "b.jpg", "c.jpg", "z.jpg")):
+            store.write(name, features(i), SIZE)
+        store.arrange(order)
+    ours, theirs = (FeatureStore.open(path, KEY) for _ in range(2))
+    for i, name in ((1, "b.jpg"), (2, "c.jpg")):
+        theirs.write(name, features(i), SIZE)
+    theirs.flush()
+    ours.adopt(theirs.flushed)
+    ours.arrange(order[:3])
+    ours.join()
+    assert not path.exists() and "c.jpg" in ours
+    for i, name in ((0, "a.jpg"), (3, "z.jpg")):
+        theirs.write(name, features(i), SIZE)
+    theirs.flush()
+    ours.adopt(theirs.flushed[1:])
+    ours.arrange(order)
+    ours.close()
+    assert path.read_bytes() == whole.read_bytes()
+    assert {file.name for file in tmp_path.iterdir()} == {"whole.h5", "features.h5"}
+
+
+def test_half_precision_is_kept_and_read_as_float32(tmp_path):
+    path, full = tmp_path / "f.h5", features(1)
+    half = Features(full.keypoints, full.scores, full.descriptors.astype(np.float16))
+    with FeatureStore.open(path, KEY) as store:
+        store.write("a.jpg", half, SIZE)
+        rounded = Features(full.keypoints, full.scores, half.descriptors.astype(np.float32))
+        assert_same(store.read("a.jpg"), rounded)
+        store.flush()
+        assert_same(store.read("a.jpg"), rounded)
+    assert_same(FeatureStore.open(path, KEY).read("a.jpg"), rounded)
+    with h5py.File(path) as file:
+        assert file["a.jpg/descriptors"].dtype == np.float16
+        assert file["a.jpg/keypoints"].dtype == np.float32
+
+
+@pytest.mark.parametrize("length", [0, 5, 900, -1, -300])
+def test_a_damaged_part_is_refused(tmp_path, length):
+    store = FeatureStore.open(tmp_path / "f.h5", KEY)
+    store.write("a.jpg", features(1), SIZE)
+    store.flush()
+    (part,) = store.flushed
+    part.write_bytes(part.read_bytes()[:length])
+    with pytest.raises(InputError, match=r"cannot read the features in .*part"):
+        FeatureStore.open(tmp_path / "f.h5", KEY)
+
+
 def test_an_error_keeps_what_was_written(tmp_path):
     path = tmp_path / "features.h5"
     with pytest.raises(KeyboardInterrupt), FeatureStore.open(path, KEY) as store:

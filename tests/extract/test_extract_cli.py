@@ -10,11 +10,14 @@ from pathlib import Path
 
 import cv2
 import h5py
+import numpy as np
 import pytest
 
 import extract as script
-from aliked import extraction
+from aliked import extraction, workers
+from aliked.configs import Spec
 from aliked.errors import InputError
+from aliked.extraction import Job
 from tests.helpers.photos import Brightest, noise, write_photo
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -192,7 +195,33 @@ def test_a_database_with_its_features_and_matches(tmp_path, photos, extractor):
     assert not (tmp_path / "e.h5").exists()
 
 
+def test_half_the_descriptors_are_another_file(tmp_path, photos, extractor):
+    extract(photos, "--output", tmp_path / "full.h5")
+    extract(photos, "--output", tmp_path / "half.h5", "--half")
+    with h5py.File(tmp_path / "full.h5") as full, h5py.File(tmp_path / "half.h5") as half:
+        descriptors = full["a/1.png/descriptors"][()]
+        np.testing.assert_array_equal(half["a/1.png/descriptors"], descriptors.astype("f2"))
+    with pytest.raises(InputError, match="another descriptors"):
+        extract(photos, "--output", tmp_path / "full.h5", "--resume", "--half")
+
+
+def test_many_images_get_several_processes_on_a_gpu(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(workers, "available_cores", lambda: 32)
+    job = Job(Path("photos"), "fused", Spec(device="auto"))
+    for gpus, expected in ((1, ["auto"] * 8), (2, ["cuda:0", "cuda:1"] * 4)):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        assert workers.devices_of(job, 10_000) == expected
+        assert workers.devices_of(job, 10) == expected[:gpus]
+        assert workers.devices_of(job, 10_000, processes=1) == expected[:1]
+
+
 REFUSED = {
+    "--decoder nvimgcodec needs --backend fused": (
+        *("--output", "f.h5", "--decoder", "nvimgcodec", "--backend", "pytorch"),
+    ),
     "nothing to write": (),
     "--match needs --colmap": ("--output", "f.h5", "--match", "exhaustive"),
     "--camera_mode needs --colmap": ("--output", "f.h5", "--camera_mode", "single"),
@@ -234,8 +263,6 @@ def test_ray_loses_nothing_when_a_worker_is_killed(tmp_path, photos, monkeypatch
     """Two local actors; one kills itself in the middle of its first shard."""
     pytest.importorskip("ray", reason="ray is not installed")
     pytest.importorskip("ray.data", reason="ray's data library is not installed")
-    from aliked import workers
-
     options = ("--top_k", 50, "--batch_size", 1)
     extract(photos, "--output", tmp_path / "whole.h5", *options)
     mark = tmp_path / "killed"
