@@ -32,6 +32,7 @@ PART_BYTES = 64 * 2**20  # features held in memory before they go into a file: w
 FLUSH_SECONDS = 10  # likewise
 PART_SUFFIX = ".part"
 MAX_OPEN = 64  # files
+SMALL_BYTES = 2**16  # of an array that is copied at once
 COPIED_BYTES = 2**23  # that a thread copies into the file at a time
 MOST_COPIES = 4  # times that, under way
 MAX_BYTES = 2**31  # of an array: a damaged file may claim anything
@@ -342,7 +343,9 @@ class _Joined:
         for field, values in fields.items():
             space = h5py.h5s.create_simple(values.shape)
             dataset = h5py.h5d.create(group, field.encode(), _kind(values.dtype), space, _plain())
-            if values.size:
+            if values.nbytes < SMALL_BYTES:
+                self._copy([(dataset.get_offset(), values)] if values.size else [])
+            else:
                 self._placed.append((dataset.get_offset(), values))
                 self._placed_bytes += values.nbytes
 

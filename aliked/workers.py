@@ -7,10 +7,10 @@ killed, another does what it left.
 import contextlib
 import multiprocessing
 import pickle
+import sys
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -93,9 +93,8 @@ class Team:
         self._again: deque[Batch] = deque()  # what workers that died have left
         self._done: dict[int, list[str]] = {}
         self._arranged = 0  # batches
-        self._joiner = ThreadPoolExecutor(1, "aliked-store")
-        self._join: Future | None = None
         self._context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+        self._joiner = self._process(_join, self.jobs[0], store.path)
         self.workers: dict[int, Worker] = {}
         for index in range(len(devices)):
             self._start(index)
@@ -109,17 +108,26 @@ class Team:
                 self._hear(by_connection[ready])
             self.tally.wall = time.perf_counter() - started
             report(self._together())
-        if self._join is not None:
-            self._join.result()
+        self._close_file()
         return self._together()
+
+    def _close_file(self) -> None:
+        """Wait for the one file. Where its process was killed the store's `close` writes it."""
+        error = None
+        with contextlib.suppress(EOFError, OSError):
+            self._joiner.ours.send(None)
+            error = self._joiner.ours.recv()
+        if isinstance(error, str):
+            raise InputError(error)
+        if error is not None:
+            raise error
 
     def close(self) -> None:
         """End those that are still running."""
-        for worker in self.workers.values():
+        for worker in (*self.workers.values(), self._joiner):
             worker.process.terminate()
             worker.process.join()
             worker.ours.close()
-        self._joiner.shutdown()
 
     def _together(self) -> Tally:
         return sum(self.tallies, self.tally)
@@ -139,13 +147,14 @@ class Team:
                 self._finish(index, batch)
 
     def _start(self, index: int) -> None:
+        self.workers[index] = self._process(_work, self.jobs[index], self.store.path)
+
+    def _process(self, target: Callable, *args: Any) -> "Worker":
         ours, theirs = self._context.Pipe()
-        process = self._context.Process(
-            target=_work, args=(self.jobs[index], self.store.path, theirs), daemon=True
-        )
+        process = self._context.Process(target=target, args=(*args, theirs), daemon=True)
         process.start()
         theirs.close()
-        self.workers[index] = Worker(process, ours)
+        return Worker(process, ours)
 
     def _hear(self, index: int) -> None:
         worker = self.workers[index]
@@ -162,7 +171,7 @@ class Team:
         if isinstance(said, OSError):
             raise said
         self.tallies[index], parts, on_disk = said
-        self.store.adopt(parts)
+        self._to_join(parts, [])
         for _ in range(on_disk):
             self._finish(*worker.batches.popleft())
 
@@ -177,12 +186,15 @@ class Team:
         """Put into the file what is complete up to here."""
         self._done[index] = [photo.name for photo in batch]
         while self._arranged in self._done:
-            self.store.arrange(self._done.pop(self._arranged))
+            names = self._done.pop(self._arranged)
+            self.store.arrange(names)
+            self._to_join([], names)
             self._arranged += 1
-        if self._join is None or self._join.done():
-            if self._join is not None:
-                self._join.result()  # its errors come up here
-            self._join = self._joiner.submit(self.store.join)
+
+    def _to_join(self, parts: list[Path], names: list[str]) -> None:
+        if parts or names:
+            with contextlib.suppress(OSError):  # killed: see _close_file
+                self._joiner.ours.send((parts, names))
 
     def _ended(self, index: int, worker: Worker) -> None:
         del self.workers[index]
@@ -201,6 +213,7 @@ class Team:
         self._start(index)
 
 
+SWITCH_SECONDS = 1e-4  # after which a thread gives way to another; 5e-3 is for fewer, longer steps
 ASK = None  # what a worker says that has room for a batch
 
 
@@ -228,6 +241,26 @@ def _work(job: Job, path: Path, theirs: Connection) -> None:
     except (InputError, OSError) as error:
         theirs.send(str(error) if isinstance(error, InputError) else error)
     except KeyboardInterrupt:  # the parent says so
+        pass
+
+
+def _join(job: Job, path: Path, theirs: Connection) -> None:
+    """A process that puts parts into the one file: in the parent it would hold up the dealing."""
+    sys.setswitchinterval(SWITCH_SECONDS)
+    try:
+        store = FeatureStore.open(path, job.key())
+        while (said := theirs.recv()) is not None:
+            parts, names = said
+            store.adopt(parts)
+            store.arrange(names)
+            store.join()
+        store.close()
+        theirs.send(None)
+    except InputError as error:
+        theirs.send(str(error))
+    except OSError as error:
+        theirs.send(error)
+    except (EOFError, KeyboardInterrupt):  # the parent has ended, and what it says is enough
         pass
 
 

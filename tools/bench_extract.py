@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from math import nan
 from pathlib import Path
 
 import cv2
@@ -43,7 +44,7 @@ from benchmark.environment import git_commit, machine, versions
 
 PHOTOGRAPHS = Path(__file__).resolve().parents[1] / "assets"
 QUALITY = 90  # of the JPEGs
-SECONDS = 3  # that kernels are measured for
+SECONDS = 2  # that kernels are measured for
 WARM, ONNX_IMAGES = 20, 40  # images of `--others`
 
 
@@ -72,6 +73,9 @@ def parser() -> argparse.ArgumentParser:
         "--others", type=int, metavar="N", help="also hloc's and COLMAP's way, on N of the images"
     )
     parser.add_argument("--onnx", type=Path, metavar="FILE", help="the model, for COLMAP's way")
+    parser.add_argument(
+        "--only_all", action="store_true", help="do not measure the stages by themselves"
+    )
     parser.add_argument("--output", type=Path, metavar="FILE", help="append the rows as JSON lines")
     add_model_options(parser)
     add_device_option(parser)
@@ -213,6 +217,16 @@ def extraction(job: Job, devices: list[str]) -> tuple[float, float, float, str]:
         shutil.rmtree(scratch)
 
 
+def extractor_rates(job: Job) -> tuple[float, float, float]:
+    """Images per second of the kernels, of these with copies, and MiB on the GPU."""
+    extractor = create_extractor(job.backend, job.spec)
+    pixels = batch_of(job)
+    on_device = extractor.to_device(pixels)
+    kernels = rate_of(lambda: extractor.infer(on_device), extractor.synchronize, len(pixels))
+    copies = rate_of(lambda: extractor.extract_batch(pixels), extractor.synchronize, len(pixels))
+    return kernels, copies, gpu_mebibytes()
+
+
 def gpu_mebibytes() -> float:
     """MiB that PyTorch has taken on the GPU."""
     return torch.cuda.memory_reserved() / 2**20 if torch.cuda.is_available() else 0.0
@@ -296,26 +310,16 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
             )
             devices = devices_of(job, args.images, args.processes)
             job = replace(job, threads=max(1, args.threads // len(devices)))
-            decode = decode or decode_rate(folder, args.threads, len(devices))
-            extractor = create_extractor(args.backend, job.spec)
-            pixels = batch_of(job)
-            on_device = extractor.to_device(pixels)
-            kernels = rate_of(
-                lambda extractor=extractor, batch=on_device: extractor.infer(batch),
-                extractor.synchronize,
-                len(pixels),
-            )
-            copies = rate_of(
-                lambda extractor=extractor, batch=pixels: extractor.extract_batch(batch),
-                extractor.synchronize,
-                len(pixels),
-            )
-            on_gpu = gpu_mebibytes()
-            del extractor, on_device
+            stages = (nan, nan, nan, nan)
+            if not args.only_all:
+                decode = decode or decode_rate(folder, args.threads, len(devices))
+                stages = decode, *extractor_rates(job)
+                empty_gpu()
+            *rates, on_gpu = stages
             rate, start, file, busy = extraction(job, devices)
-            rates = decode, kernels, copies, rate
-            yield Row(size, top_k, args.images, len(devices), *rates, start, file, on_gpu, busy)
-            empty_gpu()
+            yield Row(
+                size, top_k, args.images, len(devices), *rates, rate, start, file, on_gpu, busy
+            )
 
 
 def main(args: argparse.Namespace) -> None:
