@@ -30,7 +30,7 @@ from aliked.store import FeatureStore
 from aliked.threads import keep_freed_memory
 
 RESTARTS = 3  # of a worker that was killed; more is no accident
-MANY_IMAGES = 1000  # from which several processes on a GPU are worth their start
+MANY_IMAGES = 5000  # from which several processes on a GPU are worth their start
 CORES = 4  # that one process keeps busy: Python runs one of its threads at a time
 
 

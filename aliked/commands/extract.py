@@ -319,10 +319,13 @@ def write_colmap(
     print(f"{args.colmap}: {len(store)} images")
     if args.model not in TYPES:
         print(
-            f"COLMAP has no type for {args.model}: it maps these matches, but cannot match itself"
+            f"COLMAP has no type for {args.model}: it maps these matches, but cannot match itself "
+            "(--model aliked-n16rot is one of its own, and gives better maps)"
         )
     if matcher is None:
         return
+    if args.match[0] != "pairs":  # whose file may name one that was skipped
+        names = [name for name in names or store.names() if name in store]
     pairs, count = pairs_of(args, names or store.names())
     with progress("matches", count) as bar:
         write_matches(args.colmap, store, pairs, matcher, bar.update)
