@@ -215,8 +215,6 @@ class Pipeline:
         self._lanes: queue.SimpleQueue[Lane] = queue.SimpleQueue()
         for lane in lanes:
             self._lanes.put(lane)
-        self._written = 0
-        self.on_disk = 0  # how many of the batches, which are written in their order
         self.begin()
 
     def _open_lane(self, extractor: Extractor) -> Lane:
@@ -255,11 +253,6 @@ class Pipeline:
                     self._settle(under_way, started)
             while under_way:
                 self._settle(under_way, started)
-
-    def flush(self) -> None:
-        """Put all that was extracted on the disk."""
-        self.store.flush()
-        self.on_disk = self._written
 
     def _settle(self, under_way: deque[tuple[int, Future]], started: float) -> None:
         """Wait for the oldest batch; its errors come up here."""
@@ -373,9 +366,7 @@ class Pipeline:
                     features = unmasked(features, mask)
                 self.store.write(photo.name, features, photo.size)
                 self.tally.keypoints += len(features)
-            self._written += 1
-            if self.store.checkpoint():
-                self.on_disk = self._written
+            self.store.checkpoint()
         self.tally.images += len(images)
 
     def _bad(self, error: InputError) -> None:

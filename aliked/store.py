@@ -6,6 +6,7 @@ attribute `key` says, as JSON, what the features depend on besides the image.
 """
 
 import contextlib
+import errno
 import functools
 import json
 import math
@@ -13,9 +14,8 @@ import mmap
 import os
 import time
 import uuid
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple
@@ -25,16 +25,13 @@ import numpy as np
 
 from aliked.errors import InputError
 from aliked.features import Features
-from aliked.files import scratch_file, whole_file
+from aliked.files import whole_file, writable_folder
 
 FORMAT = "aliked features 1"  # raised when the layout changes
 PART_BYTES = 64 * 2**20  # features held in memory before they go into a file: what a kill can lose
 FLUSH_SECONDS = 10  # likewise
-PART_SUFFIX = ".part"
+PART_SUFFIX, FILE_SUFFIX, JOURNAL_SUFFIX = ".part", ".growing", ".journal"
 MAX_OPEN = 64  # files
-SMALL_BYTES = 2**16  # of an array that is copied at once
-COPIED_BYTES = 2**23  # that a thread copies into the file at a time
-MOST_COPIES = 4  # times that, under way
 MAX_BYTES = 2**31  # of an array: a damaged file may claim anything
 FIELDS, SIZE = ("keypoints", "scores", "descriptors"), "image_size"
 
@@ -50,6 +47,7 @@ class FeatureStore:
     `close`, or the end of a `with` block without an error, joins them to the one file. The same
     features give the same bytes, however often the run was interrupted. Several processes may
     `write` and `flush` into one store at a time; one of them closes it when the others are done.
+    Or one process has it `grow`, and others write into that.
 
         with FeatureStore.open("features.h5", {"model": "aliked-n16", "top_k": 1000}) as store:
             if "day/1.jpg" not in store:
@@ -61,16 +59,14 @@ class FeatureStore:
         """See `open`."""
         self.path, self.key, self.compression = Path(path), _canonical(key), compression
         self.parts = self.path.with_name(f"{self.path.name}.parts")
-        self.flushed: list[Path] = []  # parts, by this process
         self._pending: dict[str, tuple[Features, Size]] = {}
         self._pending_bytes, self._pending_since = 0, time.monotonic()
         self._where: dict[str, Path] = {}
         self._order: list[str] = []
         self._arranged: set[str] = set()
-        self._joined: _Joined | None = None
         if self.path.exists():
-            self._find(self.path)
-        self.adopt(self._part_files())
+            self._where |= dict.fromkeys(_names(self.path, self.key), self.path)
+        self._find(self._part_files())
 
     @classmethod
     def open(cls, path: Path, key: dict, compression: str | None = None) -> "FeatureStore":
@@ -123,23 +119,11 @@ class FeatureStore:
                 _write_part(partial, self.key, self._pending)
             self._where |= dict.fromkeys(self._pending, part)
             self._pending, self._pending_bytes = {}, 0
-            self.flushed.append(part)
 
-    def checkpoint(self) -> bool:
-        """Flush if that is worth a file, or time; whether all that was written is on the disk."""
-        age = time.monotonic() - self._pending_since
-        if self._pending_bytes >= PART_BYTES // 2 or age > FLUSH_SECONDS:
+    def checkpoint(self) -> None:
+        """Flush where the last time is long ago."""
+        if time.monotonic() - self._pending_since > FLUSH_SECONDS:
             self.flush()
-        return not self._pending
-
-    def adopt(self, parts: Iterable[Path]) -> None:
-        """Take in parts that another process has flushed."""
-        for part in parts:
-            with _sentence(part):
-                index = _index(part)
-                kind, key, names = index["format"], index["key"], index["images"].keys()
-            _check_key(part, kind, key, self.key)
-            self._where |= dict.fromkeys(names, part)
 
     def arrange(self, names: Iterable[str]) -> None:
         """Let these images, those that the store will have, follow in the file in this order."""
@@ -147,39 +131,34 @@ class FeatureStore:
         self._order += new
         self._arranged.update(new)
 
-    def join(self) -> None:
-        """Put what was arranged into the file to be; an image that is missing stays out of it."""
-        if self._joined is None:
-            self._remove_left()
-            scratch = self.parts / f"{os.getpid()}-{self.path.name}"
-            self._joined = _Joined(scratch, self.key, self.compression)
-        for name in self._order[self._joined.passed :]:
-            self._joined.add(name, self._where.get(name))
+    def grow(self) -> "GrowingFile":
+        """The file to be, with nothing in it."""
+        for scratch in filter(_is_left, self.parts.glob("*")):
+            scratch.unlink(missing_ok=True)
+        return GrowingFile(self)
 
     def close(self) -> None:
         """Join everything that was written to the one file: as arranged, then by name."""
         self.flush()
-        parts = self._part_files()
-        if not parts:
-            return
-        self.adopt(parts)  # other processes' too
-        self.arrange(self.names())
-        try:
-            self.join()
-            self._joined.finish(self.path)
-        finally:
-            self.discard()
+        self._find(self._part_files())  # other processes' too
+        if self._part_files():
+            with self.grow() as growing:
+                growing.take(self._order)
+                growing.finish()
+
+    def replaced(self) -> None:
+        """Look into the one file from now on: all others have been put into it."""
+        for path in self._part_files():
+            _scratch_of(path).unlink(missing_ok=True)
+            path.unlink()
         self._where = dict.fromkeys(self._where, self.path)
-        for part in parts:
-            part.unlink()
         with contextlib.suppress(OSError):  # another process has begun to write
             self.parts.rmdir()
 
-    def discard(self) -> None:
-        """Drop the file to be, where there is one; the parts stay."""
-        if self._joined is not None:
-            self._joined.close()
-            self._joined = None
+    def arrays(self, name: str, sources: "_Sources") -> list[np.ndarray]:
+        """An image's arrays as they lie in a file. `InputError` where they are damaged."""
+        with _sentence(self._where[name]):
+            return sources.arrays(self._where[name], name)
 
     def __enter__(self) -> "FeatureStore":
         return self
@@ -194,28 +173,30 @@ class FeatureStore:
         if kind is None:
             self.close()
         else:
-            self.discard()
             self.flush()
-
-    def _remove_left(self) -> None:
-        for scratch in filter(_is_left, self.parts.glob(".*")):
-            scratch.unlink(missing_ok=True)
 
     def _part_files(self) -> list[Path]:
         # A kill can leave the scratch file of a part, which is hidden and not whole.
-        return sorted(p for p in self.parts.glob(f"*{PART_SUFFIX}") if not p.name.startswith("."))
+        found = (p for p in self.parts.glob("*") if p.suffix in (PART_SUFFIX, JOURNAL_SUFFIX))
+        return sorted(path for path in found if not path.name.startswith("."))
 
-    def _find(self, path: Path) -> None:
-        """Take in what is in the one file."""
-        self._where |= dict.fromkeys(_names(path, self.key), path)
+    def _find(self, parts: Iterable[Path]) -> None:
+        """Take in what is in parts, and in what a run that was killed had let grow."""
+        for part in parts:
+            if part.suffix == JOURNAL_SUFFIX and not _scratch_of(part).exists():
+                continue  # killed after the file was in its place
+            with _sentence(part):
+                index = _journal(part) if part.suffix == JOURNAL_SUFFIX else _index(part)
+                kind, key, names = index["format"], index["key"], index["images"].keys()
+            _check_key(part, kind, key, self.key)
+            self._where |= dict.fromkeys(names, part)
 
     def _read(self, name: str) -> tuple[Features, Size]:
         if name in self._pending:
             features, size = self._pending[name]
             return _in_float32(features), size
-        path = self._where[name]
-        with _sentence(path):
-            keypoints, scores, descriptors, size = _checked(name, _Sources().arrays(path, name))
+        with _sentence(self._where[name]):
+            keypoints, scores, descriptors, size = _checked(name, self.arrays(name, _Sources()))
         descriptors = np.ascontiguousarray(descriptors.T)
         return _in_float32(Features(keypoints, scores, descriptors)), (int(size[0]), int(size[1]))
 
@@ -224,7 +205,7 @@ def _in_float32(features: Features) -> Features:
     return Features(*(np.array(values, np.float32) for values in vars(features).values()))
 
 
-def _arrays(features: Features, size: Size) -> list[np.ndarray]:
+def arrays_of(features: Features, size: Size) -> list[np.ndarray]:
     """An image's arrays as they lie in a file, in the order of `FIELDS` and SIZE."""
     kind = np.float16 if features.descriptors.dtype == np.float16 else np.float32
     return [
@@ -247,7 +228,7 @@ class Place(NamedTuple):
     kind: str  # of the descriptors: "f4" or "f2"
 
     def arrays(self) -> list[tuple[int, tuple[int, ...], np.dtype]]:
-        """First byte, shape and type of each, in the order of `_arrays`."""
+        """First byte, shape and type of each, in the order of `arrays_of`."""
         shapes = (self.keypoints, 2), (self.keypoints,), (self.dimensions, self.keypoints), (2,)
         kinds = FLOAT, FLOAT, np.dtype(self.kind), np.dtype("i8")
         found, at = [], self.start
@@ -266,7 +247,7 @@ def _write_part(path: Path, key: str, images: dict[str, tuple[Features, Size]]) 
     with open(path, "wb", buffering=0) as file:
         at = 0
         for name, (features, size) in images.items():
-            arrays = _arrays(features, size)
+            arrays = arrays_of(features, size)
             descriptors = arrays[2]
             places[name] = Place(
                 at, len(features), len(descriptors), descriptors.dtype.str.strip("<")
@@ -296,83 +277,118 @@ def _index(part: Path) -> dict[str, Any]:
         return json.loads(file.read(length))
 
 
-class _Joined:
-    """The one file while it is written, among the parts.
+def _journal(path: Path) -> dict[str, Any]:
+    """What a journal says: a line about the file, and a line for images whose arrays are in it."""
+    lines = path.read_bytes().split(b"\n")[:-1]  # a kill may cut off the last
+    index = json.loads(lines[0]) | {"images": {}}
+    for line in lines[1:]:
+        index["images"] |= json.loads(line)
+    return index
 
-    HDF5 gives each array its bytes in the file and keeps the books; a thread copies the bytes
-    meanwhile, past HDF5, which takes longer for them and lets no other thread run.
+
+class Spot(NamedTuple):
+    """Where an array lies in a file, and what it is."""
+
+    offset: int
+    shape: list[int]
+    kind: str  # of its numbers, as NumPy writes it
+
+    @classmethod
+    def of(cls, array: np.ndarray) -> "Spot":
+        """That of an array that has no place yet."""
+        return cls(0, list(array.shape), array.dtype.str)
+
+
+class GrowingFile:
+    """The one file while it is written, among the parts. It is closed by a `with` block.
+
+    HDF5 gives each array its bytes in the file and keeps the books. The bytes themselves are
+    written past it, by whoever has them, also by other processes: HDF5 takes longer for them, and
+    lets no other thread run. What they have written is kept in a journal, so that a kill loses
+    nothing: from it and the unfinished file the next run has the features.
     """
 
-    def __init__(self, path: Path, key: str, compression: str | None):
-        self.passed = 0  # images, of all that were arranged
-        self._compression = compression
-        self._scratch, self._files = contextlib.ExitStack(), contextlib.ExitStack()
-        self._partial = self._scratch.enter_context(scratch_file(path))
-        self._file, raw = self._files.enter_context(_hdf5(self._partial))
-        self._file.attrs["format"], self._file.attrs["key"] = FORMAT, key
-        self._copier = self._files.enter_context(ThreadPoolExecutor(1, "aliked-join"))
-        self._descriptor = raw.fileno()
-        self._sources = _Sources()
-        self._placed: list[tuple[int, np.ndarray]] = []
-        self._placed_bytes = 0
-        self._copies: deque[Future] = deque()
+    def __init__(self, store: FeatureStore) -> None:
+        self.store, self._taken = store, set()
+        self._stack = contextlib.ExitStack()
+        self.path = writable_folder(store.parts) / f"{os.getpid()}-{uuid.uuid4().hex}{FILE_SUFFIX}"
+        self._file, self._raw = self._stack.enter_context(_hdf5(self.path))
+        self._file.attrs["format"], self._file.attrs["key"] = FORMAT, store.key
+        self._sources, self._journal = _Sources(), None  # a descriptor
 
-    def add(self, name: str, path: Path | None) -> None:
-        """Put in the next image from the file in which it is, if it is in any."""
-        self.passed += 1
-        if path is None:
-            return
-        with _sentence(path):
-            arrays = self._sources.arrays(path, name)
-        fields = dict(zip((*FIELDS, SIZE), arrays, strict=True))
-        if self._compression and len(arrays[0]):  # what is compressed has to have rows
-            group = self._file.create_group(name)
-            for field, values in fields.items():
-                compression = None if field == SIZE else self._compression
-                group.create_dataset(field, data=values, compression=compression)
-            return
-        self._place(name, fields)
-        if self._placed_bytes >= COPIED_BYTES:
-            self._start_copy()
-        if len(self._copies) > MOST_COPIES:
-            self._copies.popleft().result()
+    def __enter__(self) -> "GrowingFile":
+        return self
 
-    def _place(self, name: str, fields: dict[str, np.ndarray]) -> None:
-        """Give each array its place in the file."""
+    def __exit__(self, *error: object) -> None:
+        """Leave nothing behind but what is in the journal."""
+        with contextlib.ExitStack() as stack:
+            if self._journal is None:
+                stack.callback(self.path.unlink, missing_ok=True)
+            stack.push(self._stack)
+
+    def take(self, names: Iterable[str]) -> None:
+        """Put in images that the store has, next and in this order; others stay out."""
+        for name in names:
+            if name in self.store and name not in self._taken:
+                arrays = self.store.arrays(name, self._sources)
+                if self.store.compression and len(arrays[0]):  # what is compressed has to have rows
+                    self._compress(name, arrays)
+                else:
+                    for spot, array in zip(self.place(name, arrays), arrays, strict=True):
+                        write_at(self._raw.fileno(), spot.offset, array)
+
+    def _compress(self, name: str, arrays: list[np.ndarray]) -> None:
+        self._taken.add(name)
+        group = self._file.create_group(name)
+        for field, values in zip((*FIELDS, SIZE), arrays, strict=True):
+            compression = None if field == SIZE else self.store.compression
+            group.create_dataset(field, data=values, compression=compression)
+
+    def place(self, name: str, arrays: Iterable[np.ndarray | Spot]) -> list[Spot]:
+        """Where the next image's arrays, or what has their shape and kind, are to be written."""
+        _check_name(name)
+        self._taken.add(name)
         group = h5py.h5g.create(self._file.id, name.encode(), lcpl=_links())
-        for field, values in fields.items():
-            space = h5py.h5s.create_simple(values.shape)
-            dataset = h5py.h5d.create(group, field.encode(), _kind(values.dtype), space, _plain())
-            if values.nbytes < SMALL_BYTES:
-                self._copy([(dataset.get_offset(), values)] if values.size else [])
-            else:
-                self._placed.append((dataset.get_offset(), values))
-                self._placed_bytes += values.nbytes
+        spots = []
+        for field, array in zip((*FIELDS, SIZE), arrays, strict=True):
+            shape, kind = array[1:] if isinstance(array, Spot) else Spot.of(array)[1:]
+            space = h5py.h5s.create_simple(tuple(shape))
+            dataset = h5py.h5d.create(group, field.encode(), _kind(kind), space, _plain())
+            spots.append(Spot(dataset.get_offset() if math.prod(shape) else 0, shape, kind))
+        return spots
 
-    def _start_copy(self) -> None:
-        self._copies.append(self._copier.submit(self._copy, self._placed))
-        self._placed, self._placed_bytes = [], 0
+    def note(self, images: dict[str, list[Spot]]) -> None:
+        """Keep in the journal that these images' arrays have been written."""
+        lines = [images] if images else []
+        if self._journal is None:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            self._journal = os.open(self.path.with_suffix(JOURNAL_SUFFIX), flags, 0o666)
+            self._stack.callback(os.close, self._journal)
+            lines.insert(0, {"format": FORMAT, "key": self.store.key})
+        for line in lines:
+            data = json.dumps(line).encode() + b"\n"
+            if os.write(self._journal, data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
-    def _copy(self, placed: list[tuple[int, np.ndarray]]) -> None:
-        for offset, values in placed:
-            left = memoryview(np.ascontiguousarray(values).reshape(-1).view(np.uint8))
-            while left:
-                written = os.pwrite(self._descriptor, left, offset)
-                left, offset = left[written:], offset + written
+    def finish(self) -> None:
+        """Put in what else the store has, and put the file in its place."""
+        self.take(self.store.names())
+        self._stack.close()
+        os.replace(self.path, self.store.path)
+        self.store.replaced()
 
-    def finish(self, path: Path) -> None:
-        """Put the file in its place."""
-        self._start_copy()
-        while self._copies:
-            self._copies.popleft().result()
-        self._files.close()
-        os.replace(self._partial, path)
-        self._scratch.close()
 
-    def close(self) -> None:
-        """Leave nothing behind."""
-        with self._scratch, self._files:
-            pass
+def write_at(descriptor: int, offset: int, array: np.ndarray) -> None:
+    """Write an array's bytes into an open file."""
+    left = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    while left:
+        written = os.pwrite(descriptor, left, offset)
+        left, offset = left[written:], offset + written
+
+
+def _scratch_of(journal: Path) -> Path:
+    """The file that a journal is about."""
+    return journal.with_suffix(FILE_SUFFIX)
 
 
 @functools.cache
@@ -395,22 +411,23 @@ def _plain() -> h5py.h5p.PropDCID:
 
 
 @functools.cache
-def _kind(dtype: np.dtype) -> h5py.h5t.TypeID:
-    return h5py.h5t.py_create(dtype)
+def _kind(kind: str) -> h5py.h5t.TypeID:
+    return h5py.h5t.py_create(np.dtype(kind))
 
 
 class _Sources:
     """Files that images are read from, the last ones kept open."""
 
     def __init__(self) -> None:
-        self._open: OrderedDict[Path, _Part | _Whole] = OrderedDict()
+        self._open: OrderedDict[Path, _Part | _Unfinished | _Whole] = OrderedDict()
 
     def arrays(self, path: Path, name: str) -> list[np.ndarray]:
         """An image's arrays, in the order of `FIELDS` and SIZE; they outlast the file."""
         if path not in self._open:
             while len(self._open) >= MAX_OPEN:
                 self._open.popitem(last=False)
-            self._open[path] = _Part(path) if path.suffix == PART_SUFFIX else _Whole(path)
+            kinds = {PART_SUFFIX: _Part, JOURNAL_SUFFIX: _Unfinished}
+            self._open[path] = kinds.get(path.suffix, _Whole)(path)
         self._open.move_to_end(path)
         return self._open[path].arrays(name)
 
@@ -430,6 +447,22 @@ class _Part:
             values = np.frombuffer(self._bytes, kind, math.prod(shape), start)
             found.append(values.reshape(shape))
         return found
+
+
+class _Unfinished:
+    """A file that grew until its run was killed, as its journal tells."""
+
+    def __init__(self, path: Path):
+        self._images = _journal(path)["images"]
+        with open(_scratch_of(path), "rb") as file:
+            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def arrays(self, name: str) -> list[np.ndarray]:
+        """See `_Sources`."""
+        return [
+            np.frombuffer(self._bytes, kind, math.prod(shape), offset).reshape(shape)
+            for offset, shape, kind in self._images[name]
+        ]
 
 
 class _Whole:
@@ -573,9 +606,12 @@ def _bytes(features: Features) -> int:
     return features.descriptors.nbytes + features.keypoints.nbytes + features.scores.nbytes
 
 
-def _is_left(scratch: Path) -> bool:
-    """Whether the process that wrote this scratch file, whose name begins so, is gone."""
-    pid = scratch.name[1:].partition("-")[0]
+def _is_left(path: Path) -> bool:
+    """Whether this was half written by a process that is gone: its number begins the name."""
+    unfinished = path.suffix == FILE_SUFFIX and not path.with_suffix(JOURNAL_SUFFIX).exists()
+    if not path.name.startswith(".") and not unfinished:
+        return False
+    pid = path.name.lstrip(".").partition("-")[0]
     try:
         os.kill(int(pid), 0)
     except ProcessLookupError:

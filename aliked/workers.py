@@ -5,9 +5,10 @@ killed, another does what it left.
 """
 
 import contextlib
+import functools
 import multiprocessing
+import os
 import pickle
-import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -15,6 +16,8 @@ from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from aliked.errors import InputError, how_to_install
 from aliked.extraction import (
@@ -26,7 +29,8 @@ from aliked.extraction import (
     available_cores,
     missing,
 )
-from aliked.store import FeatureStore
+from aliked.features import Features
+from aliked.store import FeatureStore, Spot, arrays_of, write_at
 from aliked.threads import keep_freed_memory
 
 RESTARTS = 3  # of a worker that was killed; more is no accident
@@ -62,21 +66,26 @@ def extract_in_processes(
 
 
 Batch = tuple[int, list[Photo]]  # and which one it is, in the order of the folder
+Shapes = dict[str, list[Spot]]  # of each image's arrays, by name
 
 
 @dataclass
 class Worker:
-    """A process, and which batches it has that are not on the disk yet."""
+    """A process, and the batches that it has, which are not all written yet."""
 
+    index: int  # of its job
     process: multiprocessing.Process
-    ours: Connection
+    ours: Connection  # it asks for batches here, and tells how far it is
+    file: Connection  # and here where to write them
     batches: deque[Batch] = field(default_factory=deque)
+    again: deque[Batch] = field(default_factory=deque)  # what one before it has left
 
 
 class Team:
     """The processes of one machine. Each asks for a batch when it has room for one.
 
-    What is on the disk is put into the one file while they go on, in the order of the folder.
+    A process more has the one file grow: it gives each batch its place in it, in the order of the
+    folder, and the workers write there.
     """
 
     def __init__(self, job: Job, store: FeatureStore, devices: list[str]):
@@ -89,51 +98,45 @@ class Team:
         self.tally = Tally()  # of what is done here: bad headers are found while dealing
         self.tallies = [Tally() for _ in devices]
         self.deaths: Counter[int] = Counter()
-        self._todo = self._batches()
-        self._again: deque[Batch] = deque()  # what workers that died have left
-        self._done: dict[int, list[str]] = {}
-        self._arranged = 0  # batches
-        self._context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-        self._joiner = self._process(_join, self.jobs[0], store.path)
         self.workers: dict[int, Worker] = {}
+        self._todo = self._batches()
+        self._context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+        self._grower, self._file = self._process(_grow, self.jobs[0], store.path)
+        self._path: Path | None = None  # of the file that grows, once that is known
         for index in range(len(devices)):
             self._start(index)
 
     def run(self, report: Report) -> Tally:
-        """Wait for all of them."""
+        """Wait for all of them, and until the file is in its place."""
         started = time.perf_counter()
         while self.workers:
-            by_connection = {worker.ours: index for index, worker in self.workers.items()}
-            for ready in wait(list(by_connection)):
-                self._hear(by_connection[ready])
+            listeners: dict[Connection, Callable[[], None]] = {self._file: self._hear_file}
+            for worker in self.workers.values():
+                listeners[worker.ours] = functools.partial(self._hear, worker)
+                listeners[worker.file] = functools.partial(self._hear_writer, worker)
+            for ready in wait(list(listeners)):
+                if not ready.closed:  # by what another one said
+                    listeners[ready]()
             self.tally.wall = time.perf_counter() - started
             report(self._together())
-        self._close_file()
+        self._tell_file(None)
+        while not self._hear_file():
+            pass
         return self._together()
-
-    def _close_file(self) -> None:
-        """Wait for the one file. Where its process was killed the store's `close` writes it."""
-        error = None
-        with contextlib.suppress(EOFError, OSError):
-            self._joiner.ours.send(None)
-            error = self._joiner.ours.recv()
-        if isinstance(error, str):
-            raise InputError(error)
-        if error is not None:
-            raise error
 
     def close(self) -> None:
         """End those that are still running."""
-        for worker in (*self.workers.values(), self._joiner):
-            worker.process.terminate()
-            worker.process.join()
-            worker.ours.close()
+        for process in (self._grower, *(worker.process for worker in self.workers.values())):
+            process.terminate()
+            process.join()
+        for connection in (self._file, *(w.ours for w in self.workers.values())):
+            connection.close()
 
     def _together(self) -> Tally:
         return sum(self.tallies, self.tally)
 
     def _batches(self) -> Iterator[Batch]:
-        """The batches that are to be done; of those that are done only their order is kept."""
+        """The batches that are to be done; the others are put into the file as they are."""
 
         def bad(error: InputError) -> None:
             if self.jobs[0].strict:
@@ -141,135 +144,202 @@ class Team:
             self.tally.skipped.append(str(error))
 
         for index, batch in enumerate(self.jobs[0].batches(bad)):
-            if any(photo.name not in self.store for photo in batch):
+            names = [photo.name for photo in batch]
+            if any(name not in self.store for name in names):
                 yield index, batch
             else:
-                self._finish(index, batch)
+                self._tell_file(("take", index, names))
 
-    def _start(self, index: int) -> None:
-        self.workers[index] = self._process(_work, self.jobs[index], self.store.path)
-
-    def _process(self, target: Callable, *args: Any) -> "Worker":
+    def _process(self, target: Callable, *args: Any) -> tuple[multiprocessing.Process, Connection]:
         ours, theirs = self._context.Pipe()
         process = self._context.Process(target=target, args=(*args, theirs), daemon=True)
         process.start()
         theirs.close()
-        return Worker(process, ours)
+        return process, ours
 
-    def _hear(self, index: int) -> None:
-        worker = self.workers[index]
+    def _start(self, index: int) -> None:
+        file, theirs = self._context.Pipe()
+        process, ours = self._process(_work, self.jobs[index], theirs)
+        theirs.close()
+        self.workers[index] = Worker(index, process, ours, file)
+        if self._path is not None:
+            file.send(self._path)
+
+    def _hear(self, worker: Worker) -> None:
+        """A worker asks for a batch, tells how far it is, or has ended."""
         try:
             said = worker.ours.recv()
             if said is ASK:
                 worker.ours.send(self._deal(worker))
                 return
-        except (EOFError, OSError):  # it has ended
-            self._ended(index, worker)
+        except (EOFError, OSError):
+            self._ended(worker)
             return
-        if isinstance(said, str):
-            raise InputError(said)
-        if isinstance(said, OSError):
-            raise said
-        self.tallies[index], parts, on_disk = said
-        self._to_join(parts, [])
-        for _ in range(on_disk):
-            self._finish(*worker.batches.popleft())
+        _raise_if_error(said)
+        self.tallies[worker.index] = said
 
-    def _deal(self, worker: Worker) -> list[Photo] | None:
-        batch = self._again.popleft() if self._again else next(self._todo, None)
-        if batch is None:
-            return None
-        worker.batches.append(batch)
-        return batch[1]
+    def _deal(self, worker: Worker) -> Batch | None:
+        # What one before it has left comes first: the file waits for it.
+        batch = worker.again.popleft() if worker.again else next(self._todo, None)
+        if batch is not None:
+            worker.batches.append(batch)
+        return batch
 
-    def _finish(self, index: int, batch: list[Photo]) -> None:
-        """Put into the file what is complete up to here."""
-        self._done[index] = [photo.name for photo in batch]
-        while self._arranged in self._done:
-            names = self._done.pop(self._arranged)
-            self.store.arrange(names)
-            self._to_join([], names)
-            self._arranged += 1
+    def _hear_writer(self, worker: Worker) -> None:
+        """A worker asks where to write a batch, or has written it."""
+        try:
+            said = worker.file.recv()
+        except (EOFError, OSError):  # it has ended, and what it said before that is to be heard
+            while self.workers.get(worker.index) is worker:
+                self._hear(worker)
+            return
+        if isinstance(said, int):
+            worker.batches.popleft()
+            self._tell_file(("written", said))
+        else:
+            self._tell_file(("place", *said))
 
-    def _to_join(self, parts: list[Path], names: list[str]) -> None:
-        if parts or names:
-            with contextlib.suppress(OSError):  # killed: see _close_file
-                self._joiner.ours.send((parts, names))
+    def _tell_file(self, words: tuple | None) -> None:
+        with contextlib.suppress(OSError):  # it has ended: `_hear_file` says why
+            self._file.send(words)
 
-    def _ended(self, index: int, worker: Worker) -> None:
-        del self.workers[index]
+    def _hear_file(self) -> bool:
+        """The file has a name or a place for a batch; whether it is where it is to be."""
+        try:
+            said = self._file.recv()
+        except (EOFError, OSError) as error:
+            raise InputError(
+                "the process that writes the file was killed; what was extracted is kept: find "
+                "out why, and pass --resume"
+            ) from error
+        _raise_if_error(said)
+        if isinstance(said, Path):
+            self._path = said
+            for worker in self.workers.values():
+                worker.file.send(said)
+        elif said is not None:
+            number, spots = said  # of a batch
+            for worker in self.workers.values():
+                if any(number == batch[0] for batch in worker.batches):
+                    with contextlib.suppress(OSError):  # it has just ended
+                        worker.file.send(spots)
+        return said is None
+
+    def _ended(self, worker: Worker) -> None:
+        del self.workers[worker.index]
         worker.ours.close()
+        worker.file.close()
         worker.process.join()
         if worker.process.exitcode == 0:
             return
-        self._again += worker.batches
-        self.deaths[index] += 1
-        if self.deaths[index] > RESTARTS:
+        self.deaths[worker.index] += 1
+        if self.deaths[worker.index] > RESTARTS:
+            device, status = self.jobs[worker.index].spec.device, worker.process.exitcode
             raise InputError(
-                f"the process on {self.jobs[index].spec.device} ended {self.deaths[index]} times "
-                f"with status {worker.process.exitcode}; what was extracted is kept: find out why, "
-                "and pass --resume"
+                f"the process on {device} ended {self.deaths[worker.index]} times with status "
+                f"{status}; what was extracted is kept: find out why, and pass --resume"
             )
-        self._start(index)
+        self._start(worker.index)
+        self.workers[worker.index].again = worker.batches + worker.again
 
 
-SWITCH_SECONDS = 1e-4  # after which a thread gives way to another; 5e-3 is for fewer, longer steps
-ASK = None  # what a worker says that has room for a batch
+def _raise_if_error(said: Any) -> None:
+    if isinstance(said, str):
+        raise InputError(said)
+    if isinstance(said, OSError):
+        raise said
 
 
-def _work(job: Job, path: Path, theirs: Connection) -> None:
-    """A worker process: batches as long as there are any, into parts of the store."""
-    keep_freed_memory()
-
-    def batches() -> Iterator[list[Photo]]:
-        theirs.send(ASK)
-        while (batch := theirs.recv()) is not None:
-            yield batch
-            theirs.send(ASK)
-
-    def report(tally: Tally) -> None:
-        nonlocal told
-        told = _tell(theirs, pipeline, told)
-
-    told = 0
+@contextlib.contextmanager
+def _errors_to(theirs: Connection) -> Iterator[None]:
+    """Send what stops a process to its parent."""
     try:
-        with appending(path, job) as store:
-            pipeline = Pipeline(job, store, report)
-            pipeline.run_batches(batches())
-            pipeline.flush()
-            _tell(theirs, pipeline, told)
-    except (InputError, OSError) as error:
-        theirs.send(str(error) if isinstance(error, InputError) else error)
+        yield
+    except InputError as error:
+        theirs.send(str(error))
+    except EOFError:  # the parent has ended
+        pass
+    except OSError as error:
+        with contextlib.suppress(OSError):  # likewise
+            theirs.send(error)
     except KeyboardInterrupt:  # the parent says so
         pass
 
 
-def _join(job: Job, path: Path, theirs: Connection) -> None:
-    """A process that puts parts into the one file: in the parent it would hold up the dealing."""
-    sys.setswitchinterval(SWITCH_SECONDS)
-    try:
-        store = FeatureStore.open(path, job.key())
+ASK = None  # what a worker says that has room for a batch
+
+
+def _work(job: Job, file: Connection, theirs: Connection) -> None:
+    """A worker process: batches as long as there are any, into the file that grows."""
+    keep_freed_memory()
+    with _errors_to(theirs):
+        writer = Writer(file)
+
+        def batches() -> Iterator[list[Photo]]:
+            theirs.send(ASK)
+            while (said := theirs.recv()) is not None:
+                number, batch = said
+                writer.numbers.append(number)
+                yield batch
+                theirs.send(ASK)
+
+        pipeline = Pipeline(job, writer, theirs.send)
+        pipeline.run_batches(batches())
+        theirs.send(pipeline.tally)
+
+
+class Writer:
+    """What a worker has in place of a store: batches go to their places in the file that grows."""
+
+    def __init__(self, file: Connection):
+        self.numbers: deque[int] = deque()  # of the batches, in the order in which they come
+        self._file, self._descriptor = file, None
+        self._images: dict[str, list[np.ndarray]] = {}
+
+    def write(self, name: str, features: Features, size: tuple[int, int]) -> None:
+        """Take the features of an image of the batch."""
+        self._images[name] = arrays_of(features, size)
+
+    def checkpoint(self) -> None:
+        """Write the batch."""
+        if self._descriptor is None:
+            self._descriptor = os.open(self._file.recv(), os.O_WRONLY)
+        number, images = self.numbers.popleft(), self._images
+        self._images = {}
+        shapes = {name: [Spot.of(array) for array in arrays] for name, arrays in images.items()}
+        self._file.send((number, shapes))
+        for name, spots in self._file.recv().items():
+            for spot, array in zip(spots, images[name], strict=True):
+                write_at(self._descriptor, spot.offset, array)
+        self._file.send(number)
+
+
+def _grow(job: Job, path: Path, theirs: Connection) -> None:
+    """The process that has the one file grow: in the parent it would hold up the dealing."""
+    with _errors_to(theirs), FeatureStore.open(path, job.key()).grow() as file:
+        theirs.send(file.path)
+        waiting: dict[int, list[str] | Shapes] = {}
+        placed: dict[int, Shapes] = {}
+        following = 0  # the batch that is next
         while (said := theirs.recv()) is not None:
-            parts, names = said
-            store.adopt(parts)
-            store.arrange(names)
-            store.join()
-        store.close()
+            kind, number, *images = said
+            if kind == "written":
+                file.note(placed.pop(number))
+            elif number in placed:  # asked again for one that was killed
+                theirs.send((number, placed[number]))
+            else:
+                waiting[number] = images[0]
+            while following in waiting:
+                images = waiting.pop(following)
+                if isinstance(images, list):
+                    file.take(images)
+                else:
+                    spots = {name: file.place(name, shapes) for name, shapes in images.items()}
+                    placed[following] = spots
+                    theirs.send((following, spots))
+                following += 1
+        file.finish()
         theirs.send(None)
-    except InputError as error:
-        theirs.send(str(error))
-    except OSError as error:
-        theirs.send(error)
-    except (EOFError, KeyboardInterrupt):  # the parent has ended, and what it says is enough
-        pass
-
-
-def _tell(theirs: Connection, pipeline: Pipeline, told: int) -> int:
-    """Send what has been done, and how much of it is on the disk that was not; all of that."""
-    on_disk, parts = pipeline.on_disk, pipeline.store.flushed[:]
-    theirs.send((pipeline.tally, parts, on_disk - told))
-    del pipeline.store.flushed[: len(parts)]
-    return on_disk
 
 
 @contextlib.contextmanager

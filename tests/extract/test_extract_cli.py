@@ -121,6 +121,25 @@ if __name__ == "__main__":
     assert (tmp_path / "f.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
 
 
+def test_processes_that_were_killed_leave_what_they_wrote(tmp_path, photos):
+    """With all of them gone the next run goes on from the file that grew, and its journal."""
+    options = ("--top_k", 50, "--batch_size", 1)
+    extract(photos, "--output", tmp_path / "whole.h5", *options)
+    process = start(photos, "--output", tmp_path / "f.h5", *options, "--processes", 2)
+    parts = tmp_path / "f.h5.parts"
+
+    def journaled() -> int:
+        return sum(path.read_bytes().count(b"\n") for path in parts.glob("*.journal"))
+
+    while journaled() < 3 and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not (tmp_path / "f.h5").exists()
+    extract(photos, "--output", tmp_path / "f.h5", "--resume", *options)
+    assert (tmp_path / "f.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
+    assert not parts.exists()
+
+
 def test_a_full_disk_is_one_sentence_and_what_was_extracted_is_kept(tmp_path, photos):
     def limit():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
