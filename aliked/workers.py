@@ -326,6 +326,10 @@ def _grow(job: Job, path: Path, theirs: Connection) -> None:
             if kind == "written":
                 file.note(placed.pop(number))
             elif number in placed:  # asked again for one that was killed
+                if _without_places(placed[number]) != _without_places(images[0]):
+                    raise InputError(
+                        "a batch of a process that was killed came out otherwise; pass --resume"
+                    )
                 theirs.send((number, placed[number]))
             else:
                 waiting[number] = images[0]
@@ -342,14 +346,8 @@ def _grow(job: Job, path: Path, theirs: Connection) -> None:
         theirs.send(None)
 
 
-@contextlib.contextmanager
-def appending(path: Path, job: Job) -> Iterator[FeatureStore]:
-    """A store that others write to at the same time: what is new is put on the disk at the end."""
-    store = FeatureStore.open(path, job.key())
-    try:
-        yield store
-    finally:
-        store.flush()
+def _without_places(images: Shapes) -> Shapes:
+    return {name: [spot._replace(offset=0) for spot in spots] for name, spots in images.items()}
 
 
 SHARD_BATCHES = 4  # that a worker does between two checkpoints
