@@ -583,7 +583,7 @@ def test_what_the_fused_pair_runs_on_a_gpu_gives_the_matches_of_pytorch(together
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_the_fused_pair_gives_the_matches_of_pytorch(weights_dir):
     spec = Spec("aliked-n16rot", top_k=1000, device="cuda", weights=weights_dir)
-    pair = fused_lightglue.FusedPair(spec, weights_dir, compile_mode=None)
+    pair = fused_lightglue.FusedPair(spec, weights_dir)
     model = ALIKED.from_pretrained("aliked-n16rot", 1000, weights=weights_dir, device="cuda")
     matcher = LightGlue.from_pretrained(weights_dir, device="cuda")
     first, second = map(load_image, list_images("assets/sequence_640x480")[:2])

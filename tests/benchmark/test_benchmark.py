@@ -1,6 +1,7 @@
 """Timing, its statistics, its records and its processes."""
 
 import dataclasses
+import functools
 import os
 import signal
 import subprocess
@@ -256,7 +257,8 @@ def measured_here(monkeypatch):
         }
         limits = Limits(repeats=12, warmup=5, max_seconds=5)
         spec = row.spec("cpu", None, None)
-        return measure.measure(row, spec, images, reference, limits, silent)
+        subject = functools.partial(measure.ExtractorSubject, row, spec, images, reference)
+        return measure.measure(subject, spec, limits, silent)
 
     return measure_row
 
