@@ -81,13 +81,18 @@ BACKENDS = {
         "tensorrt", "TensorRTExtractor", {"library": "tensorrt-lean"}, suffix=".trt"
     ),
     "tensorrt-rtx": Backend(
-        "tensorrt", "TensorRTExtractor", {"library": "tensorrt-rtx"}, suffix=".rtx"
+        "tensorrt",
+        "TensorRTExtractor",
+        {"library": "tensorrt-rtx"},
+        suffix=".rtx",
+        lightglue=True,
     ),
     "tensorrt-rtx-cudagraph": Backend(
         "tensorrt",
         "TensorRTExtractor",
         {"library": "tensorrt-rtx", "cuda_graph": True},
         suffix=".rtx",
+        lightglue=True,
     ),
     "torch-tensorrt": Backend("pytorch", "TorchTensorRTExtractor"),
     "fused": Backend("fused", "FusedExtractor", compiles=True, lightglue=True),

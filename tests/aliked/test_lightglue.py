@@ -581,8 +581,10 @@ def test_what_the_fused_pair_runs_on_a_gpu_gives_the_matches_of_pytorch(together
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_the_fused_pair_gives_the_matches_of_pytorch(weights_dir):
-    spec = Spec("aliked-n16rot", top_k=1000, device="cuda", weights=weights_dir)
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", PAIR_FP32), ("fp16", MATCH_FP16)])
+def test_the_fused_pair_gives_the_matches_of_pytorch(precision, tolerance, weights_dir):
+    """Of images of one size, of two, and of one with fewer keypoints than K."""
+    spec = Spec("aliked-n16rot", 1000, precision=precision, device="cuda", weights=weights_dir)
     pair = fused_lightglue.FusedPair(spec, weights_dir)
     model = ALIKED.from_pretrained("aliked-n16rot", 1000, weights=weights_dir, device="cuda")
     matcher = LightGlue.from_pretrained(weights_dir, device="cuda")
@@ -596,8 +598,8 @@ def test_the_fused_pair_gives_the_matches_of_pytorch(weights_dir):
             (found.keypoints0, found.keypoints1),
             found.matches,
         )
-        verdict = judge_matches({"pair": compare_matches(expected, ours)}, PAIR_FP32)
-        assert verdict.passed, verdict.text
+        verdict = judge_matches({"pair": compare_matches(expected, ours)}, tolerance)
+        assert verdict.passed or not len(expected), verdict.text
 
 
 def some_matches(*pairs, score=0.5):
