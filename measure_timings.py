@@ -132,7 +132,6 @@ def add_grid_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--matcher",
         choices=MATCHERS,
-        default="mutual",
         help="lightglue: time two images to its matches, and the matcher alone, each image with "
         "the next, instead of extractors (default: mutual, which is not timed)",
     )
@@ -257,7 +256,7 @@ def grid_from(args: argparse.Namespace) -> Grid:
         Spec.scores_th if args.scores_th is None else args.scores_th,
         args.n_limit,
         args.compile_mode,
-        ("extractor",) if args.matcher == "mutual" else ("pair", "matcher"),
+        ("pair", "matcher") if args.matcher == "lightglue" else ("extractor",),
     )
     for name in backends if "all" not in args.backends else ():
         if not grid.precisions_of(name):
