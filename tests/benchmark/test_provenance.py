@@ -1,6 +1,7 @@
 """What decides whether a number may be believed: keys of what is kept, and what a record says."""
 
 import dataclasses
+import functools
 import gc
 import shutil
 import subprocess
@@ -223,10 +224,11 @@ def measured_by(monkeypatch):
 
     def run(extractor, row=SMALL) -> dict:
         monkeypatch.setattr(measure, "create_extractor", lambda *_: extractor)
-        monkeypatch.setattr(measure, "compare", lambda *_: {"passed": True})
+        monkeypatch.setattr(measure.ExtractorSubject, "parity", lambda _: {"passed": True})
         images = {"a.png": np.zeros((row.height, row.width, 3), np.uint8)}
         spec, limits = row.spec("cpu", None, None), Limits(10, 3, 5.0)
-        return measure.measure(row, spec, images, {}, limits, lambda *_: None)
+        subject = functools.partial(measure.ExtractorSubject, row, spec, images, {})
+        return measure.measure(subject, spec, limits, lambda *_: None)
 
     return run
 
