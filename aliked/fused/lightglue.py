@@ -1,7 +1,7 @@
 """LightGlue in half precision with few kernels: projections, updates and assignment merged.
 
-A block is three launches: projections with the rotation of queries and keys, attention by a
-library, and all that updates the rows. Between them only what attention needs goes through memory.
+A block is four launches: projections with the rotation of queries and keys, attention by a library,
+and two layers that update the rows, with the norm between them.
 """
 
 import torch
@@ -28,9 +28,10 @@ ATTENTION = [
 LEAST = tl.constexpr(-1e30)  # below every logarithm
 # Tile sizes and warps, by kernel.
 TILES = {
-    "project": {"M": 64, "N": 32, "K": 64, "STAGES": 3, "num_warps": 4},
-    "update": {"M": 32, "K": 32, "STAGES": 3, "num_warps": 8},
-    "assign": {"M": 16, "N": 128, "num_warps": 4},
+    "project": {"M": 64, "N": 64, "K": 64, "STAGES": 3, "num_warps": 4},
+    "hidden": {"M": 64, "N": 64, "K": 64, "STAGES": 3, "num_warps": 4},
+    "update": {"M": 32, "N": 64, "K": 64, "STAGES": 3, "num_warps": 4},
+    "assign": {"M": 8, "N": 256, "num_warps": 4},
 }
 
 
@@ -153,40 +154,76 @@ def project(
 
 
 @triton.jit
-def _update(
-    x, context, weight1, bias1, gain, shift, weight2, bias2, hidden, out, count, eps,
-    D: tl.constexpr, M: tl.constexpr, K: tl.constexpr, STAGES: tl.constexpr,
+def _hidden(
+    x, context, weight, bias, hidden, moments, count,
+    D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * M + tl.arange(0, M)
-    n = tl.arange(0, 2 * D)
-    acc = tl.zeros([M, 2 * D], tl.float32)
-    acc = add_linear(acc, x, row, count, weight1, n, 0, D, 2 * D, K, STAGES)
-    acc = add_linear(acc, context, row, count, weight1, n, D, D, 2 * D, K, STAGES)
-    acc += tl.load(bias1 + n)[None, :]
-    acc -= (tl.sum(acc, axis=1) / (2 * D))[:, None]
-    deviation = tl.sqrt(tl.sum(acc * acc, axis=1) / (2 * D) + eps)
-    acc = acc / deviation[:, None] * tl.load(gain + n)[None, :] + tl.load(shift + n)[None, :]
-    acc = 0.5 * acc * (1 + tl.erf(acc * 0.7071067811865476))  # GELU
-    inside = (row < count)[:, None]
+    n = tl.program_id(1) * N + tl.arange(0, N)
+    acc = tl.zeros([M, N], tl.float32)
+    acc = add_linear(acc, x, row, count, weight, n, 0, D, 2 * D, K, STAGES)
+    acc = add_linear(acc, context, row, count, weight, n, D, D, 2 * D, K, STAGES)
+    values = (acc + tl.load(bias + n)[None, :]).to(hidden.dtype.element_ty)
     at = hidden + row[:, None] * (2 * D) + n[None, :]
-    tl.store(at, acc.to(hidden.dtype.element_ty), mask=inside)
-    tl.debug_barrier()  # all of these rows are written, by this block, before they are read
-    n = tl.arange(0, D)
-    total = load_rows(x, row, count, n, D).to(tl.float32) + tl.load(bias2 + n)[None, :]
-    total = add_linear(total, hidden, row, count, weight2, n, 0, 2 * D, 2 * D, K, STAGES)
-    at = out + row[:, None] * D + n[None, :]
-    tl.store(at, total.to(out.dtype.element_ty), mask=inside)
+    tl.store(at, values, mask=(row < count)[:, None])
+    values = values.to(tl.float32)
+    mean = tl.sum(values, axis=1) / N
+    away = values - mean[:, None]
+    at = moments + (row * tl.num_programs(1) + tl.program_id(1)) * 2
+    tl.store(at, mean, mask=row < count)
+    tl.store(at + 1, tl.sum(away * away, axis=1), mask=row < count)
+
+
+@triton.jit
+def _update(
+    x, hidden, moments, gain, shift, weight, bias, out, count, eps,
+    D: tl.constexpr, PARTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    WIDTH: tl.constexpr = 2 * D
+    row = tl.program_id(0) * M + tl.arange(0, M)
+    n = tl.program_id(1) * N + tl.arange(0, N)
+    # Each part's mean and squared deviations to those of the whole row.
+    at = moments + (row[:, None] * PARTS + tl.arange(0, PARTS)[None, :]) * 2
+    means = tl.load(at, mask=(row < count)[:, None], other=0)
+    squares = tl.load(at + 1, mask=(row < count)[:, None], other=0)
+    mean = tl.sum(means, axis=1) / PARTS
+    away = means - mean[:, None]
+    variance = tl.sum(squares + away * away * (WIDTH // PARTS), axis=1) / WIDTH
+    scale = tl.rsqrt(variance + eps)
+    at = row[:, None] * D + n[None, :]
+    inside = (row < count)[:, None]
+    acc = tl.load(x + at, mask=inside, other=0).to(tl.float32) + tl.load(bias + n)[None, :]
+    for step in tl.range(0, WIDTH // K, num_stages=STAGES):
+        k = step * K + tl.arange(0, K)
+        values = load_rows(hidden, row, count, k, WIDTH).to(tl.float32)
+        values = (values - mean[:, None]) * scale[:, None] * tl.load(gain + k)[None, :]
+        values += tl.load(shift + k)[None, :]
+        values = 0.5 * values * (1 + tl.erf(values * 0.7071067811865476))  # GELU
+        b = tl.load(weight + n[None, :] * WIDTH + k[:, None])
+        acc = add_product(values.to(b.dtype), b, acc)
+    tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
 
 
 def update(x: torch.Tensor, context: torch.Tensor, ffn: nn.Sequential) -> torch.Tensor:
-    """x + ffn(x beside context), for rows [B, S, D] and what attention gathered for them."""
+    """x + ffn(x beside context), for rows [B, S, D] and what attention gathered for them.
+
+    The first layer's kernel leaves what the norm needs to know of its rows, in parts; the second's
+    takes norm and GELU along.
+    """
     first, norm, _, second = ffn
     batch, pair, dim = x.shape
+    count, tile = batch * pair, TILES["hidden"]
+    parts = 2 * dim // tile["N"]
     hidden, out = x.new_empty(batch, pair, 2 * dim), torch.empty_like(x)
+    moments = torch.empty(count, parts, 2, device=x.device)
+    _hidden[(triton.cdiv(count, tile["M"]), parts)](
+        x, context, first.weight, first.bias, hidden, moments, count, dim, **tile
+    )
     tile = TILES["update"]
-    _update[(triton.cdiv(batch * pair, tile["M"]),)](
-        x, context, first.weight, first.bias, norm.weight, norm.bias, second.weight, second.bias,
-        hidden, out, batch * pair, norm.eps, dim, **tile,
+    _update[(triton.cdiv(count, tile["M"]), dim // tile["N"])](
+        x, hidden, moments, norm.weight, norm.bias, second.weight, second.bias, out, count,
+        norm.eps, dim, parts, **tile,
     )  # fmt: skip
     return out
 

@@ -38,7 +38,7 @@ def test_every_operator_gives_the_results_of_its_twin(name, dtype, size, selecti
 def half_precision_matcher(kind: type[LightGlue]) -> LightGlue:
     """Random weights, in which a keypoint is still most similar to itself."""
     torch.manual_seed(0)
-    matcher = kind(descriptor_dim=32, dim=64, heads=2, layers=1).eval().requires_grad_(False)
+    matcher = kind(descriptor_dim=32, dim=128, heads=2, layers=1).eval().requires_grad_(False)
     matcher.input_proj.weight *= 10
     for assignment in matcher.log_assignment:
         assignment.final_proj.weight *= 2
