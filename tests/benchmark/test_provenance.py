@@ -282,12 +282,12 @@ def test_what_a_gpu_runtime_leaves_to_the_processor_is_a_problem(measured_by):
     extractor = FakeExtractor(Spec(top_k=50))
     nodes = {"CPUExecutionProvider": Counter(Conv=2, Shape=5)}
     extractor.placement = lambda: nodes
-    subject = SimpleNamespace(row=replace(ROW, device="cuda"), extractor=extractor)
+    subject = SimpleNamespace(row=replace(ROW, device="cuda"), runtime=extractor)
     assert measure.stray_nodes(subject) == "part of the model ran on the CPU: 2 Conv"
     nodes["CPUExecutionProvider"] = Counter(Shape=5)
     assert measure.stray_nodes(subject) is None
     nodes["CPUExecutionProvider"] = Counter(Conv=2)
-    on_cpu = SimpleNamespace(row=ROW, extractor=extractor)
+    on_cpu = SimpleNamespace(row=ROW, runtime=extractor)
     assert measure.stray_nodes(on_cpu) is None
     extractor.device = "cuda"
     result = measured_by(extractor, replace(ROW, top_k=50, device="cuda"))
