@@ -31,6 +31,7 @@ from aliked.parity import (
     FP32,
     MATCH_FP16,
     MATCH_FP32,
+    PAIR_FP16,
     PAIR_FP32,
     Parity,
     Verdict,
@@ -267,7 +268,7 @@ class PairSubject(Subject):
             self._inputs(*pair)
             for pair in zip(itertools.pairwise(images.values()), self.features, strict=True)
         ]
-        self.returned: dict[str, tuple[int, Matches]] = {}  # by label: number of the pair, matches
+        self.returned: dict[str, tuple[int, Arrays]] = {}  # by label: number of the pair, outputs
 
     def _inputs(self, images: tuple, features: tuple[Features, Features]) -> Arrays:
         if self.row.graph == "pair":
@@ -294,21 +295,24 @@ class PairSubject(Subject):
         return sample
 
     def _keep(self, clock: str, index: int, outputs: Arrays) -> None:
+        self.returned[f"{self.names[index]} ({clock})"] = index, outputs
+
+    def _matches(self, index: int, outputs: Arrays) -> Matches:
+        """The matches of pair `index`, in terms of the reference's keypoints."""
         matches = matches_of_rows(outputs["matches0"][0], outputs["scores0"][0])
-        if self.row.graph == "pair":
-            theirs = tuple(features.keypoints for features in self.features[index])
-            ours = outputs["keypoints0"][0], outputs["keypoints1"][0]
-            matches = in_terms_of(theirs, ours, matches)
-        self.returned[f"{self.names[index]} ({clock})"] = index, matches
+        if self.row.graph == "matcher":
+            return matches
+        theirs = tuple(features.keypoints for features in self.features[index])
+        ours = outputs["keypoints0"][0], outputs["keypoints1"][0]
+        return in_terms_of(theirs, ours, matches)
 
     def parity(self) -> dict:
         """The verdict on what was timed, and its figures for all pairs together."""
         parities = {
-            label: compare_matches(self.expected[index], matches)
-            for label, (index, matches) in self.returned.items()
+            label: compare_matches(self.expected[index], self._matches(index, outputs))
+            for label, (index, outputs) in self.returned.items()
         }
-        exact = PAIR_FP32 if self.row.graph == "pair" else MATCH_FP32
-        tolerance = MATCH_FP16 if self.row.precision == "fp16" else exact
+        tolerance = MATCH_TOLERANCES[self.row.graph, self.row.precision]
         common = sum(p.common for p in parities.values())
         total = sum(max(p.reference, p.other) for p in parities.values())
         difference = max(p.max_score_difference for p in parities.values())
@@ -327,7 +331,8 @@ class PairSubject(Subject):
 
     def matches(self, min_similarity: float | None) -> float:
         """The mean number of matches."""
-        return statistics.mean(len(matches) for _, matches in self.returned.values())
+        counts = [(outputs["matches0"] >= 0).sum() for _, outputs in self.returned.values()]
+        return float(statistics.mean(counts))
 
 
 def _to_host(values: Any) -> np.ndarray:
@@ -336,6 +341,12 @@ def _to_host(values: Any) -> np.ndarray:
 
 
 TOLERANCES = {"fp32": FP32, "fp16": FP16}
+MATCH_TOLERANCES = {
+    ("matcher", "fp32"): MATCH_FP32,
+    ("matcher", "fp16"): MATCH_FP16,
+    ("pair", "fp32"): PAIR_FP32,
+    ("pair", "fp16"): PAIR_FP16,
+}
 CLOCKS_EVERY = 20  # runs between two readings of the GPU's clocks
 # A GPU runtime that leaves one of these to the processor is another runtime.
 HEAVY_OPERATORS = {"Conv", "DeformConv", "GridSample", "MatMul", "Gemm", "MaxPool", "TopK"}

@@ -40,6 +40,7 @@ from aliked.model import ALIKED
 from aliked.parity import (
     MATCH_FP16,
     MATCH_FP32,
+    PAIR_FP16,
     PAIR_FP32,
     MatchParity,
     Verdict,
@@ -360,7 +361,7 @@ def verify_pair(
     parities = {
         name: _compare_pair(run, model, matcher, image0, image1) for name, image0, image1 in pairs
     }
-    return judge_matches(parities, MATCH_FP16 if precision == "fp16" else PAIR_FP32)
+    return judge_matches(parities, PAIR_FP16 if precision == "fp16" else PAIR_FP32)
 
 
 def _compare_pair(
