@@ -130,10 +130,11 @@ class TorchPairRuntime(PairRuntime):
         self.name, self.device, self.network, self.forward = name, device, network, forward
 
     def to_device(self, inputs: Arrays) -> list[torch.Tensor | None]:
-        """The inputs in the network's order; a mask that hides nothing is left out."""
-        arrays = (inputs[name] for name in self.network.input_names)
+        """The inputs in the network's order; masks that hide nothing are left out."""
+        arrays = [inputs[name] for name in self.network.input_names]
+        whole = all(rows.all() for rows in arrays if rows.dtype == bool)
         return [
-            None if rows.dtype == bool and rows.all() else torch.from_numpy(rows).to(self.device)
+            None if whole and rows.dtype == bool else torch.from_numpy(rows).to(self.device)
             for rows in arrays
         ]
 

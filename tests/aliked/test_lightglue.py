@@ -10,13 +10,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from aliked.backends import Spec, fused_lightglue
+from aliked.backends import (
+    Spec,
+    create_pair_runtime,
+    fused_lightglue,
+    tensorrt_lightglue,
+)
 from aliked.backends.onnxruntime_lightglue import (
     ColmapMatcher,
     ONNXRuntimeMatcher,
     ONNXRuntimePair,
 )
 from aliked.errors import InputError
+from aliked.export import build
 from aliked.export.lightglue import (
     MatcherOptions,
     Pair,
@@ -31,7 +37,7 @@ from aliked.fused import pipeline, reference
 from aliked.fused.weights import pack as pack_weights
 from aliked.images import list_images, load_image
 from aliked.lightglue import LightGlue, PairAttention, fused_attention
-from aliked.matching import Matches, matches_of_rows
+from aliked.matching import Matches, matcher_inputs, matches_of_rows
 from aliked.model import ALIKED
 from aliked.parity import (
     MATCH_FP16,
@@ -43,6 +49,7 @@ from aliked.parity import (
     judge_matches,
 )
 from aliked.weights import LIGHTGLUE, find_weights
+from tests.helpers.fake_tensorrt.installed import install
 from tests.helpers.textures import texture
 
 SIZE = (640, 480)
@@ -545,6 +552,65 @@ def test_tensorrt_for_rtx_builds_a_pair_of_any_sizes(tmp_path):
     export_pair(ALIKED("aliked-t16", top_k=50).eval(), matcher, path, options)
     sizes = ((64, 64), (64, 96), (128, 160))
     assert builds(path, lambda name, shape: [(1, 3, *size) for size in sizes])
+
+
+@pytest.fixture
+def build_small(monkeypatch, tmp_path):
+    """Builds `small_matcher` for 40 keypoints by the code of `measure_timings.py`."""
+    monkeypatch.setattr(build.LightGlue, "from_pretrained", lambda *_, **__: small_matcher())
+
+    def make(suffix):
+        path = tmp_path / f"matcher{suffix}"
+        build.build_lightglue_file(Spec(top_k=40), "matcher", SIZE, None, path)
+        return path
+
+    return make
+
+
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_an_engine_runs_as_a_runtime_of_pairs(cuda_graph, build_small, monkeypatch):
+    """By a stand-in for TensorRT for RTX, which runs the ONNX file."""
+    install(monkeypatch, "10.13.3.9")
+    spec = Spec(top_k=40, device="cuda:0", model_path=build_small(".rtx"))
+    options = {"library": "tensorrt-rtx", "cuda_graph": cuda_graph}
+    engine = tensorrt_lightglue.open_runtime("rtx", "matcher", spec, None, SIZE, **options)
+    check_pair_runtime(engine)
+
+
+def test_a_file_runs_as_a_runtime_of_pairs(build_small):
+    spec = Spec(top_k=40, device="cpu", model_path=build_small(".onnx"))
+    check_pair_runtime(create_pair_runtime("onnxruntime-cpu", "matcher", spec, None, SIZE))
+
+
+def test_pytorch_runs_as_a_runtime_of_pairs(monkeypatch):
+    monkeypatch.setattr(LightGlue, "from_pretrained", lambda *_: small_matcher())
+    spec = Spec(top_k=40, device="cpu")
+    check_pair_runtime(create_pair_runtime("pytorch", "matcher", spec, None, SIZE))
+
+
+def check_pair_runtime(runtime):
+    """Both calls give the small matcher's matches, of full and of padded inputs, and again."""
+    features = features_of(40, 1)
+    for count in (40, 25, 40):
+        pair = features, moved(features, count)
+        inputs = matcher_inputs(pair, (SIZE, SIZE), 40)
+        expected = small_matcher().match(*pair, SIZE, SIZE)
+        batch = runtime.to_device(inputs)
+        outputs = runtime.infer(batch)
+        runtime.synchronize()
+        there = {
+            name: np.asarray(getattr(rows, "numpy", lambda r=rows: r)())
+            for name, rows in outputs.items()
+        }
+        for found in (there, runtime(inputs)):
+            matches = matches_of_rows(found["matches0"][0], found["scores0"][0])
+            np.testing.assert_array_equal(matches.indices, expected.indices)
+            np.testing.assert_allclose(matches.scores, expected.scores, atol=ROUNDING)
+
+
+def test_a_backend_without_lightglue_is_refused_by_naming_others():
+    with pytest.raises(InputError, match=r"aotinductor does not run LightGlue; .*pytorch"):
+        create_pair_runtime("aotinductor", "matcher", Spec(), None, SIZE)
 
 
 @pytest.mark.parametrize("together", [True, False])
