@@ -11,12 +11,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from aliked.fused.common import add_product
-from aliked.lightglue import (
-    Encoding,
-    LightGlue,
-    Output,
-    fused_attention,
-)
+from aliked.lightglue import Encoding, LightGlue, Output, fused_attention
 
 # The first that takes the inputs; a mask, of fill-ins, is not for the second.
 ATTENTION = [
