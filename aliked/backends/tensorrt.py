@@ -545,7 +545,7 @@ class TensorRTExtractor(Extractor):
             self.memory.copy(batch, mine)
             batch = mine
         if self._graph:
-            self._graph.launch()
+            self._graph.launch(self.memory.stream)
             return
         self._set_address(INPUT, batch)
         self._enqueue()
@@ -596,9 +596,13 @@ class TensorRTExtractor(Extractor):
                 f"the batch is no contiguous {self.dtype} buffer of this extractor's device and "
                 "memory; make it with to_device"
             )
-        with self.memory.active():
-            self._prepare(tuple(batch.shape))
-            self._run(batch)
+        if self._graph and tuple(batch.shape) == self.shape:
+            self._batch = batch
+            self.memory.replay(self._graph, batch, self.buffers[INPUT])
+        else:
+            with self.memory.active():
+                self._prepare(tuple(batch.shape))
+                self._run(batch)
         return {name: self.buffers[name] for name in OUTPUTS}
 
     def extract_batch(self, images: np.ndarray) -> list[Features]:
