@@ -55,7 +55,7 @@ class EnginePairRuntime(PairRuntime):
 
     def _run(self) -> None:
         if self._graph:
-            self._graph.launch()
+            self._graph.launch(self.memory.stream)
         else:
             self._enqueue()
 
