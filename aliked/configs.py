@@ -1,7 +1,7 @@
 """The ALIKED variants as one table (arXiv 2304.03608, table I), and what can be asked of them."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from pathlib import Path
 
@@ -124,6 +124,15 @@ class Spec:
     def selection(self) -> Selection:
         """Which keypoints are kept."""
         return Selection(self.top_k, self.scores_th, self.n_limit)
+
+    @property
+    def tf32(self) -> bool:
+        """Whether float32 may be multiplied in TF32, where a model of half precision has it."""
+        return self.precision != "fp32"
+
+    def in_its_types(self) -> "Spec":
+        """The same with the precision of its numbers, for what writes or converts the model."""
+        return replace(self, precision="fp32") if self.precision == "tf32" else self
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def build(spec: Spec, builder: str, path: Path) -> None:
     """Export the model of `spec` with symbolic sizes and build its engine."""
     onnx_path = path.with_suffix(".onnx")
     build_onnx(spec, PROFILE[2], onnx_path)
-    options = BuildOptions(tf32=spec.precision != "fp32")
+    options = BuildOptions(tf32=spec.tf32)
     shapes = tuple((*sizes, 3) for sizes in PROFILE)
     judged_by = "python -m tools.check_sizes"
     convert(

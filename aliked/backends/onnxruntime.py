@@ -90,6 +90,16 @@ def choose_providers(device: str) -> Providers:
     return [chosen]
 
 
+def place_of(provider: str, options: Mapping[str, str]) -> tuple[str, int]:
+    """Where a provider keeps its tensors: "cpu" or "cuda", and which of them."""
+    return ("cpu", 0) if provider == CPU else ("cuda", int(options["device_id"]))
+
+
+def device_of(kind: str, index: int) -> str:
+    """The device of a place, as `Extractor.device` names it."""
+    return kind if kind == "cpu" else f"{kind}:{index}"
+
+
 def load_cuda_libraries() -> None:
     """Load CUDA's and cuDNN's libraries from their pip packages, which no loader searches.
 
@@ -292,12 +302,11 @@ class ONNXRuntimeExtractor(Extractor):
         self._arguments = spec, name, provider
         (chosen, options), *others = PROVIDERS[provider][1](spec)
         if chosen == TENSORRT_RTX:
-            settle_tf32(spec.precision != "fp32")
+            settle_tf32(spec.tf32)
         self.session = open_session(self.path, chosen, options, others)
-        self._place = ("cpu", 0) if chosen == CPU else ("cuda", int(options["device_id"]))
-        kind, index = self._place
-        self.device = kind if kind == "cpu" else f"{kind}:{index}"
-        self.name = name if provider else f"{name}-{kind}"
+        self._place = place_of(chosen, options)
+        self.device = device_of(*self._place)
+        self.name = name if provider else f"{name}-{self._place[0]}"
         self.shapes = {tensor.name: tensor.shape for tensor in self.session.get_outputs()}
         self.export = read_metadata(self.path, self.session.get_modelmeta().custom_metadata_map)
         self.input = self._check_contract()

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -185,7 +185,24 @@ class CompiledExtractor(ForwardExtractor):
         super().__init__(name, device, lambda batch: named(compiled(batch)))
 
 
-WARMUP_RUNS = 3  # cuDNN and cuBLAS choose and allocate in the first ones
+WARMUP_RUNS = 3  # compilers and libraries choose and allocate in the first ones
+
+
+def capture(run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """Run on a side stream, which compiles and allocates, then record the same run as a graph.
+
+    Returns the graph and what `run` returned, whose tensors each replay overwrites.
+    """
+    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        for _ in range(WARMUP_RUNS):
+            run()
+    current.wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # others may allocate
+        result = run()
+    return graph, result
 
 
 class Captured(NamedTuple):
@@ -214,15 +231,8 @@ class CapturedForward:
 
     def _capture(self, batch: torch.Tensor) -> Captured:
         with torch.cuda.device(self.device):
-            images, graph = batch.clone(), torch.cuda.CUDAGraph()
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(WARMUP_RUNS):
-                    self.model(images)
-            torch.cuda.current_stream().wait_stream(side)
-            with torch.cuda.graph(graph):
-                outputs = named(self.model(images))
+            images = batch.clone()
+            graph, outputs = capture(lambda: named(self.model(images)))
         return Captured(graph, images, outputs)
 
 
@@ -325,8 +335,7 @@ class TorchTensorRTExtractor(ForwardExtractor):
     def __init__(self, spec: Spec, name: str = "torch-tensorrt"):
         """Raise `InputError` on another device than CUDA."""
         device = choose_device(spec.device, "cuda")
-        types = replace(spec, precision="fp32") if spec.precision == "tf32" else spec
-        forward = EngineForward(load_model(types, device), tf32=spec.precision != "fp32")
+        forward = EngineForward(load_model(spec.in_its_types(), device), spec.tf32)
         if _installed("torch-tensorrt-rtx"):
             settle_tf32(forward.tf32)
         super().__init__(name, device, forward)

@@ -10,10 +10,13 @@ import torch
 
 from aliked.backends import Spec
 from aliked.backends.pytorch import NamedOutputs, choose_device, load_model, plain_float32
-from aliked.export.builder import BuildOptions
+from aliked.backends.tensorrt_library import RTX
+from aliked.export.builder import BuildOptions, build_plan
 from aliked.export.engine import Request, convert, read_source
+from aliked.export.lightglue import MatcherOptions, PairOptions, export_matcher, export_pair
 from aliked.export.onnx_export import ExportOptions, export_onnx
 from aliked.files import whole_file
+from aliked.lightglue import LightGlue
 from aliked.model import to_tensor
 
 Shape = tuple[int, int, int]  # B, H, W
@@ -22,8 +25,7 @@ Shape = tuple[int, int, int]  # B, H, W
 def build_onnx(spec: Spec, shape: Shape, path: Path) -> None:
     """Export the model of `spec` for uint8 images of `shape` to `path`."""
     batch, height, width = shape
-    precision = "fp32" if spec.precision == "tf32" else spec.precision
-    model = load_model(replace(spec, precision=precision), choose_device("cpu"))
+    model = load_model(spec.in_its_types(), choose_device("cpu"))
     # A static file holds a batch of 1. Bytes are a quarter of the copy, converted on the device.
     options = ExportOptions(height=height, width=width, dynamic=batch > 1, uint8_input=True)
     export_onnx(model, path, options)
@@ -40,7 +42,7 @@ def build_engine(spec: Spec, shape: Shape, path: Path, builder: str = "tensorrt"
         request = Request(
             onnx_path,
             path,
-            BuildOptions(tf32=spec.precision != "fp32"),
+            BuildOptions(tf32=spec.tf32),
             builder=builder,
             shapes=((*shape, 3),) * 3 if -1 in read_source(onnx_path).shape else (None,) * 3,
             verify=False,
@@ -64,6 +66,32 @@ def build_package(spec: Spec, shape: Shape, path: Path) -> None:
             package_path=str(partial),
             inductor_configs={"aot_inductor.metadata": noted},
         )
+
+
+def build_lightglue_file(
+    spec: Spec, graph: str, size: tuple[int, int], matcher_weights: Path | None, path: Path
+) -> None:
+    """Export LightGlue alone ("matcher") or behind the model ("pair") to `path`, ONNX or engine.
+
+    For `spec.top_k` keypoints and images of `size`, (width, height). An engine is one of TensorRT
+    for RTX, without a manifest: it is for whoever made it.
+    """
+    own = spec.in_its_types()
+    matcher = LightGlue.from_pretrained(matcher_weights, precision=own.precision)
+
+    def export(onnx_path: Path) -> None:
+        if graph == "matcher":
+            export_matcher(matcher, onnx_path, MatcherOptions(spec.top_k))
+        else:
+            model, options = load_model(own, choose_device("cpu")), PairOptions(size, size)
+            export_pair(model, matcher, onnx_path, replace(options, uint8_input=True))
+
+    if path.suffix == ".onnx":
+        return export(path)
+    with tempfile.TemporaryDirectory() as folder, whole_file(path) as partial:
+        onnx_path = Path(folder) / f"{path.stem}.onnx"
+        export(onnx_path)
+        partial.write_bytes(build_plan(RTX, onnx_path, BuildOptions(tf32=spec.tf32)))
 
 
 BUILDERS: dict[str, Callable[[Spec, Shape, Path], None]] = {
