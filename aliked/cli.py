@@ -227,8 +227,8 @@ def add_selection_options(group: argparse._ArgumentGroup) -> None:
         "--scores_th",
         type=share,
         metavar="SCORE",
-        help="with --top_k 0: lowest score of a keypoint, 0 to 1, such as 0.2; an image without "
-        "one gives those above its mean score, as in the official code",
+        help="with --top_k 0: lowest score of a keypoint, 0 to 1, such as 0.2; an image in which "
+        "none passes has no keypoint (the official code would take those above its mean score)",
     )
     group.add_argument(
         "--n_limit",

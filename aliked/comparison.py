@@ -138,8 +138,8 @@ def _check_selection(side: Side, spec: Spec) -> None:
     export = side.export
     if "top_k" not in export:
         return
-    asked = spec.scores_th, spec.n_limit
-    in_file = export["scores_th"], export["n_limit"]
+    asked = spec.scores_th, spec.n_limit, spec.strict
+    in_file = export["scores_th"], export["n_limit"], export.get("strict", False)
     by_threshold = export["top_k"] <= 0
     if by_threshold == (spec.top_k <= 0) and (in_file == asked or not by_threshold):
         return

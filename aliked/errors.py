@@ -1,6 +1,7 @@
 """The one exception that a script turns into a sentence and exit status 2."""
 
 import importlib.metadata
+import reprlib
 
 # Which extra of this package brings a module that not every part of it needs.
 EXTRAS = {
@@ -25,6 +26,11 @@ EXTRAS = {
 
 class InputError(ValueError):
     """Bad input from the user: one sentence that names the thing, the reason and the cure."""
+
+
+def shown(value: object) -> str:
+    """A value as a sentence names it: as Python writes it, in one line and not all of a long one."""
+    return " ".join(reprlib.repr(value).split())[:80]
 
 
 def how_to_install(module: str) -> str:

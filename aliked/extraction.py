@@ -66,7 +66,7 @@ class Job:
         spec = self.spec
         mode = {"top_k": spec.top_k}
         if spec.top_k <= 0:
-            mode = {"scores_th": spec.scores_th, "n_limit": spec.n_limit}
+            mode = {"scores_th": spec.scores_th, "n_limit": spec.n_limit, "strict": spec.strict}
         if spec.model_path is None:
             file = {"weights": sha256(find_weights(spec.model, spec.weights))}
         else:

@@ -146,7 +146,9 @@ def facts_of(path: Path) -> dict[str, Any]:
     return {
         "model": export.model,
         "precision": str(precision).lower(),
-        "selection": Selection(export.top_k, export.scores_th, export.n_limit),
+        "selection": Selection(
+            export.top_k, export.scores_th, export.n_limit, export.strict
+        ),
         "batch, height and width": shape,
         "weights": weights.get("sha256") if isinstance(weights, dict) else None,
     }
@@ -159,6 +161,7 @@ class Exported(msgspec.Struct):
     top_k: int
     scores_th: float
     n_limit: int
+    strict: bool = False  # which older files do not say
 
 
 def _beside(path: Path) -> dict:

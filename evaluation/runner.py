@@ -234,7 +234,10 @@ def common_fields(seed: int, selection: Selection, task: Task, machine: Machine)
     images = task.dataset.images
     digests = "".join(f"{image.name} {image.sha256}\n" for image in images)
     sizes = Counter(f"{image.size[0]}x{image.size[1]}" for image in images)
-    kept = asdict(selection) | ({} if selection.by_threshold else {"scores_th": None})
+    kept = asdict(selection)
+    if not selection.by_threshold:
+        kept |= {"scores_th": None}
+        del kept["strict"]
     return {
         "schema": SCHEMA,
         "task": task.name,

@@ -358,8 +358,10 @@ class ONNXRuntimeExtractor(Extractor):
         if spec.top_k > 0 and not by_threshold:
             return self._check_top_k(spec.top_k)
         facts = {"scores_th": spec.scores_th, "n_limit": spec.n_limit}
+        strict = self.export.get("strict", False) is spec.strict  # older files do not say
         wanted = {"top_k": spec.top_k} if spec.top_k > 0 else {"top_k": 0, **facts}
-        if spec.top_k > 0 or not by_threshold or any(self.export.get(n) != facts[n] for n in facts):
+        same = strict and all(self.export.get(name) == facts[name] for name in facts)
+        if spec.top_k > 0 or not by_threshold or not same:
             options = " ".join(f"--{name} {value}" for name, value in wanted.items())
             raise InputError(
                 f"{self.path} was not exported for {options}; export it again with these options, "

@@ -60,6 +60,7 @@ def load_model(spec: Spec, device: torch.device) -> ALIKED:
         top_k=spec.top_k,
         scores_th=spec.scores_th,
         n_limit=spec.n_limit,
+        strict=spec.strict,
         weights=spec.weights,
         device=device,
         precision=spec.precision,

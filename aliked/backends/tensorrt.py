@@ -90,7 +90,13 @@ def read_manifest(engine: Path) -> dict:
     return manifest
 
 
-EXPORT_TYPES = {"model": str, "top_k": int, "scores_th": (int, float), "n_limit": int}
+EXPORT_TYPES = {
+    "model": str,
+    "top_k": int,
+    "scores_th": (int, float),
+    "n_limit": int,
+    "strict": bool,
+}
 
 
 def is_export(export: Any) -> bool:
@@ -627,7 +633,8 @@ def _check_export(spec: Spec, export: dict) -> None:
     if model != spec.model:
         raise InputError(f"{spec.model_path} holds {model}, not {spec.model}; pass --model {model}")
     by_threshold = export.get("top_k", 0) <= 0
-    if spec.top_k <= 0 and not (by_threshold and export.get("scores_th") == spec.scores_th):
+    same = export.get("scores_th") == spec.scores_th and export.get("strict", False) is spec.strict
+    if spec.top_k <= 0 and not (by_threshold and same):
         raise InputError(
             f"{spec.model_path} was not exported for --top_k 0 --scores_th {spec.scores_th}; "
             "export and build it again with these options, since what it selects is part of it"

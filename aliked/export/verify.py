@@ -136,6 +136,7 @@ def open_exported(
             top_k=reference.top_k,
             scores_th=reference.scores_th,
             n_limit=reference.n_limit,
+            strict=reference.strict,
             device="cpu",
             model_path=path,
         )
@@ -190,7 +191,8 @@ def create_reference(path: Path, export: dict, weights: Path | None) -> PyTorchE
     """
     try:
         names = ("model", "top_k", "scores_th", "n_limit")
-        spec = Spec(**{name: export[name] for name in names}, weights=weights)
+        strict = export.get("strict", False)  # which older files do not say
+        spec = Spec(**{name: export[name] for name in names}, weights=weights, strict=strict)
     except KeyError as error:
         raise InputError(
             f"{path} does not say which {error} it was exported with, so there is nothing "
