@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import io
 import math
 import os
 import signal
@@ -45,6 +46,9 @@ def run(
     ended it (130 for Ctrl-C, 141 where nobody reads the output any more).
     """
     stop_by_exception()
+    for stream in (sys.stdout, sys.stderr):  # names of files need not be UTF-8
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         status = main(parser.parse_args(arguments)) or 0
     except SystemExit as end:
@@ -125,7 +129,7 @@ def number(low: float, high: float = math.inf, above: bool = False) -> Callable[
         if not (low <= value <= high) or math.isinf(value) or (above and value == low):
             least = f"above {low:g}" if above else f"from {low:g}"
             most = "" if math.isinf(high) else f" to {high:g}"
-            raise argparse.ArgumentTypeError(f"{text} is no number {least}{most}")
+            raise argparse.ArgumentTypeError(f"{text[:40]} is no number {least}{most}")
         return value
 
     return parse
@@ -142,7 +146,7 @@ def whole(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
         if not low <= value <= high:
             most = "" if high == 2**31 - 1 else f", at most {high}"
             raise argparse.ArgumentTypeError(
-                f"{text} is no whole number to go by; give at least {low}{most}"
+                f"{text[:40]} is no whole number to go by; give at least {low}{most}"
             )
         return value
 

@@ -117,9 +117,7 @@ class Spec:
                 raise InputError(f"{name} is {shown(path)}; give the path of a file")
         kind = self.device.partition(":")[0] if isinstance(self.device, str) else None
         if kind not in ("auto", "cpu", "cuda"):
-            raise InputError(
-                f"unknown device {shown(self.device)}; give auto, cpu, cuda or cuda:N"
-            )
+            raise InputError(f"unknown device {shown(self.device)}; give auto, cpu, cuda or cuda:N")
 
     @property
     def selection(self) -> Selection:

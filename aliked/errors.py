@@ -29,8 +29,14 @@ class InputError(ValueError):
 
 
 def shown(value: object) -> str:
-    """A value as a sentence names it: as Python writes it, in one line and not all of a long one."""
+    """A value as a sentence names it: in one line, and not all of a long one."""
     return " ".join(reprlib.repr(value).split())[:80]
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says first, in at most 300 characters: some quote a whole file."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return (line or type(error).__name__)[:300].rstrip(" .:")
 
 
 def how_to_install(module: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from aliked.configs import RADIUS, Spec
-from aliked.errors import InputError
+from aliked.errors import InputError, shown
 from aliked.threads import each, in_parts
 
 # What every runtime returns for a batch, found by these names: [B, K, 2], [B, K, D], [B, K].
@@ -85,6 +85,22 @@ def _check_pixels(pixels: np.ndarray, ndim: int, what: str, wanted: str) -> None
             f"{what} {width}x{height} pixels; both sides must be at least {MIN_SIDE}, since "
             "detection drops a border of 2 pixels"
         )
+
+
+def check_features_type(features: Features) -> None:
+    """Raise `InputError` unless these are `Features`, of float arrays with as many rows each."""
+    if not isinstance(features, Features):
+        raise InputError(f"{shown(features)} is given for features; give `Features` of an image")
+    for name, ndim in (("keypoints", 2), ("scores", 1), ("descriptors", 2)):
+        rows = getattr(features, name)
+        if not isinstance(rows, np.ndarray) or rows.ndim != ndim or rows.dtype.kind != "f":
+            what = (
+                f"{rows.dtype} {list(rows.shape)}" if isinstance(rows, np.ndarray) else shown(rows)
+            )
+            raise InputError(f"the {name} of the features are {what}; extract them again")
+    rows, columns = features.keypoints.shape
+    if columns != 2 or len(features.scores) != rows or len(features.descriptors) != rows:
+        raise InputError("the arrays of the features do not belong together; extract them again")
 
 
 def check_features(features: Features, height: int, width: int) -> None:

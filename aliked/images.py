@@ -7,15 +7,16 @@ import struct
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
+from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 
-from aliked.errors import InputError
+from aliked.errors import InputError, shown
 from aliked.features import MIN_SIDE
-from aliked.files import open_regular, read_file
+from aliked.files import as_path, open_regular, read_file
 
 MOST_BYTES = 2**31  # of an image file
 # Formats of images that are not read: files of these are named when they are passed over.
@@ -29,13 +30,14 @@ def list_images(folder: Path) -> list[Path]:
     Hidden files and sub-folders are left out. `InputError` when there is no such folder or no
     image in it.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     try:
         with os.scandir(folder) as entries:
             files = [entry.name for entry in entries if not entry.is_dir()]
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+        reason = getattr(error, "strerror", None) or error
         raise InputError(
-            f"cannot list the images of {folder} ({error.strerror}); {_cure(folder)}"
+            f"cannot list the images of {folder} ({reason}); {_cure(folder)}"
         ) from error
     names = [name for name in files if _named_as_image(name)]
     _name_others(folder, files)
@@ -50,7 +52,7 @@ def find_images(folder: Path) -> list[str]:
     Paths relative to `folder`, with forward slashes, in natural order; what is hidden is left out.
     `InputError` when there is no such folder or no image in it.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     list_error: list[OSError] = []
     names = []
     for parent, folders, files in os.walk(folder, onerror=list_error.append):
@@ -114,7 +116,11 @@ def _full_header(path: Path) -> Header:
     from PIL import Image  # here: photographs are decoded without it
 
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+        with (
+            warnings.catch_warnings(action="ignore"),
+            open_regular(path, MOST_BYTES) as file,
+            Image.open(file) as image,
+        ):
             orientation = image.getexif().get(ORIENTATION, 1)
             # Pillow gives the size of a TIFF as it is turned.
             tags = getattr(image, "tag_v2", {})
@@ -135,6 +141,10 @@ def load_image(path: Path, stored: int | None = None, max_size: int | None = Non
     floating-point or other pixels, colours that are easily mistaken, or is smaller than 5x5. An
     image whose longer side is above `max_size` is reduced to it.
     """
+    for name, value, least in (("stored", stored, 1), ("max_size", max_size, MIN_SIDE)):
+        whole = isinstance(value, Integral) and not isinstance(value, bool)
+        if value is not None and (not whole or value < least):
+            raise InputError(f"{name} is {shown(value)}; give a whole number from {least} on")
     data = np.frombuffer(read_file(path, MOST_BYTES), np.uint8)
     image = decode_image(data, str(path), stored)
     if max_size and max(image.shape[:2]) > max_size:

@@ -21,7 +21,7 @@ from aliked.backbone import (
 from aliked.configs import STRIDE, Form, Selection, get_config
 from aliked.descriptors import SDDH
 from aliked.detection import Detections, detect
-from aliked.errors import InputError
+from aliked.errors import InputError, shown
 from aliked.features import MIN_SIDE, Features, check_image, check_memory, drop_fill_ins
 from aliked.files import sha256
 from aliked.patches import is_traced
@@ -194,8 +194,10 @@ class ALIKED(nn.Module):
 
         Inputs, outputs, coordinates, sampling, the soft-argmax and the score map stay float32.
         """
-        if precision not in PRECISIONS:
-            raise InputError(f"unknown precision {precision!r}; choose {' or '.join(PRECISIONS)}")
+        if not isinstance(precision, str) or precision not in PRECISIONS:
+            raise InputError(
+                f"unknown precision {shown(precision)}; choose {' or '.join(PRECISIONS)}"
+            )
         self.precision = precision
         self.to(PRECISIONS[precision])
         for module in self.modules():

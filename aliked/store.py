@@ -12,6 +12,7 @@ import os
 import uuid
 from collections import OrderedDict
 from collections.abc import Iterator
+from numbers import Integral
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -19,9 +20,9 @@ from typing import BinaryIO
 import h5py
 import numpy as np
 
-from aliked.errors import InputError
-from aliked.features import Features
-from aliked.files import whole_file
+from aliked.errors import InputError, shown
+from aliked.features import Features, check_features_type
+from aliked.files import as_path, open_regular, whole_file
 
 FORMAT = "aliked features 1"  # raised when the layout changes
 PART_BYTES = 64 * 2**20  # features held in memory before they go into a file: what a kill can lose
@@ -47,7 +48,7 @@ class FeatureStore:
 
     def __init__(self, path: Path, key: dict, compression: str | None = None) -> None:
         """See `open`."""
-        self.path, self.key, self.compression = Path(path), _canonical(key), compression
+        self.path, self.key, self.compression = as_path(path), _canonical(key), compression
         self.parts = self.path.with_name(f"{self.path.name}.parts")
         self._pending: dict[str, tuple[Features, tuple[int, int]]] = {}
         self._pending_bytes = 0
@@ -82,6 +83,7 @@ class FeatureStore:
         `name` is a relative path with forward slashes, as hloc and COLMAP name images.
         """
         _check_name(name)
+        _check_entry(features, size)
         old = self._pending.pop(name, None)
         self._pending_bytes += _bytes(features) - (_bytes(old[0]) if old else 0)
         self._pending[name] = features, (int(size[0]), int(size[1]))
@@ -285,6 +287,8 @@ def _hdf5(path: Path) -> Iterator[h5py.File]:
 def _names(path: Path, key: str) -> list[str]:
     """The images in a file of features; `InputError` where it has another key."""
     found: list[str] = []
+    with open_regular(path, most_bytes=None):  # no FIFO nor device, which never end
+        pass
     with _sentence(path), h5py.File(path, "r") as file:
         kind, own_key = file.attrs.get("format"), file.attrs.get("key")
         file.visit(found.append)  # which follows no link to another file
@@ -320,7 +324,16 @@ def _sentence(path: Path) -> Iterator[None]:
         ) from error
 
 
+def _check_entry(features: Features, size: tuple[int, int]) -> None:
+    check_features_type(features)
+    whole = isinstance(size, tuple | list) and all(isinstance(side, Integral) for side in size)
+    if not whole or len(size) != 2:
+        raise InputError(f"the image size is {shown(size)}; give (width, height) in pixels")
+
+
 def _check_name(name: str) -> None:
+    if not isinstance(name, str):
+        raise InputError(f"{shown(name)} is no name of an image; give a relative path as text")
     odd = "\0" in name or any(part in ("", ".", "..") for part in name.split("/"))
     if odd or name.encode(errors="replace").decode() != name:
         raise InputError(
@@ -338,7 +351,7 @@ def _difference(found: str, wanted: str) -> str:
         own, other = json.loads(found), json.loads(wanted)
         names = [name for name in sorted({*own, *other}) if own.get(name) != other.get(name)]
         return ", ".join(f"{n} ({own.get(n)}, not {other.get(n)})"[:200] for n in names[:3])
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         return "key"
 
 

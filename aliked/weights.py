@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from aliked.configs import get_config
 from aliked.download import FileSet, RemoteFile, fetch
 from aliked.errors import InputError
-from aliked.files import read_file, sha256
+from aliked.files import as_path, read_file, sha256
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -111,7 +111,7 @@ def find_weights(name: str, path: str | Path | None = None) -> Path:
     download fails.
     """
     if path is not None:
-        path = _expanded(Path(path))
+        path = _expanded(as_path(path))
         if not path.is_dir():
             return _not_of_another(name, path)
         path = path / f"{name}.pth"
@@ -218,7 +218,9 @@ def _check_values(path: Path, key: str, tensor: "Tensor") -> None:
 
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
         raise InputError(f"{path} holds {key} without its values in order; save it as float32")
-    if not torch.isfinite(tensor).all():
+    # Types of eight bits have no `isfinite`, and what float32 does not hold is infinite there.
+    values = tensor.float() if tensor.is_floating_point() else tensor
+    if not torch.isfinite(values).all():
         raise InputError(f"{path} holds NaN or infinity in {key}; give weights of finite numbers")
     if key.endswith("running_var") and (tensor < 0).any():
         raise InputError(f"{path} holds a negative variance in {key}; give other weights")

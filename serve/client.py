@@ -19,7 +19,8 @@ import numpy as np
 from aliked import cli
 from aliked.errors import InputError, how_to_install
 from aliked.features import Features
-from aliked.images import list_images
+from aliked.files import read_file
+from aliked.images import MOST_BYTES, list_images
 
 
 def triton_client() -> Any:
@@ -153,7 +154,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     """Print what the server finds in the images, or how fast it is."""
-    files = [path.read_bytes() for path in list_images(args.images)]
+    files = [read_file(path, MOST_BYTES) for path in list_images(args.images)]
     if args.load:
         print(HEADER)
         for concurrency in args.load:

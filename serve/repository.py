@@ -20,7 +20,7 @@ from aliked.cli import (
 )
 from aliked.configs import get_config
 from aliked.errors import InputError
-from aliked.files import writable_folder
+from aliked.files import open_regular, writable_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 FEATURES = (("keypoints", [-1, 2]), ("scores", [-1]), ("descriptors", [-1, None]))
@@ -127,7 +127,10 @@ def network_tensors(path: Path) -> tuple[Tensor, list[Tensor], bool]:
     import onnx
 
     try:
-        graph = onnx.load(path, load_external_data=False).graph
+        with open_regular(path, most_bytes=None) as file:
+            graph = onnx.load(file, load_external_data=False).graph
+    except InputError:
+        raise
     except Exception as error:  # of protobuf, which has many
         raise InputError(f"{path} cannot be read as an ONNX file; export it again") from error
     kinds = {onnx.TensorProto.FLOAT: "FP32", onnx.TensorProto.UINT8: "UINT8"}

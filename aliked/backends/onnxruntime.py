@@ -18,7 +18,7 @@ import numpy as np
 from aliked import gpu
 from aliked.backends import Spec
 from aliked.backends.tensorrt_library import HOPPER, numbers
-from aliked.errors import InputError, how_to_install
+from aliked.errors import InputError, first_line, how_to_install, shown
 from aliked.features import (
     OUTPUTS,
     Extractor,
@@ -27,7 +27,7 @@ from aliked.features import (
     check_images,
     features_of_batch,
 )
-from aliked.files import sha256
+from aliked.files import as_path, sha256
 from aliked.weights import find_weights
 
 METADATA = "aliked."  # before the names of what an export says about itself
@@ -81,6 +81,8 @@ def cuda_provider(device: str) -> tuple[str, dict[str, str]]:
 
 def choose_providers(device: str) -> Providers:
     """The provider for `device`: "auto" takes CUDA's where it is there."""
+    if not isinstance(device, str):
+        raise InputError(f"the device is {shown(device)}; give auto, cpu, cuda or cuda:N")
     missing = provider_missing(CUDA)
     if device == "cpu" or (device == "auto" and missing):
         return [(CPU, {})]
@@ -113,7 +115,7 @@ def open_session(path: Path, provider: str, options: dict[str, str], others: Pro
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 3  # errors only
     settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    if not Path(path).is_file():
+    if not as_path(path).is_file():
         raise InputError(f"{path} does not exist; export it with convert_pytorch_to_onnx.py")
     if provider != CPU:
         load_cuda_libraries()
@@ -130,7 +132,7 @@ def open_session(path: Path, provider: str, options: dict[str, str], others: Pro
                 "--deform_conv native"
             ) from error
         raise InputError(
-            f"{path} cannot be loaded by ONNX Runtime ({str(error).strip().splitlines()[0]}); "
+            f"{path} cannot be loaded by ONNX Runtime ({first_line(error)}); "
             "export it again with convert_pytorch_to_onnx.py"
         ) from error
     loaded = session.get_providers()[0]
@@ -263,7 +265,7 @@ def read_metadata(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     facts = {key: text for key, text in metadata.items() if key.startswith(METADATA)}
     try:
         return {key.removeprefix(METADATA): json.loads(text) for key, text in facts.items()}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(
             f"{path} holds metadata that is not JSON ({error}); export the model again"
         ) from error
@@ -417,7 +419,7 @@ class ONNXRuntimeExtractor(Extractor):
             rows = self.session.run(OUTPUTS, {"image": prepared})
         except Exception as error:  # ONNX Runtime raises a class of its own for every status code
             raise InputError(
-                f"ONNX Runtime cannot run {self.path} ({str(error).strip().splitlines()[0]}); "
+                f"ONNX Runtime cannot run {self.path} ({first_line(error)}); "
                 "export it again with convert_pytorch_to_onnx.py"
             ) from error
         count = rows[0].shape[1:2]

@@ -8,6 +8,7 @@ import numpy as np
 from aliked.backends.onnxruntime import choose_providers, open_session
 from aliked.errors import InputError
 from aliked.features import Features, check_image
+from aliked.files import as_path
 from aliked.matching import (
     NO_MATCHES,
     Matcher,
@@ -31,7 +32,7 @@ class MatcherSession(Matcher):
 
     def __init__(self, path: str | Path, device: str = "auto"):
         (provider, options), *others = choose_providers(device)
-        self.path = Path(path)
+        self.path = as_path(path)
         self.session = open_session(self.path, provider, options, others)
         self.shapes = {tensor.name: tensor.shape for tensor in self.session.get_inputs()}
         wanted = {f"{name}{side}" for name in self.features for side in (0, 1)}
@@ -117,7 +118,7 @@ class ONNXRuntimePair:
 
     def __init__(self, path: str | Path, device: str = "auto"):
         (provider, options), *others = choose_providers(device)
-        self.path = Path(path)
+        self.path = as_path(path)
         self.session = open_session(self.path, provider, options, others)
         self.inputs = {tensor.name: tensor for tensor in self.session.get_inputs()}
         if set(self.inputs) != {"image0", "image1"}:

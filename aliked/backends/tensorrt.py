@@ -34,7 +34,7 @@ from aliked.backends.tensorrt_library import (
 )
 from aliked.errors import InputError, how_to_install
 from aliked.features import OUTPUTS, Extractor, Features, check_images, features_of_batch
-from aliked.files import sha256, whole_file
+from aliked.files import read_text, sha256, whole_file
 from aliked.threads import copied_parts
 
 if TYPE_CHECKING:
@@ -74,14 +74,14 @@ def read_manifest(engine: Path) -> dict:
     if not engine.is_file():
         raise InputError(f"{engine} does not exist; build it with convert_onnx_to_trt.py")
     path = manifest_path(engine)
-    try:
-        manifest = json.loads(path.read_text())
-    except FileNotFoundError as error:
+    if not path.exists():
         raise InputError(
             f"{path} is missing, and without it nobody knows for which GPU and TensorRT version "
             f"{engine.name} is; copy it there, or build the engine with convert_onnx_to_trt.py"
-        ) from error
-    except (OSError, ValueError, RecursionError) as error:
+        )
+    try:
+        manifest = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({error}); build the engine again") from error
     if not _is_manifest(manifest):
         raise InputError(

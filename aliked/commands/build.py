@@ -11,7 +11,7 @@ from aliked.backends.tensorrt_library import BUILDERS, LIBRARIES, SEVERITIES, Li
 from aliked.errors import InputError
 from aliked.export.builder import COMPUTE_CAPABILITIES, BuildOptions, Shape, parse_file
 from aliked.export.engine import Request, convert, verify
-from aliked.export.onnx_checks import check_file
+from aliked.export.onnx_checks import NOT_VALID, check_file
 from aliked.export.onnx_graph import Target
 
 
@@ -184,6 +184,8 @@ def check(path: Path, args: argparse.Namespace) -> int:
         print(finding)
     errors = sum(finding.severity == "error" for finding in findings)
     print(f"{path}: {errors} errors, {len(findings) - errors} warnings")
+    if any(finding.node == NOT_VALID for finding in findings):
+        return 1  # some parsers end the process over such a file
     verdicts = [parser_verdict(library, path) for library in libraries]
     return 1 if errors or not all(verdicts) else 0
 

@@ -25,7 +25,7 @@ from aliked.colmap import (
     write_matches,
 )
 from aliked.errors import InputError
-from aliked.extraction import Job, Report, Tally, extract
+from aliked.extraction import Job, Report, Tally, available_cores, extract
 from aliked.files import writable_folder
 from aliked.images import find_images
 from aliked.matching import Matcher
@@ -34,6 +34,7 @@ from aliked.video import is_video
 from aliked.workers import extract_in_processes, extract_with_ray
 
 OVERLAP = 10  # images that each is matched with in a sequence, as in COLMAP
+MOST_PROCESSES = 4  # for each core
 TWO_LANES = ("fused", "tensorrt", "tensorrt-cudagraph")  # keep a GPU busier than one extractor
 
 
@@ -246,6 +247,11 @@ def run(
     if args.ray is not None:
         return extract_with_ray(job, output, args.ray, args.processes, report)
     devices = devices_of(args)
+    most = MOST_PROCESSES * available_cores()
+    if args.processes and args.processes > most:
+        raise InputError(
+            f"--processes {len(devices)} would only be in each other's way; give at most {most}"
+        )
     if len(devices) > 1:
         return extract_in_processes(job, output, devices, report)
     return extract(job, store, report)

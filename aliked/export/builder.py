@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from aliked.backends.tensorrt_library import RTX, Library, journal, logger, register_plugins
 from aliked.errors import InputError
-from aliked.files import whole_file
+from aliked.files import read_file, whole_file
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -250,7 +250,7 @@ def add_profile(
 
 def load_timing_cache(config: "trt.IBuilderConfig", path: Path) -> None:
     """Use the kernel timings of earlier builds, where the file exists."""
-    data = path.read_bytes() if path.exists() else b""
+    data = read_file(path) if path.exists() else b""
     cache = config.create_timing_cache(data)
     if cache is None or not config.set_timing_cache(cache, False):
         raise InputError(

@@ -43,7 +43,7 @@ from aliked.export.builder import (
 from aliked.export.onnx_checks import check_model
 from aliked.export.onnx_graph import Target, graph_precision, load_model
 from aliked.features import OUTPUTS
-from aliked.files import sha256, writable_folder, write_json
+from aliked.files import read_text, sha256, writable_folder, write_json
 
 if TYPE_CHECKING:
     from aliked.backends.pytorch import PyTorchExtractor
@@ -64,9 +64,9 @@ class Source:
     def images(self) -> Path | None:
         """The folder of images that the export was checked on, where its manifest says."""
         try:
-            named = json.loads(manifest_path(self.path).read_text())["images"]
+            named = json.loads(read_text(manifest_path(self.path)))["images"]
             return Path(named)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return None
 
     @property
