@@ -74,7 +74,8 @@ class Job:
         return {
             "model": spec.model,
             "backend": self.backend,
-            "precision": spec.precision,
+            # A file has its own.
+            "precision": spec.precision if spec.model_path is None else None,
             "max_size": self.max_size,
             "masks": self.masks and str(self.masks.resolve()),
         } | (mode | file)

@@ -64,6 +64,7 @@ def find_images(folder: Path) -> list[str]:
             f"cannot list the images of {error.filename} ({error.strerror}); give a folder of "
             "images that can be read"
         ) from error
+    _name_others(folder, names)
     names = [name for name in names if _named_as_image(name.rpartition("/")[2])]
     if not names:
         raise InputError(
@@ -154,6 +155,30 @@ def load_image(path: Path, stored: int | None = None, max_size: int | None = Non
     return image
 
 
+def load_readable(
+    paths: Iterable[Path], max_size: int | None = None
+) -> Iterator[tuple[Path, np.ndarray]]:
+    """Load images one at a time; those that `load_image` refuses are named, counted, passed over.
+
+    `InputError` at the end where there was none that it takes.
+    """
+    bad: list[InputError] = []
+    good = 0
+    for path in paths:
+        try:
+            image = load_image(path, max_size=max_size)
+        except InputError as error:
+            bad.append(error)
+            print(f"skipped: {error}", file=sys.stderr)
+            continue
+        good += 1
+        yield path, image
+    if bad and not good:
+        raise InputError(f"no image could be read, of {len(bad)}: {bad[0]}") from bad[0]
+    if bad:
+        print(f"{len(bad)} of {len(bad) + good} images skipped", file=sys.stderr)
+
+
 def decode_image(data: np.ndarray, path: str, stored: int | None = None) -> np.ndarray:
     """`load_image` of a file's bytes, uint8 [N]; `path` is what errors call it."""
     _check_colours(path, data)
@@ -219,7 +244,8 @@ def _cure(folder: Path) -> str:
 
 def _name_others(folder: Path, files: list[str]) -> None:
     """Say which files are images that are not read."""
-    others = sorted(n for n in files if not n.startswith(".") and n.lower().endswith(OTHERS))
+    visible = (name for name in files if not name.rpartition("/")[2].startswith("."))
+    others = sorted(name for name in visible if name.lower().endswith(OTHERS))
     if others:
         count = f"{len(others)} files" if len(others) > 1 else "a file"
         print(

@@ -15,7 +15,7 @@ from aliked.backends import Spec, get_backend
 from aliked.configs import Selection, get_config
 from aliked.errors import InputError
 from aliked.files import sha256
-from aliked.images import list_images, load_image
+from aliked.images import list_images, load_image, load_readable
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class ImageSet:
 def load_image_sets(sources: list[Path], max_size: int | None = None) -> list[ImageSet]:
     """Return a set for every image size of each folder, and of all single files together.
 
-    `InputError` where an image cannot be read, or two sets could not be told apart.
+    Images that cannot be read are passed over. `InputError` where a folder has no other, or two
+    sets could not be told apart.
     """
     files = [path for path in sources if path.is_file()]
     folders = {path.resolve(): path for path in sources if path not in files}
@@ -59,8 +60,8 @@ def load_image_sets(sources: list[Path], max_size: int | None = None) -> list[Im
 
 def _sets_by_size(name: str, paths: list[Path], max_size: int | None) -> Iterator[ImageSet]:
     by_size: dict[tuple[int, int], list[Path]] = {}
-    for path in paths:
-        height, width = load_image(path, max_size=max_size).shape[:2]
+    for path, image in load_readable(paths, max_size):
+        height, width = image.shape[:2]
         by_size.setdefault((width, height), []).append(path)
     for size, own in by_size.items():
         if len({path.name for path in own}) < len(own):

@@ -145,9 +145,15 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("url", metavar="HOST:PORT", help="of the server's gRPC")
     parser.add_argument("images", type=Path, metavar="FOLDER", help="folder of images")
     parser.add_argument(
-        "--load", type=int, nargs="+", metavar="N", help="numbers of clients at a time to measure"
+        "--load",
+        type=cli.whole(1),
+        nargs="+",
+        metavar="N",
+        help="numbers of clients at a time to measure",
     )
-    parser.add_argument("--seconds", type=float, default=10, help="for each (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=cli.positive, default=10, help="for each (default: %(default)s)"
+    )
     parser.add_argument("--pairs", action="store_true", help="load the model of two images")
     return parser
 

@@ -16,7 +16,9 @@ from aliked.cli import (
     add_device_option,
     add_model_options,
     add_selection_options,
+    cosine,
     extractor_spec,
+    whole,
 )
 from aliked.configs import get_config
 from aliked.errors import InputError
@@ -185,16 +187,18 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--model_path", type=Path, metavar="FILE", help="of a backend that runs one")
     add_device_option(group)
     add_selection_options(group)
-    group.add_argument("--min_similarity", type=float, default=0.75, metavar="COSINE")
+    group.add_argument("--min_similarity", type=cosine, default=0.75, metavar="COSINE")
     group = parser.add_argument_group("Triton")
     group.add_argument("--onnx", type=Path, metavar="FILE", help="serve it by ONNX Runtime")
     group.add_argument(
         "--engine", type=Path, metavar="FILE", help="serve it by TensorRT, built from --onnx"
     )
-    group.add_argument("--max_batch", type=int, default=16, metavar="N")
-    group.add_argument("--delay_us", type=int, default=500, metavar="US", help="wait for a batch")
-    group.add_argument("--instances", type=int, default=1, metavar="N", help="of each model")
-    group.add_argument("--threads", type=int, default=4, metavar="N", help="that decode, each")
+    group.add_argument("--max_batch", type=whole(1), default=16, metavar="N")
+    group.add_argument(
+        "--delay_us", type=whole(0), default=500, metavar="US", help="wait for a batch"
+    )
+    group.add_argument("--instances", type=whole(1), default=1, metavar="N", help="of each model")
+    group.add_argument("--threads", type=whole(1), default=4, metavar="N", help="that decode, each")
     group.add_argument(
         "--environment", type=Path, metavar="DIR", help="virtual environment of the Python models"
     )

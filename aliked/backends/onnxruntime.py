@@ -25,6 +25,7 @@ from aliked.features import (
     Features,
     check_features,
     check_images,
+    check_memory,
     features_of_batch,
 )
 from aliked.files import as_path, sha256
@@ -408,6 +409,8 @@ class ONNXRuntimeExtractor(Extractor):
         """uint8 [B, H, W, 3] to what the file's input takes."""
         check_images(images)
         self._check_size(images)
+        if self.device == "cpu":
+            check_memory(*images.shape[1:3], len(images))
         if self.input.type == "tensor(uint8)":
             return np.ascontiguousarray(images)
         return np.ascontiguousarray(images.transpose(0, 3, 1, 2), np.float32) / np.float32(255)

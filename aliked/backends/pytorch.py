@@ -15,7 +15,14 @@ import torch
 from aliked.backends import Spec
 from aliked.backends.tensorrt_library import RTX, TENSORRT, numbers
 from aliked.errors import InputError
-from aliked.features import OUTPUTS, Extractor, Features, check_images, features_of_batch
+from aliked.features import (
+    OUTPUTS,
+    Extractor,
+    Features,
+    check_images,
+    check_memory,
+    features_of_batch,
+)
 from aliked.model import ALIKED, Output, plain_float32, to_tensor
 from aliked.ties import Expected, expect
 from aliked.transfer import download, upload
@@ -102,6 +109,8 @@ class ForwardExtractor(Extractor):
     def to_device(self, images: np.ndarray) -> torch.Tensor:
         """Return uint8 [B, H, W, 3] RGB as float32 [B, 3, H, W] in [0, 1] on the device."""
         check_images(images)
+        if self.device.type == "cpu":
+            check_memory(*images.shape[1:3], len(images))
         return to_tensor(upload(images, self.device))
 
     @torch.inference_mode()

@@ -16,6 +16,7 @@ from aliked.cli import (
     add_selection_options,
     check_selection,
     command_line,
+    whole,
 )
 from aliked.configs import Form
 from aliked.doctor import installed_versions
@@ -54,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--num_images",
-        type=int,
+        type=whole(1),
         default=10,
         metavar="N",
         help="check on the first N images of the folder (default: %(default)s)",
@@ -184,7 +185,7 @@ def settle(args: argparse.Namespace, option: str, usual: str, switch: str, meant
 def load_check_images(args: argparse.Namespace) -> list[tuple[str, np.ndarray]]:
     """The images to check on, by name; of one size where the file will be static."""
     offer_download(args.images)
-    paths = list_images(args.images)[: max(args.num_images, 1)]
+    paths = list_images(args.images)[: args.num_images]
     images = ((path, load_image(path)) for path in paths)
     if not args.dynamic and args.io != "colmap":
         images = require_same_size(images)

@@ -31,7 +31,7 @@ from aliked.drawing import (
 from aliked.errors import InputError
 from aliked.features import Extractor, Features
 from aliked.files import check_writable, remove_files, writable_folder
-from aliked.images import list_images, load_image
+from aliked.images import list_images, load_readable
 from aliked.matching import Matcher
 from aliked.weights import describe_weights
 
@@ -184,6 +184,8 @@ def main(args: argparse.Namespace) -> None:
         displacement += pair.displacement()
         if not view.present(pair):
             break
+    if not count:
+        raise InputError(f"{args.images} has only one image that can be read; see above")
     print(f"in total: {count} pairs, {matches_text(matches, displacement)}")
     view.close()
 
@@ -191,13 +193,13 @@ def main(args: argparse.Namespace) -> None:
 def match_consecutive(
     paths: list[Path], extractor: Extractor, matcher: Matcher, max_size: int | None
 ) -> Iterator[MatchedFrames]:
-    """Match neighbours; each image is read, and its features extracted, when its turn comes."""
+    """Match neighbours; each image is read, and its features extracted, when its turn comes.
 
-    def frame(path: Path) -> Frame:
-        image = load_image(path, max_size=max_size)
-        return Frame(path, image, extractor(image))
-
-    for first, second in pairwise(map(frame, paths)):
+    An image that cannot be read is passed over.
+    """
+    images = load_readable(paths, max_size)
+    frames = (Frame(path, image, extractor(image)) for path, image in images)
+    for first, second in pairwise(frames):
         sizes = (frame.image.shape[1::-1] for frame in (first, second))
         matches = matcher.match(first.features, second.features, *sizes)
         yield MatchedFrames(first, second, matches.indices)
