@@ -363,7 +363,7 @@ def matcher_from(args: argparse.Namespace, model: str, mutual_device: str = "cpu
     if args.matcher != "lightglue":
         limit = MIN_SIMILARITY if args.min_similarity is None else args.min_similarity
         return MutualMatcher(limit, mutual_device)
-    from aliked.backends.pytorch import choose_device  # here: mutual matching needs no PyTorch
     from aliked.lightglue import LightGlue
+    from aliked.transfer import choose_device  # here: mutual matching needs no PyTorch
 
     return LightGlue.from_pretrained(args.matcher_weights, choose_device(args.device))

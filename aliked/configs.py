@@ -109,7 +109,7 @@ class Spec:
         """Raise `InputError` for a field of another type or value than it can have."""
         get_config(self.model)
         self.selection.check()
-        if self.precision not in ("fp32", "fp16"):
+        if not isinstance(self.precision, str) or self.precision not in ("fp32", "fp16"):
             raise InputError(f"unknown precision {shown(self.precision)}; choose fp32 or fp16")
         for name in ("weights", "model_path"):
             path = getattr(self, name)

@@ -21,6 +21,7 @@ from aliked.errors import InputError, first_line, shown
 from aliked.features import Features
 from aliked.matching import LIGHTGLUE_DIM, NO_MATCHES, Matcher, Matches, Size, check_matchable
 from aliked.model import PRECISIONS
+from aliked.transfer import choose_device
 from aliked.weights import LIGHTGLUE, find_weights, load_state_dict
 
 PADDED = -3e4  # added to the logits of rows that are no keypoints: exp is 0, and float16 holds it
@@ -289,6 +290,7 @@ class LightGlue(nn.Module, Matcher):
         cache and the download in turn. `options` are those of the class. Raises `InputError` where
         the weights are missing or others.
         """
+        device = choose_device(device)
         with torch.device("meta"):  # random weights would only be thrown away
             model = cls(**options)
         state = load_state_dict(LIGHTGLUE, weights)

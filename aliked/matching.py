@@ -75,7 +75,7 @@ class MutualMatcher(Matcher):
         if not isinstance(device, str):
             raise InputError(f"the device is {shown(device)}; give auto, cpu, cuda or cuda:N")
         if device != "cpu":
-            from aliked.backends.pytorch import choose_device  # it loads PyTorch
+            from aliked.transfer import choose_device  # it loads PyTorch
 
             device = str(choose_device(device))
         self.min_similarity, self.device = min_similarity, device
@@ -238,8 +238,8 @@ def check_descriptor_length(length: int, dim: int) -> None:
 
 def check_size(size: Size) -> None:
     """Raise `InputError` unless `size` is two finite, positive numbers."""
-    numbers = np.asarray(size, dtype=object).ravel()
     try:
+        numbers = np.asarray(size, dtype=object).ravel()
         right = len(numbers) == 2 and all(0 < float(number) < np.inf for number in numbers)
     except (TypeError, ValueError, OverflowError):  # None, for example
         right = False

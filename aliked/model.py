@@ -26,7 +26,7 @@ from aliked.features import MIN_SIDE, Features, check_image, check_memory, drop_
 from aliked.files import sha256
 from aliked.patches import is_traced
 from aliked.pyramid import Frame, Maps, Pyramid, unit_length
-from aliked.transfer import download, upload
+from aliked.transfer import choose_device, download, upload
 from aliked.weights import find_weights, load_state_dict
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
@@ -176,6 +176,7 @@ class ALIKED(nn.Module):
         `$ALIKED_WEIGHTS_DIR`, the user cache and the download in turn. Raises `InputError` where
         the weights are missing or are not `name`'s.
         """
+        device = choose_device(device)
         model = cls(name, top_k, scores_th, n_limit, strict)
         # Not strict, as a file may lack how many batches its norms have seen.
         model.load_state_dict(load_state_dict(name, weights, model.state_dict()), strict=False)

@@ -112,6 +112,8 @@ def find_weights(name: str, path: str | Path | None = None) -> Path:
     Raises `InputError` where `path` does not exist, the content is not that of model `name`, or the
     download fails.
     """
+    if not isinstance(name, str) or name != LIGHTGLUE:
+        get_config(name)
     if path is not None:
         path = _expanded(as_path(path))
         if not path.is_dir():

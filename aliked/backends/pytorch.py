@@ -25,32 +25,9 @@ from aliked.features import (
 )
 from aliked.model import ALIKED, Output, plain_float32, to_tensor
 from aliked.ties import Expected, expect
-from aliked.transfer import download, upload
+from aliked.transfer import choose_device, download, upload
 
 Forward = Callable[[torch.Tensor], dict[str, torch.Tensor]]
-
-
-def choose_device(device: str, only: str | None = None) -> torch.device:
-    """Return the device of that name: "auto" is the first CUDA device, or else the CPU.
-
-    `InputError` where it does not exist on this machine, or is of another type than `only`.
-    """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise InputError(f"unknown device {device!r}; give auto, cpu, cuda or cuda:N") from error
-    if chosen.type not in ("cpu", "cuda"):
-        raise InputError(f"this project does not run on {chosen}; give auto, cpu, cuda or cuda:N")
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise InputError(
-            f"device {device} was asked for, but PyTorch sees {torch.cuda.device_count()} CUDA "
-            "devices; pass --device cpu, or install a CUDA build of PyTorch and a driver"
-        )
-    if only not in (None, chosen.type):
-        raise InputError(f"this backend cannot run on {chosen}; pass --device {only}")
-    return chosen
 
 
 def no_cuda() -> str | None:
