@@ -287,9 +287,8 @@ def _hdf5(path: Path) -> Iterator[h5py.File]:
 def _names(path: Path, key: str) -> list[str]:
     """The images in a file of features; `InputError` where it has another key."""
     found: list[str] = []
-    with open_regular(path, most_bytes=None):  # no FIFO nor device, which never end
-        pass
-    with _sentence(path), h5py.File(path, "r") as file:
+    # First as a file: FIFOs and devices never end.
+    with _sentence(path), open_regular(path, most_bytes=None), h5py.File(path, "r") as file:
         kind, own_key = file.attrs.get("format"), file.attrs.get("key")
         file.visit(found.append)  # which follows no link to another file
     if not isinstance(kind, str) or kind != FORMAT or not isinstance(own_key, str):
