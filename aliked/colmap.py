@@ -21,7 +21,7 @@ from PIL import Image
 from aliked.errors import InputError, first_line, missing_package
 from aliked.extraction import TURNS
 from aliked.features import Features
-from aliked.files import SANE_BYTES, open_regular, read_text
+from aliked.files import SANE_BYTES, as_path, open_regular, read_text
 from aliked.images import MOST_BYTES, natural
 from aliked.matching import Matcher
 from aliked.store import FeatureStore
@@ -70,7 +70,7 @@ class Cameras:
 @contextlib.contextmanager
 def open_database(path: Path) -> Iterator[Any]:
     """A COLMAP database, made if it is missing; `InputError` where it is no such file."""
-    colmap = _pycolmap()
+    colmap, path = _pycolmap(), as_path(path)
     _check_sane(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -17,12 +17,19 @@ from aliked.errors import InputError, shown
 PACKAGE = Path(__file__).parent
 SOURCES = (".py", ".cu", ".cuh", ".cpp", ".hpp", ".h", ".json")
 SANE_BYTES = 2**30  # of a file that is read whole
+MOST_NAME_BYTES = 255  # of file systems
 
 
 def as_path(path: object) -> Path:
-    """Return `path` as a `Path`; `InputError` where it is neither text nor a path."""
+    """Return `path` as a `Path`; `InputError` where no file or folder can have such a name."""
     if not isinstance(path, str | os.PathLike):
         raise InputError(f"{shown(path)} is no path; give that of a file or folder")
+    try:
+        name = os.fsencode(path)
+    except UnicodeEncodeError:
+        name = b"\0"
+    if b"\0" in name or any(len(part) > MOST_NAME_BYTES for part in name.split(b"/")):
+        raise InputError(f"{shown(str(path))} cannot be the name of a file; give a shorter path")
     return Path(path)
 
 

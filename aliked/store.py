@@ -49,6 +49,8 @@ class FeatureStore:
     def __init__(self, path: Path, key: dict, compression: str | None = None) -> None:
         """See `open`."""
         self.path, self.key, self.compression = as_path(path), _canonical(key), compression
+        if not self.path.name:
+            raise InputError(f"{self.path} is a folder; give a file of features")
         self.parts = self.path.with_name(f"{self.path.name}.parts")
         self._pending: dict[str, tuple[Features, tuple[int, int]]] = {}
         self._pending_bytes = 0

@@ -24,14 +24,13 @@ from aliked.download import offer_download
 from aliked.errors import InputError
 from aliked.export.onnx_export import CONTRACTS, ExportOptions, export_onnx
 from aliked.export.verify import verify_onnx
-from aliked.files import scratch_file, sha256, writable_folder, write_json
+from aliked.files import MOST_NAME_BYTES, scratch_file, sha256, writable_folder, write_json
 from aliked.images import list_images, load_image, require_same_size
 from aliked.model import ALIKED, PRECISIONS
 from aliked.parity import Verdict
 from aliked.sampling import SAMPLERS
 from aliked.weights import describe_weights, find_weights
 
-MOST_NAME_BYTES = 255  # of file systems
 # What decides the content of the file and the verdict.
 PACKAGES = ("torch", "torchvision", "onnx", "onnxscript", "onnxruntime", "numpy")
 

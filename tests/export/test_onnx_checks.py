@@ -5,6 +5,7 @@ And beside the real parser of TensorRT for RTX: what it refuses itself has no ru
 
 import functools
 import itertools
+import os
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from aliked.backends.tensorrt_library import RTX
+from aliked.commands import build
 from aliked.errors import InputError
 from aliked.export.builder import BuildOptions, build_plan
 from aliked.export.onnx_checks import check_file, check_model
@@ -631,6 +633,22 @@ def test_check_only_asks_the_installed_parser_too(tmp_path):
 def test_check_only_knows_what_the_engine_is_for(tmp_path):
     path = write_small_model(tmp_path / "model.onnx", deform=True)
     assert check_only(path, "--builder", "tensorrt", "--version_compatible").returncode == 1
+
+
+def test_what_never_ends_is_no_onnx(tmp_path):
+    os.mkfifo(tmp_path / "fifo.onnx")
+    for path in (tmp_path / "fifo.onnx", Path("/dev/zero")):
+        with pytest.raises(InputError, match="no regular file"):
+            check_file(path)
+
+
+def test_a_parser_is_not_given_what_is_no_valid_onnx(tmp_path, monkeypatch, capsys):
+    """Some of them end the process over it."""
+    monkeypatch.setattr(build, "parser_verdict", lambda library, path: pytest.fail("was asked"))
+    onnx.save(MALFORMED["cycle"], tmp_path / "cycle.onnx")
+    options = build.parser().parse_args(["--check_only", str(tmp_path / "cycle.onnx")])
+    assert build.main(options) == 1
+    assert "not valid ONNX" in capsys.readouterr().out
 
 
 def test_check_only_refuses_options_that_it_does_not_use(tmp_path):

@@ -1,6 +1,9 @@
 """What COLMAP finds in a database of ours: compared with its own rules, and mapped."""
 
+import contextlib
 import json
+import shutil
+import sqlite3
 from pathlib import Path
 
 import numpy as np
@@ -236,6 +239,22 @@ def test_pairs_of_every_order(tmp_path, monkeypatch):
             read_pairs(path, names)
     with pytest.raises(InputError, match="cannot read the pairs"):
         read_pairs(tmp_path / "nowhere.txt", names)
+
+
+def test_a_database_in_use_is_refused_before_colmap_aborts(database, photos):
+    with contextlib.closing(sqlite3.connect(database)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(InputError, match=r"cannot be opened as a COLMAP database .*locked"):
+            write_features(database, stored(photos, NAMES), photos, "aliked-n16rot", Cameras())
+
+
+def test_a_full_disk_is_found_before_a_transaction(database, photos, monkeypatch):
+    before = read_all(database)
+    free = shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: free)
+    with pytest.raises(InputError, match="has 0 MiB left, and the next rows need 1; make room"):
+        write_matches(database, stored(photos, NAMES), exhaustive_pairs(NAMES), MutualMatcher(-1))
+    assert read_all(database) == before
 
 
 @pytest.mark.parametrize("counts", [(200, 150), (0, 5), (5, 0), (1, 1)])
