@@ -109,8 +109,11 @@ def _check_sane(path: Path) -> None:
         with contextlib.closing(sqlite3.connect(address, uri=True)) as database:
             database.execute("BEGIN IMMEDIATE")  # an error where somebody else is writing
             database.execute("ROLLBACK")
-            verdict = "ok"
-            if path.stat().st_size <= SANE_BYTES:  # to read more would take minutes
+            (page,) = database.execute("PRAGMA page_size").fetchone()
+            size, verdict = path.stat().st_size, "ok"
+            if size % page:
+                verdict = "its end is missing"
+            elif size <= SANE_BYTES:  # to read more would take minutes
                 (verdict,) = database.execute("PRAGMA integrity_check(1)").fetchone()
     except (sqlite3.Error, ValueError) as error:
         verdict = str(error)

@@ -23,7 +23,7 @@ import numpy as np
 from aliked.backends import Spec, create_extractor
 from aliked.errors import InputError
 from aliked.features import MIN_SIDE, Extractor, Features
-from aliked.files import sha256
+from aliked.files import real_path, sha256
 from aliked.images import find_images, load_image, quiet_opencv, read_header
 from aliked.store import FeatureStore
 from aliked.video import frames, is_video
@@ -77,7 +77,7 @@ class Job:
             # A file has its own.
             "precision": spec.precision if spec.model_path is None else None,
             "max_size": self.max_size,
-            "masks": self.masks and str(self.masks.resolve()),
+            "masks": self.masks and str(real_path(self.masks)),
         } | (mode | file)
 
     def extracted_size(self, photo: Photo) -> tuple[int, int]:

@@ -33,6 +33,11 @@ def as_path(path: object) -> Path:
     return Path(path)
 
 
+def real_path(path: Path) -> Path:
+    """`path` without links, as far as they lead anywhere; `Path.resolve` raises at a circle."""
+    return Path(os.path.realpath(path))
+
+
 def sha256(path: Path, most_bytes: int | None = None) -> str:
     """Return the SHA-256 of a file, as 64 hexadecimal digits; `InputError` as `open_regular`."""
     with open_regular(path, most_bytes) as file:

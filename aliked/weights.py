@@ -244,7 +244,7 @@ def _check_values(path: Path, key: str, tensor: "Tensor") -> None:
     values = tensor.float() if tensor.is_floating_point() else tensor
     if not torch.isfinite(values).all():
         raise InputError(f"{path} holds NaN or infinity in {key}; give weights of finite numbers")
-    if key.endswith("running_var") and (tensor < 0).any():
+    if key.endswith("running_var") and (values < 0).any():
         raise InputError(f"{path} holds a negative variance in {key}; give other weights")
 
 

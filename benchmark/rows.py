@@ -14,7 +14,7 @@ from msgspec import Meta
 from aliked.backends import Spec, get_backend
 from aliked.configs import Selection, get_config
 from aliked.errors import InputError
-from aliked.files import sha256
+from aliked.files import real_path, sha256
 from aliked.images import list_images, load_image, load_readable
 
 
@@ -46,7 +46,7 @@ def load_image_sets(sources: list[Path], max_size: int | None = None) -> list[Im
     sets could not be told apart.
     """
     files = [path for path in sources if path.is_file()]
-    folders = {path.resolve(): path for path in sources if path not in files}
+    folders = {real_path(path): path for path in sources if path not in files}
     names = [path.name for path in folders]
     if len(set(names)) < len(names):
         raise InputError(f"two of the folders have the same name ({', '.join(names)}); rename one")

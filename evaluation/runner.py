@@ -49,6 +49,7 @@ from evaluation.systems import (
     System,
     SystemFeatures,
     backends_of,
+    check_precisions,
     features_key,
     open_matcher,
     open_system,
@@ -226,7 +227,9 @@ def survey(args: argparse.Namespace, selection: Selection) -> tuple[Machine, lis
         args.matcher_weights,
     )
     texts = args.systems or SYSTEMS[machine.device.partition(":")[0]]
-    return machine, systems_from(texts, models, machine.device, selection, args.matchers)
+    systems = systems_from(texts, models, machine.device, selection, args.matchers)
+    check_precisions(systems, machine)
+    return machine, systems
 
 
 def common_fields(seed: int, selection: Selection, task: Task, machine: Machine) -> dict:

@@ -22,7 +22,7 @@ from aliked.cli import (
 )
 from aliked.configs import get_config
 from aliked.errors import InputError
-from aliked.files import open_regular, writable_folder
+from aliked.files import open_regular, real_path, writable_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 FEATURES = (("keypoints", [-1, 2]), ("scores", [-1]), ("descriptors", [-1, None]))
@@ -74,7 +74,7 @@ def python_rest(settings: dict, environment: Path | None) -> str:
     """What a Python model is told."""
     parameters = {"settings": json.dumps(settings)}
     if environment is not None:
-        parameters["EXECUTION_ENV_PATH"] = str(environment.resolve())
+        parameters["EXECUTION_ENV_PATH"] = str(real_path(environment))
     return "".join(
         f"parameters {{ key: {json.dumps(key)} value {{ string_value: {json.dumps(value)} }} }}\n"
         for key, value in parameters.items()
@@ -234,7 +234,7 @@ def python_models(args: argparse.Namespace) -> dict[str, tuple[str, dict[str, Pa
     dim = get_config(args.model).dim
     common = {"project": str(ROOT)}
     spec = vars(extractor_spec(args))
-    spec = {name: str(v.resolve()) if isinstance(v, Path) else v for name, v in spec.items()}
+    spec = {name: str(real_path(v)) if isinstance(v, Path) else v for name, v in spec.items()}
     extract = common | {"role": "extract", "backend": args.backend, "spec": spec}
     match = common | {"role": "match", "min_similarity": args.min_similarity}
     images = [

@@ -165,7 +165,7 @@ def verify_onnx(
     if parities and not telling:
         raise InputError(
             f"no keypoint of the {len(parities)} images scores {FAINT:g} or more, so that they "
-            "prove nothing about the file; give photographs"
+            "prove nothing about the file; give photographs, or a lower threshold"
         )
     return judge(parities, FP16 if precision == "fp16" else FP32)
 
