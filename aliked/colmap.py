@@ -7,7 +7,9 @@ of them whole or not at all. A run that was killed goes on where it was.
 import contextlib
 import itertools
 import shutil
+import signal
 import sqlite3
+import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
@@ -41,10 +43,14 @@ GRAVITY = {0: (0.0, 1.0, 0.0), 1: (-1.0, 0.0, 0.0), 2: (0.0, -1.0, 0.0), 3: (1.0
 
 def _pycolmap() -> Any:
     """The module; `InputError` where it is missing."""
+    stop = signal.getsignal(signal.SIGTERM)
     try:
         import pycolmap
     except ModuleNotFoundError as error:
         raise InputError(f"a COLMAP database needs it: {missing_package(error)}") from error
+    # Its library takes SIGTERM for a crash; it is to stop this process as before.
+    if stop is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stop)
     return pycolmap
 
 

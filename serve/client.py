@@ -27,7 +27,7 @@ def triton_client() -> Any:
     """The gRPC part of tritonclient; `InputError` where it is missing."""
     try:
         import tritonclient.grpc as client
-    except ModuleNotFoundError as error:
+    except (ModuleNotFoundError, RuntimeError) as error:  # RuntimeError: without gRPC
         raise InputError(
             f"the client needs tritonclient with gRPC ({error}); {how_to_install('tritonclient')}"
         ) from error

@@ -7,7 +7,9 @@ network alone, in Triton's own runtimes.
 
 import argparse
 import json
+import os
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from aliked.cli import (
 from aliked.configs import get_config
 from aliked.errors import InputError
 from aliked.files import open_regular, real_path, writable_folder
+from aliked.weights import find_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 FEATURES = (("keypoints", [-1, 2]), ("scores", [-1]), ("descriptors", [-1, None]))
@@ -211,6 +214,11 @@ def main(args: argparse.Namespace) -> None:
         raise InputError("the tensors of an engine are those of its ONNX file; pass --onnx as well")
     if args.repository.exists() and any(args.repository.iterdir()):
         raise InputError(f"{args.repository} is not empty; name a new folder")
+    if args.weights is not None:
+        find_weights(args.model, args.weights)
+    if args.model_path is not None:
+        with open_regular(args.model_path, most_bytes=None):
+            pass
     models = python_models(args)
     if args.onnx is not None:
         runtime = 'backend: "onnxruntime"'
@@ -224,8 +232,13 @@ def main(args: argparse.Namespace) -> None:
             network_config("aliked_tensorrt", runtime, args.onnx, args),
             {"model.plan": args.engine},
         )
-    for name, (text, files) in models.items():
-        write_model(args.repository / name, text, files)
+    parent = writable_folder(args.repository.absolute().parent)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=".repository-") as folder:
+        draft = Path(folder) / "models"
+        for name, (text, files) in models.items():
+            write_model(draft / name, text, files)
+        os.replace(draft, args.repository)
+    for name in models:
         print(args.repository / name)
 
 
