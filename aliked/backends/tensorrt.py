@@ -36,6 +36,7 @@ from aliked.errors import InputError, how_to_install
 from aliked.features import OUTPUTS, Extractor, Features, check_images, features_of_batch
 from aliked.files import read_text, sha256, whole_file
 from aliked.threads import copied_parts
+from aliked.weights import find_weights
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -350,6 +351,10 @@ class TensorRTExtractor(Extractor):
             )
         manifest = read_manifest(Path(spec.model_path))
         _check_export(spec, manifest["source"]["export"])
+        if spec.precision == "fp16" and manifest["precision"] == "FP32":
+            raise InputError(
+                f"{spec.model_path} is float32; ask for fp32, or build it with --precision_mode FP16"
+            )
         return cls(
             spec.model_path, spec.top_k, spec.device, name=name, manifest=manifest, **options
         )
@@ -632,6 +637,12 @@ def _check_export(spec: Spec, export: dict) -> None:
     model = export.get("model", spec.model)
     if model != spec.model:
         raise InputError(f"{spec.model_path} holds {model}, not {spec.model}; pass --model {model}")
+    weights = export.get("weights_sha256")
+    if spec.weights and weights and weights != sha256(find_weights(spec.model, spec.weights)):
+        raise InputError(
+            f"{spec.model_path} was made of other weights than {spec.weights}; export and build it "
+            "again, or leave --weights out"
+        )
     by_threshold = export.get("top_k", 0) <= 0
     same = export.get("scores_th") == spec.scores_th and export.get("strict", False) is spec.strict
     if spec.top_k <= 0 and not (by_threshold and same):

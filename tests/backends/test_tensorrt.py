@@ -658,6 +658,21 @@ def test_a_manifest_with_a_wrong_field_is_no_manifest(rtx, tmp_path, field, wron
         open_rtx(engine)
 
 
+def test_an_engine_of_other_weights_or_precision_is_refused(rtx, tmp_path):
+    rtx()
+    _, engine = write_rtx_engine(tmp_path)
+    read = read_manifest(engine)
+    read["source"]["export"]["weights_sha256"] = "0" * 64
+    manifest_path(engine).write_text(json.dumps(read))
+    spec = Spec("aliked-t16", top_k=20, model_path=engine)
+    mine = tmp_path / "mine.pth"
+    mine.write_bytes(b"weights")
+    with pytest.raises(InputError, match="was made of other weights than"):
+        create_extractor("tensorrt-rtx", replace(spec, weights=mine))
+    with pytest.raises(InputError, match="is float32; ask for fp32"):
+        create_extractor("tensorrt-rtx", replace(spec, precision="fp16"))
+
+
 @pytest.fixture(scope="module")
 def small_engine(tmp_path_factory):
     """An engine and its manifest, for what looks at the manifest alone."""
