@@ -1,5 +1,6 @@
 # make demo   the whole main job on the shipped images, in a virtual environment of its own
 # make test   ruff and pytest
+# make cpp    the tests of libaliked with kernels for every architecture, not two of them
 # make readme-tables   the tables and plots of README.md and docs/, drawn again from results/
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +9,7 @@ FRAMES ?= assets/sequence_640x480
 ONNX = converted_model/$(MODEL)-top1k.onnx
 RUN = $(VENV)/bin/python
 
-.PHONY: demo readme-tables test lint clean
+.PHONY: demo readme-tables test cpp lint clean
 
 $(VENV)/.installed: requirements.txt constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -44,6 +45,9 @@ lint: $(VENV)/.installed-dev
 # way of each other cost more than they give.
 test: lint
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --maxprocesses 8 --dist worksteal
+
+cpp: $(VENV)/.installed-dev
+	ALIKED_ARCHITECTURES=all $(RUN) -m pytest -q tests/fused/test_cpp.py
 
 clean:
 	rm -rf $(VENV) demo

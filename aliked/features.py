@@ -40,13 +40,16 @@ def drop_fill_ins(keypoints: np.ndarray, descriptors: np.ndarray, scores: np.nda
     whose score is exactly 0. Nothing of the result shares memory with the outputs. `InputError`
     where a score is NaN.
     """
+    outputs = keypoints, scores, descriptors
+    if (scores > 0).all():  # as most often: a whole is copied twice as fast as its rows
+        return Features(*(rows.copy() for rows in outputs))
     if np.isnan(scores).any():  # no more than 0 either, but no fill-in
         raise InputError(
             "the runtime returned scores that are NaN, so its model is damaged or its precision "
             "too low; check the weights or the file"
         )
     kept = np.flatnonzero(scores > 0)  # rows taken by number are copied twice as fast as by mask
-    return Features(*(rows.take(kept, axis=0) for rows in (keypoints, scores, descriptors)))
+    return Features(*(rows.take(kept, axis=0) for rows in outputs))
 
 
 def features_of_batch(

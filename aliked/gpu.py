@@ -1,4 +1,4 @@
-"""The CUDA devices of this machine, as the driver itself reports them.
+"""The CUDA devices of this machine, as the driver itself reports them, and copies by the driver.
 
 The driver is asked, and not a runtime library, because TensorRT's runtime ends the process with a
 segmentation fault on a machine without a driver: this question has to come before it.
@@ -103,3 +103,31 @@ def _attribute(handle: ctypes.c_int, attribute: int) -> int:
     status = driver().cuDeviceGetAttribute(ctypes.byref(value), ctypes.c_int(attribute), handle)
     check(status, "cuDeviceGetAttribute")
     return value.value
+
+
+class Context:
+    """The context that is current where this is made. In a `with` it is current in any thread."""
+
+    def __init__(self) -> None:
+        self._handle = ctypes.c_void_p()
+        check(driver().cuCtxGetCurrent(ctypes.byref(self._handle)), "cuCtxGetCurrent")
+
+    def __enter__(self) -> None:
+        check(driver().cuCtxPushCurrent_v2(self._handle), "cuCtxPushCurrent")
+
+    def __exit__(self, *_: object) -> None:
+        driver().cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+
+
+def copy_async(to: int, source: int, nbytes: int, stream: int) -> None:
+    """Queue a copy between two addresses, of a device or of page-locked memory."""
+    status = driver().cuMemcpyAsync(
+        ctypes.c_void_p(to), ctypes.c_void_p(source), ctypes.c_size_t(nbytes),
+        ctypes.c_void_p(stream),
+    )  # fmt: skip
+    check(status, "cuMemcpyAsync")
+
+
+def wait(stream: int) -> None:
+    """Wait for a stream."""
+    check(driver().cuStreamSynchronize(ctypes.c_void_p(stream)), "cuStreamSynchronize")

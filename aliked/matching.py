@@ -1,6 +1,7 @@
 """From the features of two images to matches: what a matcher is, and mutual nearest neighbours."""
 
 import abc
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -92,22 +93,30 @@ class MutualMatcher(Matcher):
     def match_prepared(self, first: Any, second: Any) -> Matches:
         """Matches of two images' descriptors."""
         if self.device != "cpu":
-            return mutual_on_device(first, second, self.min_similarity)
+            from aliked.transfer import download
+
+            return matches_of_rows(*download(nearest_on_device(first, second, self.min_similarity)))
         indices = match_mutual(first, second, self.min_similarity)
         return Matches(indices, np.einsum("pd,pd->p", first[indices[:, 0]], second[indices[:, 1]]))
 
 
 def match_mutual(
-    descriptors0: np.ndarray, descriptors1: np.ndarray, min_similarity: float = MIN_SIMILARITY
-) -> np.ndarray:
+    descriptors0: Any, descriptors1: Any, min_similarity: float = MIN_SIMILARITY
+) -> Any:
     """Match the descriptors of two images that are each other's most similar.
 
     `descriptors0` [N, D] and `descriptors1` [M, D] have unit length, so that the dot product is
     the cosine similarity; pairs below `min_similarity` are dropped. Returns [P, 2] int64: the
-    index into each, ascending in the first. `InputError` where they are no such arrays.
+    index into each, ascending in the first. Arrays give an array; tensors give a tensor on their
+    device, where the work is done. `InputError` where they are no such arrays or tensors.
     """
-    check_lengths(descriptors0, descriptors1, "match features of the same model")
     check_similarity(min_similarity)
+    torch = sys.modules.get("torch")  # who gives a tensor has it; nobody else waits for it
+    if torch and isinstance(descriptors0, torch.Tensor):
+        index, _ = nearest_on_device(descriptors0, descriptors1, min_similarity)
+        (rows,) = torch.nonzero(index >= 0, as_tuple=True)
+        return torch.stack([rows, index[rows].long()], dim=1)
+    check_lengths(descriptors0, descriptors1, "match features of the same model")
     i, j, similarity = _mutual_best(
         lambda rows: descriptors0[rows] @ descriptors1.T,
         len(descriptors0),
@@ -139,24 +148,57 @@ def check_lengths(descriptors0: np.ndarray, descriptors1: np.ndarray, cure: str)
         raise InputError(f"descriptors have {lengths[0]} and {lengths[1]} values; {cure}")
 
 
-def mutual_on_device(first: Any, second: Any, min_similarity: float) -> Matches:
-    """`match_mutual` of two tensors, [N, D] and [M, D], computed where they are."""
+def check_tensors(descriptors0: Any, descriptors1: Any) -> None:
+    """Raise `InputError` unless both are float tensors [N, D] of one D, type and device."""
+    import torch
+
+    for rows in (descriptors0, descriptors1):
+        if not isinstance(rows, torch.Tensor):
+            raise InputError(f"the descriptors are a tensor and a {type(rows).__name__}")
+        if rows.ndim != 2 or not rows.is_floating_point():
+            raise InputError(
+                f"the descriptors are {rows.dtype} {list(rows.shape)}; give float tensors [N, D]"
+            )
+    a, b = ((rows.shape[1], rows.dtype, rows.device) for rows in (descriptors0, descriptors1))
+    if a != b:
+        raise InputError(
+            f"the descriptors differ: {a[0]} values in {a[1]} on {a[2]}, and {b[0]} in {b[1]} on "
+            f"{b[2]}; match features of the same model on one device"
+        )
+
+
+def nearest_on_device(
+    descriptors0: Any, descriptors1: Any, min_similarity: float
+) -> tuple[Any, Any]:
+    """For each row of tensor [N, D] its mutual nearest in [M, D], int [N], -1 for none.
+
+    Also the similarities [N]. On a GPU by a kernel of this project where it takes the descriptors:
+    nothing then waits, and no matrix of all similarities is made.
+    """
+    check_tensors(descriptors0, descriptors1)
+    if descriptors0.is_cuda:
+        from aliked.fused import match
+
+        if match.takes(descriptors0):
+            return match.nearest(descriptors0, descriptors1, min_similarity)
+    return _nearest_by_torch(descriptors0, descriptors1, min_similarity)
+
+
+def _nearest_by_torch(first: Any, second: Any, min_similarity: float) -> tuple[Any, Any]:
     import torch
 
     from aliked.model import plain_float32
 
-    if first.shape[1] != second.shape[1]:
-        lengths = f"{first.shape[1]} and {second.shape[1]}"
-        raise InputError(f"descriptors have {lengths} values; match features of the same model")
     if not len(first) or not len(second):
-        return NO_MATCHES
+        return first.new_full((len(first),), -1, dtype=torch.int64), first.new_zeros(len(first))
     with plain_float32():
         similarity = first @ second.T
+    # What is not a number has no partner.
+    similarity = torch.where(similarity.isnan(), -torch.inf, similarity)
     value, best = similarity.max(1)
     rows = torch.arange(len(first), device=first.device)
     kept = (similarity.argmax(0)[best] == rows) & (value >= min_similarity)
-    indices = torch.stack([rows[kept], best[kept]], 1)
-    return Matches(indices.cpu().numpy(), value[kept].cpu().numpy())
+    return torch.where(kept, best, -1), value
 
 
 def mutual_nearest_keypoints(

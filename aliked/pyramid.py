@@ -103,10 +103,10 @@ def read_by_gridsample(
     grid = torch.stack((x * 2 / (width - 1) - 1, y * 2 / (height - 1) - 1), dim=-1)[:, :, None]
     modes = ("nearest", *["bilinear"] * (len(levels) - 1))  # level 1 is read at its own pixels
     parts = [
-        F.grid_sample(level.float(), grid, mode=mode, align_corners=True)
+        F.grid_sample(level.float(), grid, mode=mode, align_corners=True).to(level.dtype)
         for level, mode in zip(levels, modes, strict=True)
     ]
-    return torch.cat(parts, dim=1)[..., 0].to(levels[0].dtype)
+    return torch.cat(parts, dim=1)[..., 0]
 
 
 def read_by_gather(

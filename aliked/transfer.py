@@ -6,13 +6,21 @@ buffer of its own, and wait for every copy by itself. What is large goes there i
 device copies one while threads prepare the next ones.
 """
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from aliked import gpu
 from aliked.errors import InputError, shown
-from aliked.threads import copied_parts
+from aliked.threads import copied_parts, each, in_parts
+
+
+def page_locked(tensor: torch.Tensor) -> torch.Tensor:
+    """An empty tensor of the same shape and type in page-locked host memory."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
 
 
 def choose_device(device: str | torch.device, only: str | None = None) -> torch.device:
@@ -54,7 +62,7 @@ def upload(
     if out is None:
         out = torch.empty(images.shape, dtype=torch.uint8, device=device)
     # PyTorch keeps the block from being used again before its copies are over.
-    staged = torch.empty(images.shape, dtype=torch.uint8, pin_memory=True)
+    staged = page_locked(out)
     # Parts are images or, of a single one, rows of pixels.
     whole = slice(None) if len(images) > 1 else 0
     to, through = out[whole], staged[whole]
@@ -73,8 +81,63 @@ def download(tensors: Iterable[torch.Tensor]) -> list[np.ndarray]:
     device = tensors[0].device
     if device.type != "cuda":
         return [tensor.cpu().numpy() for tensor in tensors]
-    copies = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors]
+    copies = [page_locked(tensor) for tensor in tensors]
     for copy, tensor in zip(copies, tensors, strict=True):
         copy.copy_(tensor, non_blocking=True)
     torch.cuda.current_stream(device).synchronize()
     return [copy.numpy() for copy in copies]
+
+
+SENT_BYTES = 256 << 10  # of a part at least: one is on its way while the next is copied
+
+
+class Part(NamedTuple):
+    """A part of page-locked memory, and where both sides of its copy are."""
+
+    rows: slice  # of the images or, of a single one, of its pixels
+    array: np.ndarray
+    on_device: int
+    on_host: int
+
+
+class Twin:
+    """Page-locked memory of the shape of a contiguous CUDA tensor, and copies between the two.
+
+    The driver is called directly, with what can be known before: a copy by PyTorch takes 40 us of
+    the processor's time, and this one 4. Inside the device's context; nothing is waited for.
+    """
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._both = tensor, page_locked(tensor)  # they live as long as this
+        self._on_device, self._on_host = (t.data_ptr() for t in self._both)
+        self.array = self._both[1].numpy()
+        self._whole = slice(None) if len(tensor) > 1 else 0
+
+    @functools.cached_property
+    def _parts(self) -> tuple[Callable, list[Part]]:
+        """What goes through the parts, by several threads or one, and the parts."""
+        array, through = self.array[self._whole], each
+        slices = in_parts(len(array), array.nbytes)
+        if len(slices) == 1:
+            slices, through = in_parts(len(array), array.nbytes, SENT_BYTES), map
+        offsets = [rows.start * array.strides[0] for rows in slices]
+        return through, [
+            Part(rows, array[rows], self._on_device + offset, self._on_host + offset)
+            for rows, offset in zip(slices, offsets, strict=True)
+        ]
+
+    def send(self, values: np.ndarray, stream: int) -> None:
+        """Copy an array [B, H, ...] here, and queue the copy to the device, part by part."""
+        values = values[self._whole]
+
+        def copy(part: Part) -> Part:
+            np.copyto(part.array, values[part.rows])
+            return part
+
+        through, parts = self._parts
+        for part in through(copy, parts):
+            gpu.copy_async(part.on_device, part.on_host, part.array.nbytes, stream)
+
+    def fetch(self, stream: int) -> None:
+        """Queue the copy of all values from the device."""
+        gpu.copy_async(self._on_host, self._on_device, self.array.nbytes, stream)

@@ -48,6 +48,9 @@ class Memory(Protocol):
     def copy(self, source: Any, target: Any) -> None:
         """Enqueue a copy on the device, between buffers of one shape and type."""
 
+    def replay(self, graph: "CudaGraph", source: Any, target: Any) -> None:
+        """`copy`, then launch the graph; not inside `active()`, but ordered as if it were."""
+
     def synchronize(self) -> None:
         """Wait for the stream."""
 
@@ -66,6 +69,7 @@ class TorchMemory:
         self._device = torch.device("cuda", index)
         self._stream = torch.cuda.Stream(self._device)
         self.stream = self._stream.cuda_stream
+        self._latest = self._stream  # what is enqueued there comes after all that was here
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -73,9 +77,12 @@ class TorchMemory:
         with cuda.device(self._device):
             caller = cuda.current_stream()
             self._stream.wait_stream(caller)
+            if self._latest not in (caller, self._stream):
+                self._stream.wait_stream(self._latest)
             with cuda.stream(self._stream):
                 yield
             caller.wait_stream(self._stream)
+            self._latest = caller
 
     def _dtype(self, dtype: np.dtype) -> Any:
         return self._torch.from_numpy(np.empty(0, dtype)).dtype
@@ -104,6 +111,18 @@ class TorchMemory:
 
     def copy(self, source: Any, target: Any) -> None:
         target.copy_(source, non_blocking=True)
+
+    def replay(self, graph: "CudaGraph", source: Any, target: Any) -> None:
+        # On the caller's stream: to wait for one another costs streams some ten microseconds.
+        cuda = self._torch.cuda
+        here = cuda.current_device() == self._device.index
+        with contextlib.nullcontext() if here else cuda.device(self._device):
+            caller = cuda.current_stream(self._device)
+            if self._latest != caller:
+                caller.wait_stream(self._latest)
+            target.copy_(source, non_blocking=True)
+            graph.launch(caller.cuda_stream)
+            self._latest = caller
 
     def synchronize(self) -> None:
         self._stream.synchronize()
@@ -158,6 +177,11 @@ class PyCudaMemory:
         size = math.prod(source.shape) * source.dtype.itemsize
         self._driver.memcpy_dtod_async(target.gpudata, source.gpudata, size, self._stream)
 
+    def replay(self, graph: "CudaGraph", source: Any, target: Any) -> None:
+        with self.active():
+            self.copy(source, target)
+            graph.launch(self.stream)
+
     def synchronize(self) -> None:
         self._stream.synchronize()
 
@@ -189,8 +213,7 @@ class CudaGraph:
 
     def __init__(self, stream: int, enqueue: Callable[[], None]) -> None:
         """Record `enqueue()`, which must only enqueue on `stream`: nothing runs meanwhile."""
-        self._stream = ctypes.c_void_p(stream)
-        graph = self._record(enqueue)
+        graph = self._record(ctypes.c_void_p(stream), enqueue)
         self._executable = ctypes.c_void_p()
         status = gpu.driver().cuGraphInstantiateWithFlags(
             ctypes.byref(self._executable), graph, ctypes.c_ulonglong(0)
@@ -199,20 +222,21 @@ class CudaGraph:
         gpu.check(status, "cuGraphInstantiateWithFlags")
         weakref.finalize(self, gpu.driver().cuGraphExecDestroy, self._executable)
 
-    def _record(self, enqueue: Callable[[], None]) -> ctypes.c_void_p:
+    def _record(self, stream: ctypes.c_void_p, enqueue: Callable[[], None]) -> ctypes.c_void_p:
         mode = ctypes.c_int(CAPTURE_MODE_THREAD_LOCAL)
-        gpu.check(gpu.driver().cuStreamBeginCapture_v2(self._stream, mode), "cuStreamBeginCapture")
+        gpu.check(gpu.driver().cuStreamBeginCapture_v2(stream, mode), "cuStreamBeginCapture")
         graph, failure = ctypes.c_void_p(), None
         try:
             enqueue()
         except Exception as error:  # the capture must be ended before anything else is called
             failure = error
-        status = gpu.driver().cuStreamEndCapture(self._stream, ctypes.byref(graph))
+        status = gpu.driver().cuStreamEndCapture(stream, ctypes.byref(graph))
         if failure is not None:
             raise failure
         gpu.check(status, "cuStreamEndCapture")
         return graph
 
-    def launch(self) -> None:
-        """Enqueue the recorded work on its stream."""
-        gpu.check(gpu.driver().cuGraphLaunch(self._executable, self._stream), "cuGraphLaunch")
+    def launch(self, stream: int) -> None:
+        """Enqueue the recorded work on a stream."""
+        status = gpu.driver().cuGraphLaunch(self._executable, ctypes.c_void_p(stream))
+        gpu.check(status, "cuGraphLaunch")

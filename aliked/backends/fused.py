@@ -3,32 +3,47 @@
 import functools
 import importlib.util
 from collections import OrderedDict
-from dataclasses import replace
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
+from aliked import gpu
 from aliked.backends import Spec
-from aliked.backends.pytorch import choose_device, load_model, named, to_features
+from aliked.backends.pytorch import choose_device, load_model, named
 from aliked.errors import InputError
-from aliked.features import Extractor, Features, check_images
+from aliked.features import OUTPUTS, Extractor, Features, check_images, features_of_batch
 from aliked.model import PRECISIONS
-from aliked.transfer import upload
+from aliked.transfer import Twin, upload
 
 MAX_PLANS = 16  # sizes whose buffers are kept; the one unused for longest makes room
 
 
-class Plan(NamedTuple):
+@dataclass(frozen=True)
+class Plan:
     """A captured run: replaying the graph reads `images` and overwrites `outputs`."""
 
     graph: torch.cuda.CUDAGraph
     images: torch.Tensor
     outputs: dict[str, torch.Tensor]
+    stream: int  # where it runs, a CUDA stream handle
+
+    @functools.cached_property
+    def staged(self) -> Twin:
+        """Page-locked memory for images on their way to the device, from the first use on."""
+        return Twin(self.images)
+
+    @functools.cached_property
+    def results(self) -> list[Twin]:
+        """The same for outputs on their way home."""
+        return [Twin(self.outputs[name]) for name in OUTPUTS]
 
 
 class FusedExtractor(Extractor):
-    """One model on one GPU. The first image of each size waits for a capture, the next do not."""
+    """One model on one GPU. The first image of each size waits for a capture, the next do not.
+
+    Not for several threads at once.
+    """
 
     @classmethod
     def unavailable(cls) -> str | None:
@@ -43,13 +58,17 @@ class FusedExtractor(Extractor):
         from aliked.fused import kernels, pipeline, weights  # here, as it imports triton
 
         self.name = name
-        self.device = choose_device(spec.device, "cuda")
+        chosen = choose_device(spec.device, "cuda")
+        index = torch.cuda.current_device() if chosen.index is None else chosen.index
+        self.device = torch.device("cuda", index)
         if spec.precision not in PRECISIONS:
             choices = " or ".join(PRECISIONS)
             raise InputError(f"unknown precision {spec.precision!r}; choose {choices}")
         selection = spec.selection
         model = load_model(replace(spec, precision="fp32"), torch.device("cpu"))
-        packed = weights.pack(model, PRECISIONS[spec.precision], self.device)
+        with torch.cuda.device(self.device):
+            packed = weights.pack(model, PRECISIONS[spec.precision], self.device)
+            self.context = gpu.Context()
         self.run = functools.partial(
             pipeline.extract, weights=packed, selection=selection, ops=kernels
         )
@@ -58,11 +77,14 @@ class FusedExtractor(Extractor):
     def extract_batch(self, images: np.ndarray) -> list[Features]:
         """Return each image's `Features` of uint8 [B, H, W, 3] RGB, copies included."""
         check_images(images)
-        with torch.cuda.device(self.device):
+        with self.context:
             plan = self._plan(images)
-            upload(images, self.device, plan.images)
+            plan.staged.send(images, plan.stream)
             plan.graph.replay()
-        return to_features(plan.outputs)
+            for output in plan.results:
+                output.fetch(plan.stream)
+            gpu.wait(plan.stream)
+        return features_of_batch(*(output.array for output in plan.results))
 
     def to_device(self, images: np.ndarray) -> torch.Tensor:
         """Return uint8 [B, H, W, 3] RGB on the device."""
@@ -77,9 +99,12 @@ class FusedExtractor(Extractor):
         """
         if batch.dtype != torch.uint8:  # an array's is another, whatever it holds
             raise self._refused(batch)
-        with torch.cuda.device(self.device):
+        with self.context:
             plan = self._plan(batch)
-            plan.images.copy_(batch, non_blocking=True)
+            if batch.device == self.device and batch.is_contiguous():
+                gpu.copy_async(plan.images.data_ptr(), batch.data_ptr(), batch.nbytes, plan.stream)
+            else:
+                plan.images.copy_(batch, non_blocking=True)
             plan.graph.replay()
         return plan.outputs
 
@@ -96,11 +121,12 @@ class FusedExtractor(Extractor):
         """Return the plan for a batch's shape on the current stream, captured when it is new."""
         if batch.ndim != 4 or batch.shape[3] != 3:
             raise self._refused(batch)
-        shape = tuple(batch.shape)
-        key = (shape, torch.cuda.current_stream().cuda_stream)
+        # Not public; the public way makes an object first, which takes longer than the launch.
+        stream = torch._C._cuda_getCurrentRawStream(self.device.index)
+        key = (tuple(batch.shape), stream)
         if key not in self.plans:
             self._make_room()
-            self.plans[key] = self._capture(shape)
+            self.plans[key] = self._capture(*key)
         self.plans.move_to_end(key)
         return self.plans[key]
 
@@ -111,7 +137,7 @@ class FusedExtractor(Extractor):
             self.plans.popitem(last=False)
 
     @torch.no_grad()  # inference mode would bind every call: it alone may write to its tensors
-    def _capture(self, shape: tuple) -> Plan:
+    def _capture(self, shape: tuple, stream: int) -> Plan:
         """Run once, which compiles the kernels, then capture the same run as a graph."""
         images = torch.zeros(shape, dtype=torch.uint8, device=self.device)
         self.run(images)
@@ -119,4 +145,4 @@ class FusedExtractor(Extractor):
         # Other threads may allocate meanwhile.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             outputs = named(self.run(images))
-        return Plan(graph, images, outputs)
+        return Plan(graph, images, outputs, stream)

@@ -353,7 +353,7 @@ class TensorRTExtractor(Extractor):
         _check_export(spec, manifest["source"]["export"])
         if spec.precision == "fp16" and manifest["precision"] == "FP32":
             raise InputError(
-                f"{spec.model_path} is float32; ask for fp32, or build it with --precision_mode FP16"
+                f"{spec.model_path} is float32; ask for fp32, or build it of an FP16 file"
             )
         return cls(
             spec.model_path, spec.top_k, spec.device, name=name, manifest=manifest, **options
@@ -556,7 +556,7 @@ class TensorRTExtractor(Extractor):
             self.memory.copy(batch, mine)
             batch = mine
         if self._graph:
-            self._graph.launch()
+            self._graph.launch(self.memory.stream)
             return
         self._set_address(INPUT, batch)
         self._enqueue()
@@ -607,9 +607,13 @@ class TensorRTExtractor(Extractor):
                 f"the batch is no contiguous {self.dtype} buffer of this extractor's device and "
                 "memory; make it with to_device"
             )
-        with self.memory.active():
-            self._prepare(tuple(batch.shape))
-            self._run(batch)
+        if self._graph and tuple(batch.shape) == self.shape:
+            self._batch = batch
+            self.memory.replay(self._graph, batch, self.buffers[INPUT])
+        else:
+            with self.memory.active():
+                self._prepare(tuple(batch.shape))
+                self._run(batch)
         return {name: self.buffers[name] for name in OUTPUTS}
 
     def extract_batch(self, images: np.ndarray) -> list[Features]:

@@ -15,6 +15,8 @@ from tqdm import tqdm
 
 from aliked.backends.tensorrt_library import RTX, Library, journal, logger, register_plugins
 from aliked.errors import InputError
+from aliked.export.onnx_graph import load_model
+from aliked.export.rtx_graph import for_rtx
 from aliked.files import read_file, whole_file
 
 if TYPE_CHECKING:
@@ -140,7 +142,8 @@ def build_plan(library: Library, onnx_path: Path, options: BuildOptions) -> byte
     kernel in the memory that it may use.
     """
     trt = library.load()
-    builder, network, parser = parse_file(library, onnx_path, options)
+    content = for_rtx(load_model(onnx_path)).SerializeToString() if library is RTX else None
+    builder, network, parser = parse_file(library, onnx_path, options, content)
     config = create_config(trt, builder, options)
     if options.shapes:
         add_profile(library, builder, config, network.get_input(0).name, options.shapes)
@@ -161,10 +164,11 @@ def build_plan(library: Library, onnx_path: Path, options: BuildOptions) -> byte
 
 
 def parse_file(
-    library: Library, onnx_path: Path, options: BuildOptions
+    library: Library, onnx_path: Path, options: BuildOptions, content: bytes | None = None
 ) -> tuple["trt.Builder", "trt.INetworkDefinition", "trt.OnnxParser"]:
     """Parse an ONNX file; the parser owns the weights, so it has to outlive the build.
 
+    `content` is parsed in place of what the file holds.
     `InputError` with every error of the parser, whole, where it refuses the file.
     """
     trt = library.load()
@@ -174,7 +178,7 @@ def parse_file(
     builder = trt.Builder(logger(library))
     network = create_network(trt, builder, options)
     parser = trt.OnnxParser(network, logger(library))
-    if parser.parse_from_file(str(onnx_path)):
+    if parser.parse(content) if content else parser.parse_from_file(str(onnx_path)):
         return builder, network, parser
     errors = "\n".join(f"  {parser.get_error(index)}" for index in range(parser.num_errors))
     raise InputError(f"{library} {trt.__version__} cannot parse {onnx_path}:\n{errors}")

@@ -1,7 +1,5 @@
 """What the kernels share: the activation, products in the chosen precision, sizes of tiles."""
 
-import struct
-
 import torch
 import triton
 import triton.language as tl
@@ -73,8 +71,3 @@ def tile_for(kernel: str, x: torch.Tensor) -> dict[str, int]:
     """Return the tile sizes and warps of `kernel` for a map or matrix `x` [..., channels]."""
     by_channels = TILES[kernel]
     return by_channels[max(channels for channels in by_channels if channels <= x.shape[-1])]
-
-
-def float_bits(value: float) -> int:
-    """The bits of a float32 as an integer."""
-    return struct.unpack("<i", struct.pack("<f", value))[0]

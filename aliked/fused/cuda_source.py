@@ -5,6 +5,7 @@ Their sources are compiled on first use by NVRTC, which comes with PyTorch: no c
 
 import ctypes
 import functools
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +25,11 @@ def text(file: str, constants: tuple[tuple[str, int], ...]) -> str:
     """A source file of this folder after definitions of its constants, without `HEADER`."""
     definitions = "".join(f"#define {name} {value}\n" for name, value in constants)
     return definitions + (FOLDER / file).read_text()
+
+
+def float_bits(value: float) -> int:
+    """The bits of a float32 as an integer: how a kernel gets a float."""
+    return struct.unpack("<i", struct.pack("<f", value))[0]
 
 
 class Attribute(ctypes.Structure):

@@ -11,15 +11,8 @@ import triton
 import triton.language as tl
 
 from aliked.fused import cuda_source, launches
-from aliked.fused.common import (
-    add_product,
-    float_bits,
-    load_matrix,
-    padded,
-    product,
-    selu,
-    tile_for,
-)
+from aliked.fused.common import add_product, load_matrix, padded, product, selu, tile_for
+from aliked.fused.cuda_source import float_bits
 from aliked.fused.score_map import level_geometry, upsampled
 
 SOURCE = "describe.cu"

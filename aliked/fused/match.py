@@ -4,22 +4,17 @@ import torch
 
 from aliked.errors import InputError
 from aliked.fused import cuda_source, launches
-from aliked.fused.common import float_bits
+from aliked.fused.cuda_source import float_bits
+from aliked.matching import check_tensors
 
 SOURCE = "match.cu"
 DEPTH = 16  # channels that the kernel takes at a time
 
 
-def match_mutual(
-    descriptors0: torch.Tensor, descriptors1: torch.Tensor, min_similarity: float = 0.75
-) -> torch.Tensor:
-    """`aliked.matching.match_mutual` of float32 [N, D] and [M, D] on one device: [P, 2] int64.
-
-    The result is on that device. D is a multiple of 16. Waits for the device once, for P.
-    """
-    index, _ = nearest(descriptors0, descriptors1, min_similarity)
-    rows = torch.nonzero(index >= 0)
-    return torch.cat([rows, index[rows].long()], dim=1)
+def takes(descriptors: torch.Tensor) -> bool:
+    """Whether the kernel takes descriptors [N, D] of this type and length."""
+    length = descriptors.shape[1]
+    return descriptors.dtype == torch.float32 and length > 0 and length % DEPTH == 0
 
 
 def nearest(
@@ -34,27 +29,21 @@ def nearest(
     Also the similarities [N], 0 where there is none. Rows whose score, float32 [N] or [M], is 0
     take no part: they fill up outputs of a fixed size. Nothing waits for the device.
     """
-    for descriptors in (descriptors0, descriptors1):
-        shape, dtype = list(descriptors.shape), descriptors.dtype
-        if descriptors.ndim != 2 or dtype != torch.float32 or shape[1] % DEPTH or not shape[1]:
-            raise InputError(
-                f"the descriptors are {dtype} {shape}; give float32 [N, D], D a multiple of {DEPTH}"
-            )
-    if descriptors0.shape[1] != descriptors1.shape[1]:
-        lengths = descriptors0.shape[1], descriptors1.shape[1]
-        raise InputError("descriptors of length {} and {} cannot be compared".format(*lengths))
-    if descriptors0.device != descriptors1.device:  # a kernel would read the other's as its own
-        devices = descriptors0.device, descriptors1.device
-        raise InputError("the descriptors are on two devices, {} and {}".format(*devices))
-    a, b = descriptors0.contiguous(), descriptors1.contiguous()
+    check_tensors(descriptors0, descriptors1)
+    if not takes(descriptors0):
+        raise InputError(
+            f"the descriptors are {descriptors0.dtype} {list(descriptors0.shape)}; give float32 "
+            f"[N, D], D a multiple of {DEPTH}"
+        )
+    a, b = aligned(descriptors0), aligned(descriptors1)
     device, rows, columns = a.device, len(a), len(b)
-    best = torch.zeros(rows + columns, dtype=torch.int64, device=device)
-    index = torch.full((rows,), -1, dtype=torch.int32, device=device)
-    similarities = torch.zeros(rows, device=device)
     if not rows or not columns:
-        return index, similarities
-    scores = [torch.ones(len(d), device=device) if s is None else s.contiguous()
-              for d, s in ((a, scores0), (b, scores1))]  # fmt: skip
+        index = torch.full((rows,), -1, dtype=torch.int32, device=device)
+        return index, torch.zeros(rows, device=device)
+    scores = [scores_of(*pair) for pair in ((a, scores0), (b, scores1))]
+    best = torch.zeros(rows + columns, dtype=torch.int64, device=device)
+    index = torch.empty(rows, dtype=torch.int32, device=device)
+    similarities = torch.empty(rows, device=device)
     sizes = {"rows": rows, "columns": columns}
     halves = best[:rows], best[rows:]
 
@@ -62,6 +51,25 @@ def nearest(
         launch = cuda_source.compiled(SOURCE, kernel, launches.build("match"), device)
         launch(launches.grid(kernel, **sizes), launches.threads(kernel), list(arguments))
 
-    run("find_best", a, b, *scores, *halves, rows, columns, a.shape[1])
-    run("keep_mutual", *halves, index, similarities, rows, float_bits(min_similarity))
+    with torch.cuda.device_of(a):
+        run("find_best", a, b, *scores, *halves, rows, columns, a.shape[1])
+        run("keep_mutual", *halves, index, similarities, rows, float_bits(min_similarity))
     return index, similarities
+
+
+def aligned(descriptors: torch.Tensor) -> torch.Tensor:
+    """The same rows without gaps from a multiple of 16 bytes on, as the kernel reads them."""
+    descriptors = descriptors.contiguous()
+    return descriptors if descriptors.data_ptr() % 16 == 0 else descriptors.clone()
+
+
+def scores_of(descriptors: torch.Tensor, scores: torch.Tensor | None) -> torch.Tensor:
+    """What the kernel takes for the scores of descriptors [N, D]: all take part without any."""
+    wanted = torch.ones(len(descriptors), device=descriptors.device) if scores is None else scores
+    shape, dtype, device = wanted.shape, wanted.dtype, wanted.device
+    if (shape, dtype, device) != (descriptors.shape[:1], torch.float32, descriptors.device):
+        raise InputError(
+            f"the scores are {dtype} {list(shape)} on {device}; give float32 [N] beside the "
+            "descriptors"
+        )
+    return wanted.contiguous()

@@ -6,7 +6,7 @@ The kernels are CUDA C++ (`selection.cu`) in either precision: scores are float3
 import torch
 
 from aliked.fused import cuda_source, launches
-from aliked.fused.common import float_bits
+from aliked.fused.cuda_source import float_bits
 from aliked.fused.maxima import TALLY_CONSTANTS
 
 SOURCE = "selection.cu"

@@ -1,6 +1,6 @@
 // What the kernels need of a warp, from Turing up: packed half precision, matrix products, shared
 // memory. Compiled by NVRTC, which has no headers of its own, so nothing is included here.
-// tests/cuda_on_host.hpp has the same functions for the CPU.
+// tests/helpers/cuda_on_host.hpp has the same functions for the CPU.
 
 typedef unsigned int u32;  // two half-precision numbers, or any 32 bits
 constexpr u32 FULL_WARP = 0xFFFFFFFFu;
@@ -33,31 +33,10 @@ __device__ __forceinline__ u32 multiply_add(u32 a, u32 b, u32 c) {
   return d;
 }
 
-// d += a b: d [16, 8] float32, a [16, 8] and b [8, 8] in half precision (mma.m16n8k8).
+// d = a b + c: d and c [16, 8] float32, a [16, 8] and b [8, 8] in half precision (mma.m16n8k8).
 // With g = lane / 4 and t = lane % 4, a lane holds
 //   a[0], a[1]: columns 2t, 2t + 1 of rows g and g + 8;  b: rows 2t, 2t + 1 of column g;
 //   d[0], d[1]: columns 2t, 2t + 1 of row g;  d[2], d[3]: the same of row g + 8.
-__device__ __forceinline__ void product8(float (&d)[4], u32 a0, u32 a1, u32 b) {
-  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, "
-               "{%0,%1,%2,%3};"
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(b));
-}
-
-// As `product8` with an inner size of 16 (mma.m16n8k16): a[2], a[3] and b[1] hold columns and rows
-// 8 further on.
-__device__ __forceinline__ void product16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
-               "{%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-#else
-  product8(d, a[0], a[1], b[0]);
-  product8(d, a[2], a[3], b[1]);
-#endif
-}
-
-// d = a b + c, as above, for where the sum starts: no register is set before.
 __device__ __forceinline__ void product8(float (&d)[4], u32 a0, u32 a1, u32 b,
                                          const float (&c)[4]) {
   asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, "
@@ -66,6 +45,12 @@ __device__ __forceinline__ void product8(float (&d)[4], u32 a0, u32 a1, u32 b,
                : "r"(a0), "r"(a1), "r"(b), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 }
 
+__device__ __forceinline__ void product8(float (&d)[4], u32 a0, u32 a1, u32 b) {
+  product8(d, a0, a1, b, d);
+}
+
+// As `product8` with an inner size of 16 (mma.m16n8k16): a[2], a[3] and b[1] hold columns and rows
+// 8 further on.
 __device__ __forceinline__ void product16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2],
                                           const float (&c)[4]) {
 #if __CUDA_ARCH__ >= 800
@@ -78,6 +63,10 @@ __device__ __forceinline__ void product16(float (&d)[4], const u32 (&a)[4], cons
   product8(d, a[0], a[1], b[0], c);
   product8(d, a[2], a[3], b[1]);
 #endif
+}
+
+__device__ __forceinline__ void product16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+  product16(d, a, b, d);
 }
 
 // Blocks side by side along x that read each other's shared memory, from Hopper on: an attribute

@@ -1,11 +1,13 @@
 # The kernels: one fat binary per BUILD of launches.def, and a source that embeds them all.
 
+if(DEFINED ENV{ALIKED_NVCC})
+  set(ALIKED_NVCC $ENV{ALIKED_NVCC} CACHE FILEPATH "NVIDIA's compiler, 12.8 or newer")
+endif()
 find_program(ALIKED_NVCC nvcc HINTS ENV CUDA_HOME ENV CUDA_PATH PATH_SUFFIXES bin
              PATHS /usr/local/cuda DOC "NVIDIA's compiler, 12.8 or newer")
 if(NOT ALIKED_NVCC)
-  message(FATAL_ERROR "There is no nvcc: install the CUDA toolkit, or the wheels nvidia-cuda-nvcc, "
-                      "nvidia-cuda-cccl, nvidia-cuda-crt, nvidia-nvvm and nvidia-cuda-runtime, and "
-                      "pass -DALIKED_NVCC=.../bin/nvcc (docs/cpp.md)")
+  message(FATAL_ERROR "There is no nvcc: install the CUDA toolkit, or the wheels of "
+                      "cuda-toolkit[nvcc,cccl], and pass -DALIKED_NVCC=.../bin/nvcc (docs/cpp.md)")
 endif()
 # cuda.h: nvcc knows where its headers are, also where it is a link or a script.
 execute_process(COMMAND ${ALIKED_NVCC} --dryrun -x cu -E /dev/null

@@ -1,6 +1,6 @@
-// One image through a TensorRT engine of this project (convert_onnx_to_trt.py), from C++: features
-// as text. Built where NVIDIA's headers are; TensorRT 10 or 11.
-//   aliked_tensorrt IMAGE --engine FILE.trt
+// One image through an engine of this project (convert_onnx_to_trt.py), from C++: features as text.
+// Built where NVIDIA's headers are; TensorRT 10 or 11, TensorRT for RTX.
+//   aliked_tensorrt IMAGE --engine FILE
 #include <NvInferRuntime.h>
 #include <cuda_runtime_api.h>
 
@@ -38,13 +38,18 @@ struct Buffer {
   ~Buffer() { cudaFree(memory); }
 };
 
-// uint8 [H, W, 3] to float32 [3, H, W] in [0, 1], the engine's input.
+// uint8 [H, W, 3] to float32 [3, H, W] in [0, 1]: the input of engines that take no bytes.
 std::vector<float> planes(const Image &image) {
   const std::size_t pixels = std::size_t(image.height) * std::size_t(image.width);
   std::vector<float> planes(3 * pixels);
   for (std::size_t i = 0; i < pixels; ++i)
     for (std::size_t c = 0; c < 3; ++c) planes[c * pixels + i] = float(image.rgb[3 * i + c]) / 255;
   return planes;
+}
+
+void check_type(const nvinfer1::ICudaEngine &engine, const char *name, nvinfer1::DataType type) {
+  if (engine.getTensorDataType(name) != type)
+    throw std::runtime_error("the engine has no \"" + std::string(name) + "\" of the type wanted");
 }
 
 std::size_t count(const nvinfer1::Dims &dims) {
@@ -57,7 +62,7 @@ int body(int words_count, char **words) {
   const CommandLine line(words_count, words, {"engine"});
   const std::string file = line.get("engine", std::string());
   if (line.names.size() != 1 || file.empty())
-    throw std::runtime_error("give one image and --engine FILE.trt");
+    throw std::runtime_error("give one image and --engine FILE");
   const Image image = read_image(line.names[0]);
   std::ifstream stream(file, std::ios::binary);
   const std::vector<char> plan{std::istreambuf_iterator<char>(stream), {}};
@@ -72,9 +77,12 @@ int body(int words_count, char **words) {
   const std::unique_ptr<nvinfer1::IExecutionContext> context(engine->createExecutionContext());
 
   // "image" goes in; "keypoints", "descriptors" and "scores" come out, found by name.
-  if (engine->getTensorDataType("image") != nvinfer1::DataType::kFLOAT)
-    throw std::runtime_error(file + " does not take a float32 \"image\"");
-  if (!context->setInputShape("image", nvinfer1::Dims4(1, 3, image.height, image.width)))
+  using nvinfer1::DataType, nvinfer1::Dims4;
+  const bool bytes = engine->getTensorDataType("image") == DataType::kUINT8;
+  if (!bytes) check_type(*engine, "image", DataType::kFLOAT);
+  for (const char *name : {"keypoints", "scores"}) check_type(*engine, name, DataType::kFLOAT);
+  if (!context->setInputShape("image", bytes ? Dims4(1, image.height, image.width, 3)
+                                             : Dims4(1, 3, image.height, image.width)))
     throw std::runtime_error("the engine does not take images of this size");
   std::map<std::string, Buffer> buffers;
   std::map<std::string, std::vector<float>> outputs;
@@ -86,9 +94,9 @@ int body(int words_count, char **words) {
     if (engine->getTensorIOMode(name) == nvinfer1::TensorIOMode::kOUTPUT)
       outputs[name].resize(values);
   }
-  const std::vector<float> input = planes(image);
-  check(cudaMemcpy(buffers["image"].memory, input.data(), buffers["image"].size,
-                   cudaMemcpyHostToDevice));
+  const std::vector<float> floats = bytes ? std::vector<float>() : planes(image);
+  check(cudaMemcpy(buffers["image"].memory, bytes ? (const void *)image.rgb.data() : floats.data(),
+                   bytes ? image.rgb.size() : buffers["image"].size, cudaMemcpyHostToDevice));
   if (!context->enqueueV3(nullptr)) throw std::runtime_error("the engine does not run");
   check(cudaDeviceSynchronize());
   for (auto &[name, values] : outputs)

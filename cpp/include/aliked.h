@@ -38,7 +38,11 @@ typedef enum aliked_status {
   ALIKED_INTERNAL_ERROR = 9
 } aliked_status;
 
+#ifdef __cplusplus /* every int is a value: one that is none of these is refused */
+typedef enum aliked_memory : int {
+#else
 typedef enum aliked_memory {
+#endif
   ALIKED_HOST = 0,        /* ordinary memory */
   ALIKED_PAGE_LOCKED = 1, /* of `aliked_allocate`, cudaHostAlloc or cuMemHostRegister: no copy */
   ALIKED_DEVICE = 2       /* of the extractor's GPU */

@@ -40,7 +40,7 @@ int Network::keypoints(const Frame &frame) const {
           text("the images are %dx%d pixels; both sides must be at least 5", frame.width,
                frame.height));
   // Kernels count in 32 bits inside one image; the largest map has 32 bytes a pixel.
-  const long pixels = long(frame.height) + Frame::STRIDE > MOST / (frame.width + Frame::STRIDE)
+  const long pixels = long(frame.height) + Frame::STRIDE > MOST / (long(frame.width) + Frame::STRIDE)
                           ? MOST
                           : long(frame.padded_height()) * frame.padded_width();
   require(pixels <= MOST / 32, text("images of %dx%d pixels are too large: the kernels count up to "

@@ -1,20 +1,24 @@
 """Check and time libaliked on a machine with a GPU; prints a table, writes JSON lines.
 
-    python cpp/tests/gpu_check.py --build BUILD --output records.jsonl [--sanitizer]
+    python cpp/tests/gpu_check.py --build BUILD --output records.jsonl [--weights FOLDER]
 
-BUILD is a build folder with the library for this GPU. From the checkout's root; needs PyTorch. The
-library is used through its C interface by ctypes, beside the Python backend `fused` in half
-precision, whose features must be the same bit for bit.
+BUILD is a build folder with the library for this GPU; needs PyTorch. The library is used through
+its C interface by ctypes, beside the Python backend `fused` in half precision, whose features must
+be the same bit for bit.
 """
 
 import argparse
 import ctypes
+import functools
+import itertools
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int, c_size_t, c_void_p
 from pathlib import Path
 
@@ -29,7 +33,8 @@ from aliked.fused.pack_weights import write_packed
 from aliked.images import load_image
 from aliked.matching import match_mutual
 
-ASSETS = Path(__file__).resolve().parents[2] / "assets"
+ROOT = Path(__file__).resolve().parents[2]
+ASSETS = ROOT / "assets"
 HOST, PAGE_LOCKED, DEVICE = range(3)
 
 
@@ -223,16 +228,21 @@ def check_matching(library: Library, record) -> int:
                 )
             )
 
+        def by_python(on_device=on_device):
+            return match_mutual(*on_device, 0.75).cpu().numpy()
+
         run()
         index = array(found.index, (n,), c_int)
         wanted = match_mutual(a, b, 0.75)
         rows = np.flatnonzero(index >= 0)
         equal = np.array_equal(np.stack([rows, index[rows]], axis=1), wanted)
+        equal = equal and np.array_equal(by_python(), wanted)
         bad += not equal
-        times = timed(run, 100)
+        times, python = timed(run, 100), timed(by_python, 100)
         record("matching", rows=n, columns=m, length=dim, equal=bool(equal), **times)
-        print(f"{'same' if equal else 'DIFFERENT'} matches of {n} and {m}, D = {dim}: "
-              f"{len(wanted)}, {times['p50_ms']:.4f} ms", flush=True)  # fmt: skip
+        record("python", what="matching, pairs on the host", rows=n, columns=m, **python)
+        print(f"{'same' if equal else 'DIFFERENT'} matches of {n} and {m}, D = {dim}: {len(wanted)}"
+              f", {times['p50_ms']:.4f} ms, Python {python['p50_ms']:.4f}", flush=True)  # fmt: skip
     library.c.aliked_destroy_matcher(matcher)
     return bad
 
@@ -265,10 +275,11 @@ def check_threads(library: Library, file: Path, record) -> int:
     return len(wrong)
 
 
-def used_memory() -> int:
-    """Bytes of the device that are in use, by anybody."""
+def used_memory() -> np.ndarray:
+    """Bytes in use: of the device, by anybody, and of the host, by this process."""
     free, total = torch.cuda.mem_get_info()
-    return total - free
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return np.array([total - free, pages * os.sysconf("SC_PAGE_SIZE")])
 
 
 def check_sizes(library: Library, file: Path, record, frames: int = 10000) -> int:
@@ -277,7 +288,7 @@ def check_sizes(library: Library, file: Path, record, frames: int = 10000) -> in
     random = np.random.default_rng(0)
     sizes = [tuple(map(int, random.integers(40, 400, 2))) for _ in range(20)]
     image = np.ascontiguousarray(pictures((400, 400), 1)[0])
-    most = [0, 0]
+    most = np.zeros((2, 2), np.int64)
     start = time.perf_counter()
     size = sizes[0]
     for i in range(frames):
@@ -287,14 +298,54 @@ def check_sizes(library: Library, file: Path, record, frames: int = 10000) -> in
         library.check(library.c.aliked_extract(extractor, byref(given), None))
         if i % 50 == 0:
             half = int(i >= frames // 2)
-            most[half] = max(most[half], used_memory())
+            most[half] = np.maximum(most[half], used_memory())
     seconds = time.perf_counter() - start
     library.c.aliked_destroy(extractor)
-    grown = most[1] - most[0]
-    record("sizes", frames=frames, seconds=seconds, most_first_half=most[0], grown=grown)
+    grown = dict(zip(("device", "host"), (most[1] - most[0]).tolist(), strict=True))
+    record("sizes", frames=frames, seconds=seconds, most_first_half=most[0].tolist(), grown=grown)
     print(f"{frames} frames of 20 sizes, 8 plans: {seconds:.1f} s, memory of the second half "
-          f"{grown / 2**20:+.1f} MiB", flush=True)  # fmt: skip
-    return int(grown > 32 << 20)
+          + ", ".join(f"{what} {size / 2**20:+.1f} MiB" for what, size in grown.items()),
+          flush=True)  # fmt: skip
+    return int(max(grown.values()) > 32 << 20)
+
+
+@functools.cache
+def packed(name: str, weights: str, folder: str) -> Path:
+    """The library's weights file of official weights."""
+    file = Path(folder) / f"{name}.safetensors"
+    write_packed(name, file, Path(weights))
+    return file
+
+
+def official_case(name, image, top_k, scores_th, n_limit, weights_path) -> dict[str, np.ndarray]:
+    """Adapter of `check_goldens.py`: the library's features of one image."""
+    library = Library(Path(os.environ["ALIKED_BUILD"]))
+    file = packed(name, str(weights_path), os.environ["ALIKED_PACKED"])
+    extractor = library.create(file, (top_k, scores_th, n_limit))
+    (found,) = library.extract(extractor, np.ascontiguousarray(image)[None])
+    library.c.aliked_destroy(extractor)
+    return dict(zip(("keypoints", "scores", "descriptors"), found, strict=True))
+
+
+def check_official(build: Path, goldens: Path, weights: Path, folder: Path, record) -> int:
+    """Photographs against the official outputs, which were made in float32 on a CPU."""
+    from tests.fused.test_fused_gpu import HALF
+
+    command = [sys.executable, goldens / "check_goldens.py", "--weights", weights]
+    command += ["--adapter", "gpu_check:official_case", "--only", "__"]
+    command += [f"--{name}={value}" for name, value in HALF.items()]
+    environment = os.environ | {
+        "PYTHONPATH": f"{Path(__file__).resolve().parent}:{ROOT}",
+        "ALIKED_BUILD": str(build.resolve()),
+        "ALIKED_PACKED": str(folder),
+    }
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
+    lines = (done.stdout + done.stderr).strip().splitlines()
+    passed = sum("PASS" in line for line in lines)
+    bad = int(done.returncode != 0 or passed == 0)
+    record("official", passed=passed, status=done.returncode, said=lines[-1])
+    print("\n".join(lines if bad else lines[-1:]), flush=True)
+    return bad
 
 
 def timed(run, runs: int = 1000) -> dict[str, float]:
@@ -328,40 +379,50 @@ def time_python(model: str, spec: dict, images: np.ndarray, record) -> None:
         "python, device to device, calls back to back": {
             name: value / 50 for name, value in timed(together, 20).items()
         },
-        "python, host to host": timed(lambda: python.extract_batch(images), 300),
+        "python, host to host": timed(lambda: python.extract_batch(images), 1000),
     }
+    if len(images) == 1:  # as users and measure_timings.py call it
+        rows["python, host to host, one image"] = timed(lambda: python(images[0]))
     for what, times in rows.items():
         record("python", what=what, model=model, batch=len(images), **times)
         print(f"{what:46} " + " ".join(f"{value:8.4f}" for value in times.values()), flush=True)
 
 
-def time_all(build: Path, files: dict[str, Path], spec: dict, folder: Path, record) -> None:
-    """`aliked_bench` and the Python backend, in turn."""
+def time_library(library: Library, model: str, file: Path, images: np.ndarray, record) -> None:
+    """The library from host to host by another clock than its own."""
+    extractor = library.create(file, (1000, 0.2, 5000))
+    batch, height, width = images.shape[:3]
+    given, found = Images(images.ctypes.data, HOST, batch, height, width, 0, 0), Features()
+
+    def run():
+        library.check(library.c.aliked_extract(extractor, byref(given), byref(found)))
+
+    times = timed(run)
+    library.c.aliked_destroy(extractor)
+    what = "library, host to host, Python's clock"
+    record("stopwatch", what=what, model=model, batch=batch, **times)
+    print(f"{what:46} " + " ".join(f"{value:8.4f}" for value in times.values()), flush=True)
+
+
+def time_all(
+    library: Library, build: Path, files: dict[str, Path], spec: dict, folder: Path, record
+) -> None:
+    """`aliked_bench`, the library by another clock and the Python backend, in turn."""
     picture = folder / "picture.ppm"
     image = pictures((480, 640), 1)[0]
     picture.write_bytes(b"P6\n640 480\n255\n" + image.tobytes())
     for model in [m for m in ("aliked-t16", "aliked-n16rot", "aliked-n32") if m in files] or files:
         for batch in (1, 8):
             lines = folder / f"{model}-{batch}.jsonl"
-            command = [
-                build / "examples" / "aliked_bench",
-                "--model",
-                files[model],
-                "--batch",
-                batch,
-            ]
-            command += [
-                "--image",
-                picture,
-                "--output",
-                lines,
-                "--runs",
-                3000 if batch == 1 else 500,
-            ]
+            command = [build / "examples" / "aliked_bench", "--model", files[model]]
+            command += ["--batch", batch, "--image", picture, "--output", lines]
+            command += ["--runs", 3000 if batch == 1 else 500]
             subprocess.run(list(map(str, command)), check=True)
             for line in lines.read_text().splitlines():
                 record("library", **json.loads(line))
-            time_python(model, spec[model], np.repeat(image[None], batch, axis=0), record)
+            images = np.repeat(image[None], batch, axis=0)
+            time_library(library, model, files[model], images, record)
+            time_python(model, spec[model], images, record)
 
 
 def sanitize(build: Path, file: Path, folder: Path, record) -> int:
@@ -384,13 +445,17 @@ def sanitize(build: Path, file: Path, folder: Path, record) -> int:
         ],
         "batch": ["aliked_bench", "--image", frames[0], "--batch", 3, "--top_k", 100, "--runs", 1],
     }
-    for tool in ("memcheck", "racecheck", "synccheck"):
-        for name, (program, *rest) in programs.items():
-            command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", 7]
-            command += [build / "examples" / program, *rest, "--model", file]
-            done = subprocess.run(
-                list(map(str, command)), capture_output=True, text=True, timeout=300
-            )
+
+    def check(case: tuple[str, str]) -> subprocess.CompletedProcess:
+        tool, name = case
+        program, *rest = programs[name]
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", 7]
+        command += [build / "examples" / program, *rest, "--model", file]
+        return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+
+    cases = list(itertools.product(("memcheck", "racecheck", "synccheck"), programs))
+    with ThreadPoolExecutor(len(cases)) as pool:  # they share the GPU, and nothing is timed
+        for (tool, name), done in zip(cases, pool.map(check, cases), strict=True):
             said = (done.stdout + done.stderr).strip().splitlines()
             bad += done.returncode != 0
             record("sanitizer", tool=tool, program=name, status=done.returncode, said=said[-1])
@@ -406,8 +471,9 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--commit", help="what is recorded as the code's commit")
     parser.add_argument("--weights", type=Path, help="folder of official .pth files, if any")
-    parser.add_argument("--steps", nargs="+", default=["features", "matching", "threads", "sizes",
-                                                       "times", "sanitizer"])  # fmt: skip
+    parser.add_argument("--goldens", type=Path, help="folder of check_goldens.py, if any")
+    steps = ["features", "official", "matching", "threads", "sizes", "times", "sanitizer"]
+    parser.add_argument("--steps", nargs="+", choices=steps, default=steps)
     args = parser.parse_args()
     library = Library(args.build)
     output = args.output.open("a")
@@ -430,6 +496,8 @@ def main() -> int:
         some = files.get("aliked-t16", next(iter(files.values())))
         if "features" in args.steps:
             bad += check_features(library, files, spec, record)
+        if "official" in args.steps and args.goldens and args.weights:
+            bad += check_official(args.build, args.goldens, args.weights, folder, record)
         if "matching" in args.steps:
             bad += check_matching(library, record)
         if "threads" in args.steps:
@@ -437,7 +505,7 @@ def main() -> int:
         if "sizes" in args.steps:
             bad += check_sizes(library, some, record)
         if "times" in args.steps:
-            time_all(args.build, files, spec, folder, record)
+            time_all(library, args.build, files, spec, folder, record)
         if "sanitizer" in args.steps:
             bad += sanitize(args.build, some, folder, record)
     print(f"{bad} checks failed")

@@ -105,6 +105,7 @@ void test_images() {
   CHECK_STATUS(extract(1, 64, -80), ALIKED_BAD_ARGUMENT, "at least 5");
   CHECK_STATUS(extract(1, 2147483647, 2147483647), ALIKED_BAD_ARGUMENT, "too large");
   CHECK_STATUS(extract(1, 2000000000, 5), ALIKED_BAD_ARGUMENT, "too large");
+  CHECK_STATUS(extract(1, 5, 2147483647), ALIKED_BAD_ARGUMENT, "too large");
   CHECK_STATUS(extract(2147483647, 64, 80), ALIKED_BAD_ARGUMENT, "many");
   CHECK_STATUS(extract(1, 64, 80, 239), ALIKED_BAD_ARGUMENT, "row stride");
   CHECK_STATUS(extract(2, 20, 30, 90, 1799), ALIKED_BAD_ARGUMENT, "stride");

@@ -2,9 +2,20 @@
 
 import numpy as np
 import pytest
+import torch
 
 from aliked import matching
-from aliked.matching import match_mutual, mutual_nearest_keypoints
+from aliked.errors import InputError
+from aliked.features import Features
+from aliked.matching import MutualMatcher, match_mutual, mutual_nearest_keypoints
+
+CUDA = pytest.param(
+    "cuda:0",
+    marks=[
+        pytest.mark.gpu,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    ],
+)
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
@@ -87,3 +98,46 @@ def test_keypoints_that_are_not_numbers_find_no_partner():
     a = np.array([[np.nan, 1.0], [5.0, 5.0]])
     i, j, _ = mutual_nearest_keypoints(a, a, radius=0.5)
     assert (i.tolist(), j.tolist()) == ([1], [1])
+
+
+@pytest.mark.parametrize("device", ["cpu:0", CUDA])
+@pytest.mark.parametrize(("n", "m", "dim"), [(200, 150, 64), (1500, 900, 128), (70, 90, 24)])
+def test_tensors_are_matched_where_they_are(rng, device, n, m, dim):
+    first, second = unit(rng.normal(size=(n, dim))), unit(rng.normal(size=(m, dim)))
+    second[: m // 2] = unit(first[: m // 2] + 0.3 * second[: m // 2])
+    first[0, 0] = np.nan
+    for limit in (-1, 0.75):
+        expected = match_mutual(first, second, limit)
+        assert len(expected) >= m // 2 - 1
+        found = match_mutual(*(torch.from_numpy(d).to(device) for d in (first, second)), limit)
+        assert found.device.type == device[:-2] and found.dtype == torch.int64
+        np.testing.assert_array_equal(found.cpu().numpy(), expected)
+        images = [Features(np.zeros((len(d), 2)), np.ones(len(d)), d) for d in (first, second)]
+        matches = MutualMatcher(limit, device).match(*images, (9, 9), (9, 9))
+        np.testing.assert_array_equal(matches.indices, expected)
+        cosines = np.einsum("pd,pd->p", first[expected[:, 0]], second[expected[:, 1]])
+        np.testing.assert_allclose(matches.scores, cosines, atol=1e-6)
+
+
+@pytest.mark.parametrize("device", ["cpu:0", CUDA])
+@pytest.mark.parametrize("counts", [(0, 5), (5, 0), (0, 0)])
+def test_tensors_without_rows_have_no_matches(device, counts):
+    found = match_mutual(*(torch.zeros(count, 64, device=device) for count in counts))
+    assert found.shape == (0, 2)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        np.zeros((3, 16), np.float32),
+        torch.zeros(3, 32),
+        torch.zeros(3, 16, dtype=torch.float64),
+        torch.zeros(3, 16, dtype=torch.int32),
+        torch.zeros(16),
+        torch.zeros(3, 16, device="meta"),
+    ],
+)
+def test_tensors_that_cannot_be_compared_are_refused(other):
+    for pair in ((torch.zeros(3, 16), other), (other, torch.zeros(3, 16))):
+        with pytest.raises(InputError, match="descriptors"):
+            match_mutual(*pair)

@@ -1,16 +1,17 @@
 """What goes to a device and comes back is the same, and nobody else writes to it."""
 
+import ctypes
 import multiprocessing
 
 import numpy as np
 import pytest
 import torch
 
-from aliked import threads
+from aliked import gpu, threads
 from aliked.backends import Spec, create_extractor
 from aliked.errors import InputError
 from aliked.features import drop_fill_ins, features_of_batch
-from aliked.transfer import download, upload
+from aliked.transfer import Twin, download, upload
 from tests.helpers.textures import texture
 
 NAMES = ("keypoints", "scores", "descriptors")
@@ -89,6 +90,33 @@ def test_each_image_of_a_batch_keeps_its_own_rows(monkeypatch, part_bytes):
 def test_anything_but_bytes_is_refused(dtype):
     with pytest.raises(InputError, match="give uint8"):
         upload(np.zeros((1, 8, 8, 3), dtype), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("part_bytes", [1000, 1 << 40])
+@pytest.mark.parametrize("sent_bytes", [1, 5000, 1 << 40])
+def test_a_twin_sends_every_part_once_and_fetches_all(monkeypatch, part_bytes, sent_bytes):
+    """The device is the host's memory here, and the driver copies at once."""
+    monkeypatch.setattr(threads, "PART_BYTES", part_bytes)
+    monkeypatch.setattr("aliked.transfer.SENT_BYTES", sent_bytes)
+    monkeypatch.setattr("aliked.transfer.page_locked", torch.empty_like)
+    sent = []
+
+    def copy_async(to, source, nbytes, stream):
+        ctypes.memmove(to, source, nbytes)
+        sent.append(nbytes)
+
+    monkeypatch.setattr(gpu, "copy_async", copy_async)
+    for images in views_of(np.stack([texture(20, 30, seed) for seed in range(7)])):
+        for batch in (images, images[:1]):
+            tensor = torch.zeros(batch.shape, dtype=torch.uint8)
+            twin = Twin(tensor)
+            sent.clear()
+            twin.send(batch, 7)
+            np.testing.assert_array_equal(tensor.numpy(), batch)
+            assert sum(sent) == batch.nbytes
+            tensor += 1
+            twin.fetch(7)
+            np.testing.assert_array_equal(twin.array, batch + 1)
 
 
 @pytest.mark.gpu

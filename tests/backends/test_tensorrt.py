@@ -747,11 +747,34 @@ def test_torch_memory_copies_and_records_on_its_stream():
         memory.copy(source, target)
         memory.synchronize()
         graph = CudaGraph(memory.stream, lambda: target.add_(1))
-        graph.launch()
-        graph.launch()
+        graph.launch(memory.stream)
+        graph.launch(memory.stream)
         memory.download(target, host)
         memory.synchronize()
     assert memory.address(source) % 256 == 0
     assert memory.matches(source, np.float32)
     assert not memory.matches(source, np.uint8)
     np.testing.assert_array_equal(host, np.arange(6).reshape(2, 3) + 2)
+
+
+@pytest.mark.gpu
+def test_torch_memory_replays_in_order_on_whatever_stream_the_caller_is():
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    from aliked.backends.cuda_memory import CudaGraph
+
+    memory = TorchMemory(0)
+    with memory.active():
+        target, total = (memory.empty((1 << 24,), np.float32) for _ in range(2))
+        total.zero_()
+        memory.synchronize()
+        graph = CudaGraph(memory.stream, lambda: total.add_(target))
+    sources = [torch.full_like(total, value) for value in range(8)]
+    torch.cuda.synchronize()
+    for source in sources:  # large enough that a copy out of turn would be seen
+        with torch.cuda.stream(torch.cuda.Stream()):
+            memory.replay(graph, source, target)
+    with memory.active():
+        memory.synchronize()
+    assert torch.all(total == sum(range(8)))

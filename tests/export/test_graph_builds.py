@@ -1,11 +1,17 @@
 """TensorRT for RTX builds what is exported, and the forms made for it select the same pixels."""
 
+import numpy as np
+import onnx
+import onnx.parser
+import onnxruntime
 import pytest
 import torch
+from onnx.reference import ReferenceEvaluator
 
 from aliked.configs import Form
 from aliked.detection import detect, inner, suppress_non_maxima, top_k_of_groups
 from aliked.export.onnx_export import ExportOptions, export_onnx
+from aliked.export.rtx_graph import for_rtx
 from aliked.model import ALIKED
 from tools.build_grid import build, library
 
@@ -74,6 +80,116 @@ def export(precision, path, **changes):
     torch.manual_seed(0)
     model = ALIKED("aliked-t16", top_k=300).eval().fold_batch_norm().set_precision(precision)
     export_onnx(model, path, ExportOptions(96, 128, deform_conv="gridsample", **changes))
+
+
+def kinds(model):
+    return [node.op_type for node in model.graph.node]
+
+
+def wide_convolutions(model):
+    kernels = [a.ints for n in model.graph.node for a in n.attribute if a.name == "kernel_shape"]
+    return sum(list(kernel) == [3, 6] for kernel in kernels)
+
+
+@pytest.mark.parametrize(("name", "wide"), [("aliked-t16", 4), ("aliked-n16rot", 2)])
+def test_the_graph_for_rtx_computes_what_the_file_does(name, wide, tmp_path):
+    path = tmp_path / "model.onnx"
+    torch.manual_seed(0)
+    model = ALIKED(name, top_k=200).eval().fold_batch_norm().set_precision("fp16")
+    export_onnx(model, path, ExportOptions(160, 192, deform_conv="gridsample", uint8_input=True))
+    written = onnx.load(path)
+    rewritten = for_rtx(written, pixels=160 * 192)
+    assert written == onnx.load(path)
+    assert wide_convolutions(rewritten) == wide
+    assert kinds(rewritten).count("Selu") < kinds(written).count("Selu")
+    assert "LessOrEqual" not in kinds(rewritten)
+    onnx.checker.check_model(rewritten, full_check=True)
+    images = np.random.default_rng(0).integers(0, 256, (1, 160, 192, 3), dtype=np.uint8)
+    (keypoints, descriptors, scores), got = (
+        onnxruntime.InferenceSession(m.SerializeToString()).run(None, {"image": images})
+        for m in (written, rewritten)
+    )
+    apart = np.linalg.norm(got[0][0][:, None] - keypoints[0], axis=2)
+    mine, same = apart.argmin(axis=1), apart.min(axis=1) < 0.05
+    assert same.mean() > 0.97
+    np.testing.assert_allclose(got[2][0][same], scores[0][mine][same], atol=2e-3)
+    assert (got[1][0] * descriptors[0][mine]).sum(axis=1)[same].min() > 0.998
+
+
+def convolution(width, dtype=np.float16, **changed):
+    """A model of one 3x3 convolution of 4 channels, and of what reads its values."""
+    values, kind = onnx.helper.make_tensor_value_info, onnx.helper.np_dtype_to_tensor_dtype
+    weight = np.random.default_rng(1).integers(-3, 4, (4, 4, 3, 3)).astype(dtype)
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Conv", ["x", "w"], ["y"], **{"pads": [1, 1, 1, 1]} | changed)],
+        "convolution",
+        [values("x", kind(np.dtype(dtype)), [1, 4, 6, width])],
+        [values("y", kind(np.dtype(dtype)), None)],
+        [onnx.numpy_helper.from_array(weight, "w")],
+    )
+    return onnx.helper.make_model(graph)
+
+
+@pytest.mark.parametrize("width", [4, 8, 20])
+def test_convolutions_for_rtx_put_every_pixel_in_its_place(width):
+    model = convolution(width)
+    x = np.random.default_rng(0).integers(-9, 10, (1, 4, 6, width)).astype(np.float16)
+    wide = for_rtx(model, pixels=1)
+    assert wide_convolutions(wide) == 1
+    (want,), (got,) = (ReferenceEvaluator(m).run(None, {"x": x}) for m in (model, wide))
+    np.testing.assert_array_equal(got, want)  # whole numbers: exact in any order
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        convolution(10),  # pixels in a row, no multiple of 4
+        convolution("width"),
+        convolution(8, np.float32),
+        convolution(8, pads=[0, 0, 0, 0]),
+        convolution(8, pads=[2, 2, 2, 2], dilations=[2, 2]),
+        convolution(8, strides=[2, 2]),
+    ],
+)
+def test_other_convolutions_stay_as_they_are_for_rtx(model):
+    assert for_rtx(model, pixels=1).graph.node == model.graph.node
+
+
+def selu(*nodes, dtype="float16", width="8"):
+    """A model of `nodes` in ONNX's own text, from x [1, 4, 6, width] to y."""
+    return onnx.parser.parse_model(
+        f"""<ir_version: 9, opset_import: ["": 18]>
+        selu ({dtype}[1, 4, 6, {width}] x) => ({dtype}[1, 4, 6, {width}] y)
+        <int64[4] sizes = {{1, 4, 6, 8}}>
+        {{ {"".join(f"{node} " for node in nodes)} }}"""
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "fused"),
+    [
+        (selu("y = Selu(x)"), True),
+        (selu("a = Abs(x)", "b = Add(a, x)", "y = Selu(b)"), True),
+        (selu("y = Selu(x)", dtype="float"), False),
+        (selu("y = Selu(x)", width="N"), False),
+        (selu("a = Selu(x)", "b = Cast<to = 1>(a)", "y = Cast<to = 10>(b)"), False),
+        (selu("a = Resize(x, , , sizes)", "b = Add(x, a)", "y = Selu(b)"), False),
+    ],
+)
+def test_selu_is_written_for_rtx_where_a_convolution_takes_it_in(model, fused):
+    rewritten = for_rtx(model)
+    assert (kinds(rewritten) != kinds(model)) == fused
+    x = np.random.default_rng(0).normal(size=(1, 4, 6, 8))
+    x = x.astype(
+        onnx.helper.tensor_dtype_to_np_dtype(model.graph.input[0].type.tensor_type.elem_type)
+    )
+    (want,), (got,) = (ReferenceEvaluator(m).run(None, {"x": x}) for m in (model, rewritten))
+    np.testing.assert_allclose(got, want, rtol=3e-3, atol=1e-3)
+
+
+def test_convolutions_of_small_maps_stay_as_they_are_for_rtx():
+    model = convolution(8)
+    assert for_rtx(model).graph.node == model.graph.node
 
 
 @pytest.mark.parametrize(

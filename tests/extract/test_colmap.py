@@ -26,7 +26,7 @@ from aliked.colmap import (
 from aliked.errors import InputError
 from aliked.extraction import Job, extract
 from aliked.features import Features
-from aliked.matching import MutualMatcher, match_mutual, mutual_on_device
+from aliked.matching import MutualMatcher, match_mutual
 from aliked.store import FeatureStore
 from tests.helpers.photos import noise, write_photo
 
@@ -280,8 +280,8 @@ def test_tensors_are_matched_as_arrays_are(counts):
 
     first, second = (features(seed, count).descriptors for seed, count in enumerate(counts))
     for limit in (-1, 0.2):
-        found = mutual_on_device(torch.from_numpy(first), torch.from_numpy(second), limit)
-        np.testing.assert_array_equal(found.indices, match_mutual(first, second, limit))
+        found = match_mutual(torch.from_numpy(first), torch.from_numpy(second), limit)
+        np.testing.assert_array_equal(found.numpy(), match_mutual(first, second, limit))
 
 
 def test_keypoints_have_colmaps_origin():

@@ -50,7 +50,6 @@ def test_matches_are_those_of_numpy(rows, columns, dim, min_similarity):
     found = match.nearest(a, b, min_similarity)
     expected = match_mutual(a.numpy(), b.numpy(), min_similarity)
     assert np.array_equal(pairs(found), expected)
-    assert np.array_equal(match.match_mutual(a, b, min_similarity).numpy(), expected)
     similarity = (a[expected[:, 0]] * b[expected[:, 1]]).sum(dim=1)
     torch.testing.assert_close(found[1][found[0] >= 0], similarity, atol=1e-6, rtol=0)
     assert (found[1][found[0] < 0] == 0).all()
@@ -76,7 +75,8 @@ def test_rows_of_score_0_take_no_part():
 
 def test_no_descriptors_have_no_matches():
     none, some = torch.empty(0, 64), descriptors(3, 64, 0)
-    assert match.match_mutual(none, some).shape == match.match_mutual(some, none).shape == (0, 2)
+    for a, b in ((none, some), (some, none)):
+        assert pairs(match.nearest(a, b, 0.75)).shape == match_mutual(a, b).shape == (0, 2)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,21 @@ def test_no_descriptors_have_no_matches():
 )
 def test_what_cannot_be_matched_is_refused(a, b):
     with pytest.raises(InputError, match="descriptors"):
-        match.match_mutual(a, b)
+        match.nearest(a, b, 0.75)
+
+
+@pytest.mark.parametrize("wrong", [torch.ones(4), torch.ones(3, device="meta"), torch.ones(3, 1)])
+def test_scores_that_are_not_those_of_the_rows_are_refused(wrong):
+    a = descriptors(3, 16, 0)
+    with pytest.raises(InputError, match="scores"):
+        match.nearest(a, a, 0.75, scores1=wrong)
+
+
+def test_rows_that_do_not_lie_where_the_kernel_reads_are_copied():
+    values = torch.cat([torch.ones(1), descriptors(5, 16, 0).flatten()])
+    a = values[1:].view(5, 16)
+    assert a.data_ptr() % 16 and match.aligned(a).data_ptr() % 16 == 0
+    assert pairs(match.nearest(a, a, 0.9)).tolist() == [[i, i] for i in range(5)]
 
 
 @pytest.mark.parametrize("size", [(5, 5), (97, 101)])
