@@ -149,7 +149,7 @@ def export_command(source: Source, precision: str) -> str:
     words = ["python convert_pytorch_to_onnx.py IMAGES", f"--model {made.get('model', 'MODEL')}"]
     if made.get("top_k", 0) > 0:
         words.append(f"--top_k {made['top_k']}")
-    elif made:
+    elif {"scores_th", "n_limit"} <= made.keys():
         words.append(f"--scores_th {made['scores_th']} --n_limit {made['n_limit']}")
     else:
         words.append("--top_k K")
