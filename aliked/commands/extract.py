@@ -170,6 +170,9 @@ def check_options(args: argparse.Namespace) -> None:
     """Raise `InputError` where options are missing, or would be without effect."""
     if args.output is None and args.colmap is None:
         raise InputError("there is nothing to write; pass --output FILE.h5 or --colmap DATABASE")
+    for path in filter(None, (args.output, args.colmap)):
+        if not path.name or path.is_dir():
+            raise InputError(f"{path} is a folder; give the name of a file")
     order = args.match[0] if args.match else None
     video, camera = is_video(args.images), str(args.images).isdigit()
     without = (
