@@ -24,10 +24,11 @@ from aliked.cli import (
 )
 from aliked.configs import get_config
 from aliked.errors import InputError
-from aliked.files import open_regular, real_path, writable_folder
+from aliked.files import open_regular, read_file, real_path, writable_folder
 from aliked.weights import find_weights
 
 ROOT = Path(__file__).resolve().parents[1]
+MOST_ONNX_BYTES = 2**31  # protobuf's limit
 FEATURES = (("keypoints", [-1, 2]), ("scores", [-1]), ("descriptors", [-1, None]))
 
 
@@ -131,11 +132,9 @@ def network_tensors(path: Path) -> tuple[Tensor, list[Tensor], bool]:
     """The input and outputs of an exported ONNX file, and whether its batch size is free."""
     import onnx
 
+    content = read_file(path, MOST_ONNX_BYTES)
     try:
-        with open_regular(path, most_bytes=None) as file:
-            graph = onnx.load(file, load_external_data=False).graph
-    except InputError:
-        raise
+        graph = onnx.load_from_string(content).graph
     except Exception as error:  # of protobuf, which has many
         raise InputError(f"{path} cannot be read as an ONNX file; export it again") from error
     kinds = {onnx.TensorProto.FLOAT: "FP32", onnx.TensorProto.UINT8: "UINT8"}
