@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -23,15 +24,16 @@ import numpy as np
 from aliked.backends import Spec, create_extractor
 from aliked.errors import InputError
 from aliked.features import MIN_SIDE, Extractor, Features
-from aliked.files import real_path, sha256
-from aliked.images import find_images, load_image, quiet_opencv, read_header
+from aliked.files import read_file, real_path, sha256
+from aliked.images import MOST_BYTES, find_images, load_image, quiet_opencv, read_header
+from aliked.lanes import DecodingLane, FusedLane, Lane
 from aliked.store import FeatureStore
 from aliked.video import frames, is_video
 from aliked.weights import find_weights
 
 BATCH_PIXELS = 32 * 640 * 480  # of a batch where no size is asked for: enough to do for any GPU
 MAX_BATCH = 32
-FLUSH_SECONDS = 10  # between two writes of what is new: what a kill can lose
+DECODERS = ("opencv", "nvimgcodec")
 TURNS = {3: 2, 6: 3, 8: 1}  # EXIF orientation to quarter turns, as in COLMAP; mirrored ones stay
 
 
@@ -43,6 +45,7 @@ class Photo:
     size: tuple[int, int]  # width and height as stored
     load: Callable[[], np.ndarray]  # uint8 [height, width, 3] RGB as stored
     turns: int = 0  # quarter turns, counter-clockwise, that make it upright
+    jpeg: Path | None = None  # its file, where that is its kind
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ class Job:
     every: int = 1  # frame of a video
     max_frames: int | None = None
     strict: bool = False  # the first bad file ends it
+    half: bool = False  # descriptors in float16
+    decoder: str = "opencv"  # or "nvimgcodec", of JPEGs on the GPU
 
     def key(self) -> dict:
         """What the features depend on besides the image, as a store of features keeps it."""
@@ -78,7 +83,12 @@ class Job:
             "precision": spec.precision if spec.model_path is None else None,
             "max_size": self.max_size,
             "masks": self.masks and str(real_path(self.masks)),
-        } | (mode | file)
+        } | (mode | file | self._unusual())
+
+    def _unusual(self) -> dict:
+        """What a key has only where it is not as usual: so that older files are still known."""
+        decoder = {} if self.decoder == DECODERS[0] else {"decoder": self.decoder}
+        return decoder | ({"descriptors": "fp16"} if self.half else {})
 
     def extracted_size(self, photo: Photo) -> tuple[int, int]:
         """Width and height of what the extractor sees: upright, at most `max_size` long."""
@@ -124,7 +134,8 @@ def _photo(folder: Path, name: str) -> Photo:
         raise InputError(f"the name of {str(path)!r} is not UTF-8; rename it")
     width, height, orientation = read_header(path)
     load = functools.partial(load_image, path, orientation)  # which other processes can be sent
-    return Photo(name, (width, height), load, TURNS.get(orientation, 0))
+    jpeg = path if path.suffix.lower() in (".jpg", ".jpeg") else None
+    return Photo(name, (width, height), load, TURNS.get(orientation, 0), jpeg)
 
 
 @dataclass
@@ -161,12 +172,9 @@ class Tally:
 
 
 Report = Callable[[Tally], None]
-Part = tuple[int, int]  # (i, n): every n-th batch, beginning with the i-th
 
 
-def extract(
-    job: Job, store: FeatureStore, report: Report = lambda tally: None, part: Part = (0, 1)
-) -> Tally:
+def extract(job: Job, store: FeatureStore, report: Report = lambda tally: None) -> Tally:
     """Extract the images that `store` does not have yet into it, and leave it open.
 
     `report` is called as it goes on. `InputError` where there is no image at all, the extractor
@@ -174,24 +182,26 @@ def extract(
     """
     pipeline = Pipeline(job, store, report)
     tally = pipeline.begin()
-    pipeline.run_batches(missing(job, store, tally, part))
+    pipeline.run_batches(missing(job, store, tally))
     return tally
 
 
-def missing(
-    job: Job, store: FeatureStore, tally: Tally, part: Part = (0, 1)
-) -> Iterator[list[Photo]]:
+def missing(job: Job, store: FeatureStore, tally: Tally) -> Iterator[list[Photo]]:
     """The batches with an image that `store` does not have; bad files go into `tally`."""
 
     def bad(error: InputError) -> None:
         if job.strict:
             raise error
-        if part[0] == 0:  # every part comes across it, and one tells
-            tally.skipped.append(str(error))
+        tally.skipped.append(str(error))
 
-    for index, batch in enumerate(job.batches(bad)):
-        if index % part[1] == part[0] and any(photo.name not in store for photo in batch):
+    for batch in job.batches(bad):
+        names = [photo.name for photo in batch]
+        store.arrange(names)
+        if any(name not in store for name in names):
             yield batch
+
+
+Extracted = list[tuple[Photo, Features, np.ndarray | None]]  # with the mask
 
 
 class Pipeline:
@@ -201,11 +211,18 @@ class Pipeline:
         """Raise `InputError` where the extractor cannot run."""
         self.job, self.store, self.report = job, store, report
         self._lock = threading.Lock()  # of the tally
+        lanes = [self._open_lane(create_extractor(job.backend, job.spec)) for _ in range(job.lanes)]
+        self._buffer, self._decodes = lanes[0].buffer, isinstance(lanes[0], DecodingLane)
         self._lanes: queue.SimpleQueue[Lane] = queue.SimpleQueue()
-        for _ in range(job.lanes):
-            self._lanes.put(Lane(create_extractor(job.backend, job.spec)))
-        self._flushed = time.monotonic()
+        for lane in lanes:
+            self._lanes.put(lane)
         self.begin()
+
+    def _open_lane(self, extractor: Extractor) -> Lane:
+        kind = FusedLane if self.job.backend == "fused" else Lane
+        if self.job.decoder == "nvimgcodec":
+            kind = DecodingLane
+        return kind(extractor, self.job.half)
 
     def begin(self) -> Tally:
         """Count from nothing; what is counted from now on."""
@@ -221,11 +238,16 @@ class Pipeline:
         with quiet_opencv(), _one_opencv_thread(), _pools(counts) as (readers, lanes, writer):
             for batch in batches:
                 width, height = self.job.extracted_size(batch[0])
-                pixels = np.empty((len(batch), height, width, 3), np.uint8)
-                decoded = [
-                    readers.submit(self._decode, *one) for one in zip(batch, pixels, strict=True)
-                ]
-                extracted = lanes.submit(self._extract, batch, pixels, decoded)
+                if self._decoded_later(batch):
+                    read = [readers.submit(self._read, photo) for photo in batch]
+                    extracted = lanes.submit(self._decode_and_extract, batch, read)
+                else:
+                    pixels = self._buffer((len(batch), height, width, 3))
+                    decoded = [
+                        readers.submit(self._decode, *one)
+                        for one in zip(batch, pixels, strict=True)
+                    ]
+                    extracted = lanes.submit(self._extract, batch, pixels, decoded)
                 under_way.append((len(batch), writer.submit(self._write, extracted)))
                 most = 2 * counts["decode"] + (counts["extract"] + 1) * len(batch)
                 while sum(images for images, _ in under_way) > most:
@@ -261,38 +283,91 @@ class Pipeline:
                 cv2.resize(np.ascontiguousarray(upright), size, slot, interpolation=cv2.INTER_AREA)
             return None if self.job.masks is None else read_mask(self.job.masks, photo)
 
-    def _extract(
-        self, batch: list[Photo], pixels: np.ndarray, decoded: list[Future]
-    ) -> list[tuple[Photo, Features, np.ndarray | None]]:
-        masks = {}
-        for index, future in enumerate(decoded):
-            try:
-                masks[index] = future.result()
-            except InputError as error:
-                self._bad(error)
+    def _extract(self, batch: list[Photo], pixels: np.ndarray, decoded: list[Future]) -> Extracted:
+        masks = self._results(decoded)
         if not masks:
             return []
-        good = list(masks)
+        with self._lane() as lane, self._timed("extract"):
+            good = pixels if len(masks) == len(batch) else pixels[list(masks)]
+            found = lane.extract(good)
+        return [(batch[i], features, masks[i]) for i, features in zip(masks, found, strict=True)]
+
+    def _decoded_later(self, batch: list[Photo]) -> bool:
+        """Whether the extractor's own device decodes these: JPEGs as large as it wants them."""
+        photo, size = batch[0], self.job.extracted_size(batch[0])
+        return (
+            self._decodes
+            and all(photo.jpeg for photo in batch)
+            and sorted(photo.size) == sorted(size)
+            and min(size) >= MIN_SIDE
+        )
+
+    def _read(self, photo: Photo) -> tuple[bytes, np.ndarray | None]:
+        """The bytes of a file, and the mask, if any."""
+        with self._timed("decode"):
+            data = read_file(photo.jpeg, MOST_BYTES)
+            return data, None if self.job.masks is None else read_mask(self.job.masks, photo)
+
+    def _decode_and_extract(self, batch: list[Photo], read: list[Future]) -> Extracted:
+        files = self._results(read)
+        if not files:
+            return []
+        with self._lane() as lane:
+            with self._timed("extract"):
+                shapes = [(*batch[i].size[::-1], 3) for i in files]
+                images = lane.decode([data for data, _ in files.values()], shapes)
+            pixels = {}
+            for i, image in zip(files, images, strict=True):
+                try:
+                    turns = batch[i].turns
+                    if image is None:  # whatever is wrong with it, OpenCV says so
+                        image, turns = self._by_opencv(lane, batch[i]), 0
+                    pixels[i] = image, turns
+                except InputError as error:
+                    self._bad(error)
+            if not pixels:
+                return []
+            with self._timed("extract"):
+                found = lane.extract(lane.stack(pixels.values()))
+        return [
+            (batch[i], features, files[i][1]) for i, features in zip(pixels, found, strict=True)
+        ]
+
+    def _by_opencv(self, lane: DecodingLane, photo: Photo) -> Any:
+        """An image that the device could not decode; `InputError` where it is bad."""
+        width, height = self.job.extracted_size(photo)
+        slot = lane.buffer((height, width, 3))
+        self._decode(photo, slot)
+        return lane.image(slot)
+
+    def _results(self, futures: list[Future]) -> dict[int, Any]:
+        """What came of each image of a batch, by its number there; bad ones are counted."""
+        results = {}
+        for index, future in enumerate(futures):
+            try:
+                results[index] = future.result()
+            except InputError as error:
+                self._bad(error)
+        return results
+
+    @contextlib.contextmanager
+    def _lane(self) -> Iterator[Lane]:
         lane = self._lanes.get()
         try:
-            with self._timed("extract"):
-                found = lane.extract(pixels if len(good) == len(batch) else pixels[good])
+            yield lane
         finally:
             self._lanes.put(lane)
-        return [(batch[i], found[at], masks[i]) for at, i in enumerate(good)]
 
     def _write(self, extracted: Future) -> None:
         images = extracted.result()
         with self._timed("write"):
-            if time.monotonic() - self._flushed > FLUSH_SECONDS:
-                self.store.flush()
-                self._flushed = time.monotonic()
             for photo, features, mask in images:
                 features = as_stored(features, photo, self.job.extracted_size(photo))
                 if mask is not None:
                     features = unmasked(features, mask)
                 self.store.write(photo.name, features, photo.size)
                 self.tally.keypoints += len(features)
+            self.store.checkpoint()
         self.tally.images += len(images)
 
     def _bad(self, error: InputError) -> None:
@@ -309,34 +384,6 @@ class Pipeline:
         finally:
             with self._lock:
                 self.tally.busy[stage] += time.perf_counter() - started
-
-
-class Lane:
-    """An extractor with a CUDA stream of its own, where there is a GPU."""
-
-    def __init__(self, extractor: Extractor):
-        self.extractor = extractor
-        self._stream = contextlib.nullcontext
-        device = str(getattr(extractor, "device", "cpu"))
-        if device.startswith("cuda"):
-            import torch
-
-            stream = torch.cuda.Stream(device)
-            self._stream = lambda: torch.cuda.stream(stream)
-
-    def extract(self, pixels: np.ndarray) -> list[Features]:
-        """The features of uint8 [B, H, W, 3]; `InputError` where memory is short."""
-        try:
-            with self._stream():
-                return self.extractor.extract_batch(pixels)
-        except (MemoryError, RuntimeError) as error:
-            if not isinstance(error, MemoryError) and "out of memory" not in str(error).lower():
-                raise
-            count, height, width = pixels.shape[:3]
-            raise InputError(
-                f"there is not enough memory for {count} images of {width}x{height} pixels at a "
-                "time; pass a smaller --batch_size or --max_size"
-            ) from error
 
 
 def as_stored(features: Features, photo: Photo, extracted: tuple[int, int]) -> Features:

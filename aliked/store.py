@@ -1,34 +1,43 @@
 """Features of many images in one HDF5 file, laid out as hloc reads it, whole even after a kill.
 
 A group for each image, of its name, has `keypoints` [N, 2], `scores` [N], `descriptors` [D, N],
-float32, and `image_size` [2], int64 (width, height). The file's attribute `key` says, as JSON, what
-the features depend on besides the image.
+float32 (descriptors perhaps float16), and `image_size` [2], int64 (width, height). The file's
+attribute `key` says, as JSON, what the features depend on besides the image.
 """
 
 import contextlib
+import errno
 import functools
 import json
+import math
+import mmap
 import os
+import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from numbers import Integral
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import h5py
 import numpy as np
 
 from aliked.errors import InputError, shown
 from aliked.features import Features, check_features_type
-from aliked.files import as_path, open_regular, whole_file
+from aliked.files import as_path, open_regular, whole_file, writable_folder
 
 FORMAT = "aliked features 1"  # raised when the layout changes
 PART_BYTES = 64 * 2**20  # features held in memory before they go into a file: what a kill can lose
+FLUSH_SECONDS = 10  # likewise
+PART_SUFFIX, FILE_SUFFIX, JOURNAL_SUFFIX = ".part", ".growing", ".journal"
 MAX_OPEN = 64  # files
 MAX_BYTES = 2**31  # of an array: a damaged file may claim anything
 FIELDS, SIZE = ("keypoints", "scores", "descriptors"), "image_size"
+
+
+Size = tuple[int, int]  # width and height
 
 
 class FeatureStore:
@@ -39,6 +48,7 @@ class FeatureStore:
     `close`, or the end of a `with` block without an error, joins them to the one file. The same
     features give the same bytes, however often the run was interrupted. Several processes may
     `write` and `flush` into one store at a time; one of them closes it when the others are done.
+    Or one process has it `grow`, and others write into that.
 
         with FeatureStore.open("features.h5", {"model": "aliked-n16", "top_k": 1000}) as store:
             if "day/1.jpg" not in store:
@@ -52,12 +62,14 @@ class FeatureStore:
         if not self.path.name:
             raise InputError(f"{self.path} is a folder; give a file of features")
         self.parts = self.path.with_name(f"{self.path.name}.parts")
-        self._pending: dict[str, tuple[Features, tuple[int, int]]] = {}
-        self._pending_bytes = 0
+        self._pending: dict[str, tuple[Features, Size]] = {}
+        self._pending_bytes, self._pending_since = 0, time.monotonic()
         self._where: dict[str, Path] = {}
+        self._order: list[str] = []
+        self._arranged: set[str] = set()
         if self.path.exists():
-            self._find(self.path)
-        self._find(*self._part_files())
+            self._where |= dict.fromkeys(_names(self.path, self.key), self.path)
+        self._find(self._part_files())
 
     @classmethod
     def open(cls, path: Path, key: dict, compression: str | None = None) -> "FeatureStore":
@@ -79,13 +91,16 @@ class FeatureStore:
         """Return the names of all images, sorted."""
         return sorted(self._where.keys() | self._pending.keys())
 
-    def write(self, name: str, features: Features, size: tuple[int, int]) -> None:
+    def write(self, name: str, features: Features, size: Size) -> None:
         """Put in the features of an image of this `size` (width, height), replacing older ones.
 
-        `name` is a relative path with forward slashes, as hloc and COLMAP name images.
+        `name` is a relative path with forward slashes, as hloc and COLMAP name images. Descriptors
+        of float16 are kept as such.
         """
         _check_name(name)
         _check_entry(features, size)
+        if not self._pending:
+            self._pending_since = time.monotonic()
         old = self._pending.pop(name, None)
         self._pending_bytes += _bytes(features) - (_bytes(old[0]) if old else 0)
         self._pending[name] = features, (int(size[0]), int(size[1]))
@@ -96,37 +111,58 @@ class FeatureStore:
         """Return an image's features. `InputError` where they are damaged, KeyError if missing."""
         return self._read(name)[0]
 
-    def size(self, name: str) -> tuple[int, int]:
+    def size(self, name: str) -> Size:
         """Return (width, height) of an image; errors as those of `read`."""
         return self._read(name)[1]
 
     def flush(self) -> None:
         """Put what was written on the disk."""
         if self._pending:
-            part = self.parts / f"{os.getpid()}-{uuid.uuid4().hex}.h5"
-            with self._new_file(part) as file:
-                for name, (features, size) in self._pending.items():
-                    self._write(file, name, features, size)
+            part = self.parts / f"{os.getpid()}-{uuid.uuid4().hex}{PART_SUFFIX}"
+            with whole_file(part) as partial:
+                _write_part(partial, self.key, self._pending)
             self._where |= dict.fromkeys(self._pending, part)
             self._pending, self._pending_bytes = {}, 0
 
+    def checkpoint(self) -> None:
+        """Flush where the last time is long ago."""
+        if time.monotonic() - self._pending_since > FLUSH_SECONDS:
+            self.flush()
+
+    def arrange(self, names: Iterable[str]) -> None:
+        """Let these images, those that the store will have, follow in the file in this order."""
+        new = [name for name in names if name not in self._arranged]
+        self._order += new
+        self._arranged.update(new)
+
+    def grow(self) -> "GrowingFile":
+        """The file to be, with nothing in it."""
+        for scratch in filter(_is_left, self.parts.glob("*")):
+            scratch.unlink(missing_ok=True)
+        return GrowingFile(self)
+
     def close(self) -> None:
-        """Join everything that was written to the one file."""
+        """Join everything that was written to the one file: as arranged, then by name."""
         self.flush()
-        parts = self._part_files()
-        if not parts:
-            return
-        self._find(*parts)  # other processes' too
-        with self._new_file(self.path) as file, _Sources() as sources:
-            for name in self.names():
-                path = self._where[name]
-                with _sentence(path):  # as it is stored: to read and write it takes far longer
-                    sources[path].copy(name, file, name)
+        self._find(self._part_files())  # other processes' too
+        if self._part_files():
+            with self.grow() as growing:
+                growing.take(self._order)
+                growing.finish()
+
+    def replaced(self) -> None:
+        """Look into the one file from now on: all others have been put into it."""
+        for path in self._part_files():
+            _scratch_of(path).unlink(missing_ok=True)
+            path.unlink()
         self._where = dict.fromkeys(self._where, self.path)
-        for part in (*parts, *filter(_is_left, self.parts.glob(".*"))):
-            part.unlink()
         with contextlib.suppress(OSError):  # another process has begun to write
             self.parts.rmdir()
+
+    def arrays(self, name: str, sources: "_Sources") -> list[np.ndarray]:
+        """An image's arrays as they lie in a file. `InputError` where they are damaged."""
+        with _sentence(self._where[name]):
+            return sources.arrays(self._where[name], name)
 
     def __enter__(self) -> "FeatureStore":
         return self
@@ -145,55 +181,218 @@ class FeatureStore:
 
     def _part_files(self) -> list[Path]:
         # A kill can leave the scratch file of a part, which is hidden and not whole.
-        return sorted(p for p in self.parts.glob("*.h5") if not p.name.startswith("."))
+        found = (p for p in self.parts.glob("*") if p.suffix in (PART_SUFFIX, JOURNAL_SUFFIX))
+        return sorted(path for path in found if not path.name.startswith("."))
 
-    def _find(self, *paths: Path) -> None:
-        """Take in what is in files of this store."""
-        for path in paths:
-            self._where |= dict.fromkeys(_names(path, self.key), path)
+    def _find(self, parts: Iterable[Path]) -> None:
+        """Take in what is in parts, and in what a run that was killed had let grow."""
+        for part in parts:
+            if part.suffix == JOURNAL_SUFFIX and not _scratch_of(part).exists():
+                continue  # killed after the file was in its place
+            with _sentence(part):
+                index = _journal(part) if part.suffix == JOURNAL_SUFFIX else _index(part)
+                kind, key, names = index["format"], index["key"], index["images"].keys()
+            _check_key(part, kind, key, self.key)
+            self._where |= dict.fromkeys(names, part)
 
-    @contextlib.contextmanager
-    def _new_file(self, path: Path) -> Iterator[h5py.File]:
-        with whole_file(path) as partial, _hdf5(partial) as file:
-            file.attrs["format"], file.attrs["key"] = FORMAT, self.key
-            yield file
-
-    def _write(self, file: h5py.File, name: str, features: Features, size: tuple[int, int]) -> None:
-        arrays = features.keypoints, features.scores, features.descriptors.T
-        arrays = [np.ascontiguousarray(values, np.float32) for values in arrays]
-        fields = dict(zip(FIELDS, arrays, strict=True)) | {SIZE: np.array(size, np.int64)}
-        if self.compression and len(features):  # what is compressed has to have rows
-            group = file.create_group(name)
-            for field, values in fields.items():
-                compression = None if field == SIZE else self.compression
-                group.create_dataset(field, data=values, compression=compression)
-            return
-        # By HDF5's own functions: h5py's take as long again as all the rest.
-        group = h5py.h5g.create(file.id, name.encode(), lcpl=_links())
-        for field, values in fields.items():
-            space = h5py.h5s.create_simple(values.shape)
-            kind = h5py.h5t.py_create(values.dtype)
-            dataset = h5py.h5d.create(group, field.encode(), kind, space, _plain())
-            dataset.write(h5py.h5s.ALL, h5py.h5s.ALL, values)
-
-    def _read(self, name: str) -> tuple[Features, tuple[int, int]]:
+    def _read(self, name: str) -> tuple[Features, Size]:
         if name in self._pending:
-            return self._pending[name]
-        path = self._where[name]
-        with _sentence(path), h5py.File(path, "r") as file:
-            keypoints, scores, descriptors = (
-                _array(file[name][field], "f", np.float32) for field in FIELDS
+            features, size = self._pending[name]
+            return _in_float32(features), size
+        with _sentence(self._where[name]):
+            keypoints, scores, descriptors, size = _checked(name, self.arrays(name, _Sources()))
+        descriptors = np.ascontiguousarray(descriptors.T)
+        return _in_float32(Features(keypoints, scores, descriptors)), (int(size[0]), int(size[1]))
+
+
+def _in_float32(features: Features) -> Features:
+    return Features(*(np.array(values, np.float32) for values in vars(features).values()))
+
+
+def arrays_of(features: Features, size: Size) -> list[np.ndarray]:
+    """An image's arrays as they lie in a file, in the order of `FIELDS` and SIZE."""
+    kind = np.float16 if features.descriptors.dtype == np.float16 else np.float32
+    return [
+        np.ascontiguousarray(features.keypoints, np.float32),
+        np.ascontiguousarray(features.scores, np.float32),
+        np.ascontiguousarray(features.descriptors.T, kind),
+        np.array(size, np.int64),
+    ]
+
+
+FLOAT = np.dtype("f4")
+
+
+class Place(NamedTuple):
+    """Where the arrays of an image begin in a part, and what they are."""
+
+    start: int
+    keypoints: int
+    dimensions: int  # of a descriptor
+    kind: str  # of the descriptors: "f4" or "f2"
+
+    def arrays(self) -> list[tuple[int, tuple[int, ...], np.dtype]]:
+        """First byte, shape and type of each, in the order of `arrays_of`."""
+        shapes = (self.keypoints, 2), (self.keypoints,), (self.dimensions, self.keypoints), (2,)
+        kinds = FLOAT, FLOAT, np.dtype(self.kind), np.dtype("i8")
+        found, at = [], self.start
+        for shape, kind in zip(shapes, kinds, strict=True):
+            found.append((at, shape, kind))
+            at += math.prod(shape) * kind.itemsize
+        return found
+
+
+TAIL = 8  # bytes at the end of a part: how long the index before them is
+
+
+def _write_part(path: Path, key: str, images: dict[str, tuple[Features, Size]]) -> None:
+    """A part: the arrays of each image, one after the other, and an index as JSON behind them."""
+    places: dict[str, Place] = {}
+    with open(path, "wb", buffering=0) as file:
+        at = 0
+        for name, (features, size) in images.items():
+            arrays = arrays_of(features, size)
+            descriptors = arrays[2]
+            places[name] = Place(
+                at, len(features), len(descriptors), descriptors.dtype.str.strip("<")
             )
-            size = _array(file[name][SIZE], "iu", np.int64)
-            count = len(scores)
-            if (keypoints.shape, scores.shape, size.shape) != ((count, 2), (count,), (2,)):
-                raise ValueError(f"the arrays of {name} have other shapes")
-            if descriptors.ndim != 2 or descriptors.shape[1] != count:
-                raise ValueError(f"{name} has {count} keypoints and other descriptors")
-            if not all(np.isfinite(array).all() for array in (keypoints, scores, descriptors)):
-                raise ValueError(f"there is NaN or infinity in {name}")
-        features = Features(keypoints, scores, np.ascontiguousarray(descriptors.T))
-        return features, (int(size[0]), int(size[1]))
+            for array in arrays:
+                at += _write_all(file, array)
+        index = json.dumps({"format": FORMAT, "key": key, "images": places}).encode()
+        _write_all(file, np.frombuffer(index, np.uint8))
+        _write_all(file, np.array([len(index)], np.int64))
+
+
+def _write_all(file: BinaryIO, array: np.ndarray) -> int:
+    left = memoryview(array.reshape(-1).view(np.uint8))
+    while left:
+        left = left[file.write(left) :]
+    return array.nbytes
+
+
+def _index(part: Path) -> dict[str, Any]:
+    """What the end of a part says: its format, its key, and the `Place` of each image."""
+    with open(part, "rb") as file:
+        end = file.seek(-TAIL, os.SEEK_END)
+        length = int.from_bytes(file.read(TAIL), "little")
+        if not 0 < length <= end:
+            raise ValueError("its end is damaged")
+        file.seek(end - length)
+        return json.loads(file.read(length))
+
+
+def _journal(path: Path) -> dict[str, Any]:
+    """What a journal says: a line about the file, and a line for images whose arrays are in it."""
+    lines = path.read_bytes().split(b"\n")[:-1]  # a kill may cut off the last
+    index = json.loads(lines[0]) | {"images": {}}
+    for line in lines[1:]:
+        index["images"] |= json.loads(line)
+    return index
+
+
+class Spot(NamedTuple):
+    """Where an array lies in a file, and what it is."""
+
+    offset: int
+    shape: list[int]
+    kind: str  # of its numbers, as NumPy writes it
+
+    @classmethod
+    def of(cls, array: np.ndarray) -> "Spot":
+        """That of an array that has no place yet."""
+        return cls(0, list(array.shape), array.dtype.str)
+
+
+class GrowingFile:
+    """The one file while it is written, among the parts. It is closed by a `with` block.
+
+    HDF5 gives each array its bytes in the file and keeps the books. The bytes themselves are
+    written past it, by whoever has them, also by other processes: HDF5 takes longer for them, and
+    lets no other thread run. What they have written is kept in a journal, so that a kill loses
+    nothing: from it and the unfinished file the next run has the features.
+    """
+
+    def __init__(self, store: FeatureStore) -> None:
+        self.store, self._taken = store, set()
+        self._stack = contextlib.ExitStack()
+        self.path = writable_folder(store.parts) / f"{os.getpid()}-{uuid.uuid4().hex}{FILE_SUFFIX}"
+        self._file, self._raw = self._stack.enter_context(_hdf5(self.path))
+        self._file.attrs["format"], self._file.attrs["key"] = FORMAT, store.key
+        self._sources, self._journal = _Sources(), None  # a descriptor
+
+    def __enter__(self) -> "GrowingFile":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Leave nothing behind but what is in the journal."""
+        with contextlib.ExitStack() as stack:
+            if self._journal is None:
+                stack.callback(self.path.unlink, missing_ok=True)
+            stack.push(self._stack)
+
+    def take(self, names: Iterable[str]) -> None:
+        """Put in images that the store has, next and in this order; others stay out."""
+        for name in names:
+            if name in self.store and name not in self._taken:
+                arrays = self.store.arrays(name, self._sources)
+                if self.store.compression and len(arrays[0]):  # what is compressed has to have rows
+                    self._compress(name, arrays)
+                else:
+                    for spot, array in zip(self.place(name, arrays), arrays, strict=True):
+                        write_at(self._raw.fileno(), spot.offset, array)
+
+    def _compress(self, name: str, arrays: list[np.ndarray]) -> None:
+        self._taken.add(name)
+        group = self._file.create_group(name)
+        for field, values in zip((*FIELDS, SIZE), arrays, strict=True):
+            compression = None if field == SIZE else self.store.compression
+            group.create_dataset(field, data=values, compression=compression)
+
+    def place(self, name: str, arrays: Iterable[np.ndarray | Spot]) -> list[Spot]:
+        """Where the next image's arrays, or what has their shape and kind, are to be written."""
+        _check_name(name)
+        self._taken.add(name)
+        group = h5py.h5g.create(self._file.id, name.encode(), lcpl=_links())
+        spots = []
+        for field, array in zip((*FIELDS, SIZE), arrays, strict=True):
+            shape, kind = array[1:] if isinstance(array, Spot) else Spot.of(array)[1:]
+            space = h5py.h5s.create_simple(tuple(shape))
+            dataset = h5py.h5d.create(group, field.encode(), _kind(kind), space, _plain())
+            spots.append(Spot(dataset.get_offset() if math.prod(shape) else 0, shape, kind))
+        return spots
+
+    def note(self, images: dict[str, list[Spot]]) -> None:
+        """Keep in the journal that these images' arrays have been written."""
+        lines = [images] if images else []
+        if self._journal is None:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            self._journal = os.open(self.path.with_suffix(JOURNAL_SUFFIX), flags, 0o666)
+            self._stack.callback(os.close, self._journal)
+            lines.insert(0, {"format": FORMAT, "key": self.store.key})
+        for line in lines:
+            data = json.dumps(line).encode() + b"\n"
+            if os.write(self._journal, data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+
+    def finish(self) -> None:
+        """Put in what else the store has, and put the file in its place."""
+        self.take(self.store.names())
+        self._stack.close()
+        os.replace(self.path, self.store.path)
+        self.store.replaced()
+
+
+def write_at(descriptor: int, offset: int, array: np.ndarray) -> None:
+    """Write an array's bytes into an open file."""
+    left = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    while left:
+        written = os.pwrite(descriptor, left, offset)
+        left, offset = left[written:], offset + written
+
+
+def _scratch_of(journal: Path) -> Path:
+    """The file that a journal is about."""
+    return journal.with_suffix(FILE_SUFFIX)
 
 
 @functools.cache
@@ -207,32 +406,79 @@ def _links() -> h5py.h5p.PropLCID:
 
 @functools.cache
 def _plain() -> h5py.h5p.PropDCID:
-    """A dataset without the time at which it was made."""
+    """A dataset that has its place at once, and not the time at which it was made."""
     properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     properties.set_obj_track_times(False)
+    properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
     return properties
 
 
+@functools.cache
+def _kind(kind: str) -> h5py.h5t.TypeID:
+    return h5py.h5t.py_create(np.dtype(kind))
+
+
 class _Sources:
-    """Files to be copied from, the last ones kept open."""
+    """Files that images are read from, the last ones kept open."""
 
     def __init__(self) -> None:
-        self._open: OrderedDict[Path, h5py.File] = OrderedDict()
+        self._open: OrderedDict[Path, _Part | _Unfinished | _Whole] = OrderedDict()
 
-    def __getitem__(self, path: Path) -> h5py.File:
+    def arrays(self, path: Path, name: str) -> list[np.ndarray]:
+        """An image's arrays, in the order of `FIELDS` and SIZE; they outlast the file."""
         if path not in self._open:
             while len(self._open) >= MAX_OPEN:
-                self._open.popitem(last=False)[1].close()
-            self._open[path] = h5py.File(path, "r")
+                self._open.popitem(last=False)
+            kinds = {PART_SUFFIX: _Part, JOURNAL_SUFFIX: _Unfinished}
+            self._open[path] = kinds.get(path.suffix, _Whole)(path)
         self._open.move_to_end(path)
-        return self._open[path]
+        return self._open[path].arrays(name)
 
-    def __enter__(self) -> "_Sources":
-        return self
 
-    def __exit__(self, *error: object) -> None:
-        for file in self._open.values():
-            file.close()
+class _Part:
+    """A part, its arrays not in memory before they are looked at."""
+
+    def __init__(self, path: Path):
+        self._places = _index(path)["images"]
+        with open(path, "rb") as file:
+            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def arrays(self, name: str) -> list[np.ndarray]:
+        """See `_Sources`."""
+        found = []
+        for start, shape, kind in Place(*self._places[name]).arrays():
+            values = np.frombuffer(self._bytes, kind, math.prod(shape), start)
+            found.append(values.reshape(shape))
+        return found
+
+
+class _Unfinished:
+    """A file that grew until its run was killed, as its journal tells."""
+
+    def __init__(self, path: Path):
+        self._images = _journal(path)["images"]
+        with open(_scratch_of(path), "rb") as file:
+            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def arrays(self, name: str) -> list[np.ndarray]:
+        """See `_Sources`."""
+        return [
+            np.frombuffer(self._bytes, kind, math.prod(shape), offset).reshape(shape)
+            for offset, shape, kind in self._images[name]
+        ]
+
+
+class _Whole:
+    """A file that was closed."""
+
+    def __init__(self, path: Path):
+        self._file = h5py.File(path, "r")
+
+    def arrays(self, name: str) -> list[np.ndarray]:
+        """See `_Sources`; after a look at what the file claims."""
+        group = self._file[name]
+        return [*(_array(group[field], "f") for field in FIELDS), _array(group[SIZE], "iu")]
 
 
 class _Disk:
@@ -249,37 +495,34 @@ class _Disk:
 
     def write(self, data: memoryview) -> int:
         """Write all of it, or after an error do as if."""
-        left = memoryview(data)
-        with self._keep_error():
+        left = data
+        try:
             while self.error is None and left:
                 left = left[self._file.write(left) :]
+        except OSError as error:
+            self.error = error
         return len(data)
 
     def truncate(self, size: int) -> int:
         """Truncate, or after an error do as if."""
-        with self._keep_error():
+        try:
             if self.error is None:
                 self._file.truncate(size)
+        except OSError as error:
+            self.error = error
         return size
 
     def flush(self) -> None:
         """Nothing is buffered here."""
 
-    @contextlib.contextmanager
-    def _keep_error(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            self.error = error
-
 
 @contextlib.contextmanager
-def _hdf5(path: Path) -> Iterator[h5py.File]:
-    """A new HDF5 file; `OSError` where it cannot be written."""
+def _hdf5(path: Path) -> Iterator[tuple[h5py.File, BinaryIO]]:
+    """A new HDF5 file and the file below it; `OSError` where it cannot be written."""
     with open(path, "w+b", buffering=0) as raw:  # HDF5 has buffers of its own
         disk = _Disk(raw)
         with h5py.File(disk, "w") as file:
-            yield file
+            yield file, raw
             if disk.error is not None:
                 raise disk.error
         if disk.error is not None:
@@ -293,25 +536,42 @@ def _names(path: Path, key: str) -> list[str]:
     with _sentence(path), open_regular(path, most_bytes=None), h5py.File(path, "r") as file:
         kind, own_key = file.attrs.get("format"), file.attrs.get("key")
         file.visit(found.append)  # which follows no link to another file
-    if not isinstance(kind, str) or kind != FORMAT or not isinstance(own_key, str):
-        raise InputError(f"{path} is no file of ALIKED features; move it, or name another file")
-    if own_key != key:
-        raise InputError(
-            f"{path} has features of another {_difference(own_key, key)}; name another file, or "
-            "remove this one"
-        )
+    _check_key(path, kind, own_key, key)
     everything = set(found)
     names = (name.removesuffix(f"/{SIZE}") for name in found if name.endswith(f"/{SIZE}"))
     return [name for name in names if everything.issuperset(f"{name}/{f}" for f in FIELDS)]
 
 
-def _array(dataset: h5py.Dataset, kinds: str, dtype: type) -> np.ndarray:
+def _check_key(path: Path, kind: object, found: object, wanted: str) -> None:
+    if not isinstance(kind, str) or kind != FORMAT or not isinstance(found, str):
+        raise InputError(f"{path} is no file of ALIKED features; move it, or name another file")
+    if found != wanted:
+        raise InputError(
+            f"{path} has features of another {_difference(found, wanted)}; name another file, or "
+            "remove this one"
+        )
+
+
+def _array(dataset: h5py.Dataset, kinds: str) -> np.ndarray:
     """The values of a dataset, after a look at what it claims to be."""
     if dataset.dtype.kind not in kinds or dataset.external or dataset.is_virtual:
         raise ValueError(f"{dataset.name} is of another type")
     if dataset.size * dataset.dtype.itemsize > MAX_BYTES:
         raise ValueError(f"{dataset.name} claims {dataset.size} values")
-    return dataset[()].astype(dtype, copy=False)
+    return dataset[()]
+
+
+def _checked(name: str, arrays: list[np.ndarray]) -> list[np.ndarray]:
+    """An image's arrays, which ValueError says are none."""
+    keypoints, scores, descriptors, size = arrays
+    count = len(scores)
+    if (keypoints.shape, scores.shape, size.shape) != ((count, 2), (count,), (2,)):
+        raise ValueError(f"the arrays of {name} have other shapes")
+    if descriptors.ndim != 2 or descriptors.shape[1] != count:
+        raise ValueError(f"{name} has {count} keypoints and other descriptors")
+    if not all(np.isfinite(array).all() for array in arrays):
+        raise ValueError(f"there is NaN or infinity in {name}")
+    return arrays
 
 
 @contextlib.contextmanager
@@ -360,9 +620,12 @@ def _bytes(features: Features) -> int:
     return features.descriptors.nbytes + features.keypoints.nbytes + features.scores.nbytes
 
 
-def _is_left(scratch: Path) -> bool:
-    """Whether the process that wrote this scratch file of a part, whose name begins so, is gone."""
-    pid = scratch.name[1:].partition("-")[0]
+def _is_left(path: Path) -> bool:
+    """Whether this was half written by a process that is gone: its number begins the name."""
+    unfinished = path.suffix == FILE_SUFFIX and not path.with_suffix(JOURNAL_SUFFIX).exists()
+    if not path.name.startswith(".") and not unfinished:
+        return False
+    pid = path.name.lstrip(".").partition("-")[0]
     try:
         os.kill(int(pid), 0)
     except ProcessLookupError:

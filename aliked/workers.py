@@ -5,15 +5,19 @@ killed, another does what it left.
 """
 
 import contextlib
+import functools
 import multiprocessing
+import os
 import pickle
 import time
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import replace
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from aliked.errors import InputError, how_to_install
 from aliked.extraction import (
@@ -23,134 +27,346 @@ from aliked.extraction import (
     Report,
     Tally,
     available_cores,
-    extract,
     missing,
 )
-from aliked.store import FeatureStore
+from aliked.features import Features
+from aliked.store import FeatureStore, Spot, arrays_of, write_at
+from aliked.threads import keep_freed_memory
 
 RESTARTS = 3  # of a worker that was killed; more is no accident
+MANY_IMAGES = 5000  # from which several processes on a GPU are worth their start
+CORES = 4  # that one process keeps busy: Python runs one of its threads at a time
 
 
-def extract_in_processes(job: Job, path: Path, devices: list[str], report: Report) -> Tally:
-    """Extract what the store in `path` does not have, a process for each of `devices`.
+def devices_of(job: Job, images: int, processes: int | None = None) -> list[str]:
+    """The device of each process: `processes` of them, or as many as the images are worth.
 
-    The caller opens the store again and closes it. `InputError` where one of a worker's stops it,
-    or the same worker is killed again and again.
+    That is one for each GPU; where there are many images and one GPU is faster than what a process
+    can give it, one for every few cores.
     """
-    team = Team(job, path, devices)
-    with contextlib.closing(team):
+    import torch
+
+    gpus = torch.cuda.device_count() if job.spec.device == "auto" else 0
+    count = processes or max(1, gpus)
+    on_gpu = torch.cuda.is_available() and job.spec.device != "cpu"
+    if not processes and on_gpu and job.backend == "fused" and images >= MANY_IMAGES:
+        count *= max(1, available_cores() // count // CORES)
+    return [f"cuda:{i % gpus}" if gpus > 1 else job.spec.device for i in range(count)]
+
+
+def extract_in_processes(
+    job: Job, store: FeatureStore, devices: list[str], report: Report
+) -> Tally:
+    """Extract what `store` does not have, a process for each of `devices`; the caller closes it.
+
+    `InputError` where one of a worker's stops it, or the same worker is killed again and again.
+    """
+    with contextlib.closing(Team(job, store, devices)) as team:
         return team.run(report)
 
 
-class Team:
-    """The processes of one machine, and what they have said last."""
+Batch = tuple[int, list[Photo]]  # and which one it is, in the order of the folder
+Shapes = dict[str, list[Spot]]  # of each image's arrays, by name
 
-    def __init__(self, job: Job, path: Path, devices: list[str]):
+
+@dataclass
+class Worker:
+    """A process, and the batches that it has, which are not all written yet."""
+
+    index: int  # of its job
+    process: multiprocessing.Process
+    ours: Connection  # it asks for batches here, and tells how far it is
+    file: Connection  # and here where to write them
+    batches: deque[Batch] = field(default_factory=deque)
+    again: deque[Batch] = field(default_factory=deque)  # what one before it has left
+
+
+class Team:
+    """The processes of one machine. Each asks for a batch when it has room for one.
+
+    A process more has the one file grow: it gives each batch its place in it, in the order of the
+    folder, and the workers write there.
+    """
+
+    def __init__(self, job: Job, store: FeatureStore, devices: list[str]):
         threads = job.threads or max(1, available_cores() // len(devices))
         self.jobs = [
             replace(job, threads=threads, spec=replace(job.spec, device=device))
             for device in devices
         ]
-        self.path = path
-        self.context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-        self.workers: dict[int, tuple[multiprocessing.Process, Connection]] = {}
+        self.store = store
+        self.tally = Tally()  # of what is done here: bad headers are found while dealing
         self.tallies = [Tally() for _ in devices]
         self.deaths: Counter[int] = Counter()
+        self.workers: dict[int, Worker] = {}
+        self._todo = self._batches()
+        self._context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+        self._grower, self._file = self._process(_grow, self.jobs[0], store.path)
+        self._path: Path | None = None  # of the file that grows, once that is known
         for index in range(len(devices)):
             self._start(index)
 
     def run(self, report: Report) -> Tally:
-        """Wait for all of them."""
+        """Wait for all of them, and until the file is in its place."""
+        started = time.perf_counter()
         while self.workers:
-            by_connection = {ours: index for index, (_, ours) in self.workers.items()}
-            for ready in wait(list(by_connection)):
-                self._hear(by_connection[ready])
+            listeners: dict[Connection, Callable[[], None]] = {self._file: self._hear_file}
+            for worker in self.workers.values():
+                listeners[worker.ours] = functools.partial(self._hear, worker)
+                listeners[worker.file] = functools.partial(self._hear_writer, worker)
+            for ready in wait(list(listeners)):
+                if not ready.closed:  # by what another one said
+                    listeners[ready]()
+            self.tally.wall = time.perf_counter() - started
             report(self._together())
+        self._tell_file(None)
+        while not self._hear_file():
+            pass
         return self._together()
 
     def close(self) -> None:
         """End those that are still running."""
-        for process, ours in self.workers.values():
+        for process in (self._grower, *(worker.process for worker in self.workers.values())):
             process.terminate()
             process.join()
-            ours.close()
+        for connection in (self._file, *(w.ours for w in self.workers.values())):
+            connection.close()
 
     def _together(self) -> Tally:
-        return sum(self.tallies[1:], self.tallies[0])
+        return sum(self.tallies, self.tally)
 
-    def _start(self, index: int) -> None:
-        ours, theirs = self.context.Pipe(duplex=False)
-        part = index, len(self.jobs)
-        process = self.context.Process(
-            target=_work, args=(self.jobs[index], self.path, part, theirs), daemon=True
-        )
+    def _batches(self) -> Iterator[Batch]:
+        """The batches that are to be done; the others are put into the file as they are."""
+
+        def bad(error: InputError) -> None:
+            if self.jobs[0].strict:
+                raise error
+            self.tally.skipped.append(str(error))
+
+        for index, batch in enumerate(self.jobs[0].batches(bad)):
+            names = [photo.name for photo in batch]
+            if any(name not in self.store for name in names):
+                yield index, batch
+            else:
+                self._tell_file(("take", index, names))
+
+    def _process(self, target: Callable, *args: Any) -> tuple[multiprocessing.Process, Connection]:
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(target=target, args=(*args, theirs), daemon=True)
         process.start()
         theirs.close()
-        self.workers[index] = process, ours
+        return process, ours
 
-    def _hear(self, index: int) -> None:
-        process, ours = self.workers[index]
+    def _start(self, index: int) -> None:
+        file, theirs = self._context.Pipe()
+        process, ours = self._process(_work, self.jobs[index], theirs)
+        theirs.close()
+        self.workers[index] = Worker(index, process, ours, file)
+        if self._path is not None:
+            file.send(self._path)
+
+    def _hear(self, worker: Worker) -> None:
+        """A worker asks for a batch, tells how far it is, or has ended."""
         try:
-            said = ours.recv()
-        except (EOFError, OSError):  # it has ended
-            del self.workers[index]
-            ours.close()
-            process.join()
-            if process.exitcode != 0:
-                self._died(index, process.exitcode)
+            said = worker.ours.recv()
+            if said is ASK:
+                worker.ours.send(self._deal(worker))
+                return
+        except (EOFError, OSError):
+            self._ended(worker)
             return
-        if isinstance(said, str):
-            raise InputError(said)
-        self.tallies[index] = said
+        _raise_if_error(said)
+        self.tallies[worker.index] = said
 
-    def _died(self, index: int, status: int | None) -> None:
-        self.deaths[index] += 1
-        if self.deaths[index] > RESTARTS:
+    def _deal(self, worker: Worker) -> Batch | None:
+        # What one before it has left comes first: the file waits for it.
+        batch = worker.again.popleft() if worker.again else next(self._todo, None)
+        if batch is not None:
+            worker.batches.append(batch)
+        return batch
+
+    def _hear_writer(self, worker: Worker) -> None:
+        """A worker asks where to write a batch, or has written it."""
+        try:
+            said = worker.file.recv()
+        except (EOFError, OSError):  # it has ended, and what it said before that is to be heard
+            while self.workers.get(worker.index) is worker:
+                self._hear(worker)
+            return
+        if isinstance(said, int):
+            worker.batches.popleft()
+            self._tell_file(("written", said))
+        else:
+            self._tell_file(("place", *said))
+
+    def _tell_file(self, words: tuple | None) -> None:
+        with contextlib.suppress(OSError):  # it has ended: `_hear_file` says why
+            self._file.send(words)
+
+    def _hear_file(self) -> bool:
+        """The file has a name or a place for a batch; whether it is where it is to be."""
+        try:
+            said = self._file.recv()
+        except (EOFError, OSError) as error:
             raise InputError(
-                f"the process on {self.jobs[index].spec.device} ended {self.deaths[index]} times "
-                f"with status {status}; what was extracted is kept: find out why, and pass --resume"
+                "the process that writes the file was killed; what was extracted is kept: find "
+                "out why, and pass --resume"
+            ) from error
+        _raise_if_error(said)
+        if isinstance(said, Path):
+            self._path = said
+            for worker in self.workers.values():
+                worker.file.send(said)
+        elif said is not None:
+            number, spots = said  # of a batch
+            for worker in self.workers.values():
+                if any(number == batch[0] for batch in worker.batches):
+                    with contextlib.suppress(OSError):  # it has just ended
+                        worker.file.send(spots)
+        return said is None
+
+    def _ended(self, worker: Worker) -> None:
+        del self.workers[worker.index]
+        worker.ours.close()
+        worker.file.close()
+        worker.process.join()
+        if worker.process.exitcode == 0:
+            return
+        self.deaths[worker.index] += 1
+        if self.deaths[worker.index] > RESTARTS:
+            device, status = self.jobs[worker.index].spec.device, worker.process.exitcode
+            raise InputError(
+                f"the process on {device} ended {self.deaths[worker.index]} times with status "
+                f"{status}; what was extracted is kept: find out why, and pass --resume"
             )
-        self._start(index)
+        self._start(worker.index)
+        self.workers[worker.index].again = worker.batches + worker.again
 
 
-def _work(job: Job, path: Path, part: tuple[int, int], theirs: Connection) -> None:
-    """A worker process: its part of the batches, into the store's parts."""
+def _raise_if_error(said: Any) -> None:
+    if isinstance(said, str):
+        raise InputError(said)
+    if isinstance(said, OSError):
+        raise said
+
+
+@contextlib.contextmanager
+def _errors_to(theirs: Connection) -> Iterator[None]:
+    """Send what stops a process to its parent."""
     try:
-        with appending(path, job) as store:
-            theirs.send(extract(job, store, theirs.send, part))
+        yield
     except InputError as error:
         theirs.send(str(error))
+    except EOFError:  # the parent has ended
+        pass
+    except OSError as error:
+        with contextlib.suppress(OSError):  # likewise
+            theirs.send(error)
     except KeyboardInterrupt:  # the parent says so
         pass
 
 
-@contextlib.contextmanager
-def appending(path: Path, job: Job) -> Iterator[FeatureStore]:
-    """A store that others write to at the same time: what is new is put on the disk at the end."""
-    store = FeatureStore.open(path, job.key())
-    try:
-        yield store
-    finally:
-        store.flush()
+ASK = None  # what a worker says that has room for a batch
+
+
+def _work(job: Job, file: Connection, theirs: Connection) -> None:
+    """A worker process: batches as long as there are any, into the file that grows."""
+    keep_freed_memory()
+    with _errors_to(theirs):
+        writer = Writer(file)
+
+        def batches() -> Iterator[list[Photo]]:
+            theirs.send(ASK)
+            while (said := theirs.recv()) is not None:
+                number, batch = said
+                writer.numbers.append(number)
+                yield batch
+                theirs.send(ASK)
+
+        pipeline = Pipeline(job, writer, theirs.send)
+        pipeline.run_batches(batches())
+        theirs.send(pipeline.tally)
+
+
+class Writer:
+    """What a worker has in place of a store: batches go to their places in the file that grows."""
+
+    def __init__(self, file: Connection):
+        self.numbers: deque[int] = deque()  # of the batches, in the order in which they come
+        self._file, self._descriptor = file, None
+        self._images: dict[str, list[np.ndarray]] = {}
+
+    def write(self, name: str, features: Features, size: tuple[int, int]) -> None:
+        """Take the features of an image of the batch."""
+        self._images[name] = arrays_of(features, size)
+
+    def checkpoint(self) -> None:
+        """Write the batch."""
+        if self._descriptor is None:
+            self._descriptor = os.open(self._file.recv(), os.O_WRONLY)
+        number, images = self.numbers.popleft(), self._images
+        self._images = {}
+        shapes = {name: [Spot.of(array) for array in arrays] for name, arrays in images.items()}
+        self._file.send((number, shapes))
+        for name, spots in self._file.recv().items():
+            for spot, array in zip(spots, images[name], strict=True):
+                write_at(self._descriptor, spot.offset, array)
+        self._file.send(number)
+
+
+def _grow(job: Job, path: Path, theirs: Connection) -> None:
+    """The process that has the one file grow: in the parent it would hold up the dealing."""
+    with _errors_to(theirs), FeatureStore.open(path, job.key()).grow() as file:
+        theirs.send(file.path)
+        waiting: dict[int, list[str] | Shapes] = {}
+        placed: dict[int, Shapes] = {}
+        following = 0  # the batch that is next
+        while (said := theirs.recv()) is not None:
+            kind, number, *images = said
+            if kind == "written":
+                file.note(placed.pop(number))
+            elif number in placed:  # asked again for one that was killed
+                if _without_places(placed[number]) != _without_places(images[0]):
+                    raise InputError(
+                        "a batch of a process that was killed came out otherwise; pass --resume"
+                    )
+                theirs.send((number, placed[number]))
+            else:
+                waiting[number] = images[0]
+            while following in waiting:
+                images = waiting.pop(following)
+                if isinstance(images, list):
+                    file.take(images)
+                else:
+                    spots = {name: file.place(name, shapes) for name, shapes in images.items()}
+                    placed[following] = spots
+                    theirs.send((following, spots))
+                following += 1
+        file.finish()
+        theirs.send(None)
+
+
+def _without_places(images: Shapes) -> Shapes:
+    return {name: [spot._replace(offset=0) for spot in spots] for name, spots in images.items()}
 
 
 SHARD_BATCHES = 4  # that a worker does between two checkpoints
 
 
 def extract_with_ray(
-    job: Job, path: Path, address: str, processes: int | None, report: Report
+    job: Job, store: FeatureStore, address: str, processes: int | None, report: Report
 ) -> Tally:
-    """Extract what the store in `path` does not have on all GPUs of a Ray cluster.
+    """Extract what `store` does not have on all GPUs of a Ray cluster; the caller closes it.
 
-    `path` and the images lie in a file system that every machine sees under the same name.
+    The store and the images lie in a file system that every machine sees under the same name.
     `address` is a cluster's, "auto" for the one that this machine belongs to, or "local" for one of
     this machine alone. Ray Data starts an actor for each GPU, or `processes` of them on processors,
-    and gives the shards of one that dies to another. The caller opens the store again and closes
-    it. `InputError` where Ray is missing, cannot be reached, or a worker's stops it.
+    and gives the shards of one that dies to another. `InputError` where Ray is missing, cannot be
+    reached, or a worker's stops it.
     """
     ray = _ray()
     total = Tally()
-    shards = _shards(job, path, total)
+    shards = _shards(job, store, total)
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -164,7 +380,7 @@ def extract_with_ray(
         gpus = int(ray.cluster_resources().get("GPU", 0)) if job.spec.device != "cpu" else 0
         results = ray.data.from_items(shards, override_num_blocks=len(shards)).map_batches(
             ShardWorker,
-            fn_constructor_args=(job, path.resolve()),
+            fn_constructor_args=(job, store.path.resolve()),
             batch_size=1,
             num_gpus=1 if gpus else None,
             compute=ray.data.ActorPoolStrategy(size=min(processes or gpus or 1, len(shards))),
@@ -199,9 +415,8 @@ class ShardWorker:
         return tally
 
 
-def _shards(job: Job, path: Path, total: Tally) -> list[dict[str, bytes]]:
+def _shards(job: Job, store: FeatureStore, total: Tally) -> list[dict[str, bytes]]:
     """The batches that are still to be done, some of them in a row; bad files into `total`."""
-    store = FeatureStore.open(path, job.key())
     batches = list(missing(job, store, total))
     return [
         {"shard": pickle.dumps(batches[at : at + SHARD_BATCHES])}

@@ -1,43 +1,51 @@
 """How fast a folder of JPEGs becomes a file of features, and which stage it waits for.
 
 Makes the JPEGs from the shipped photographs, and measures by itself each of
-  decode   JPEGs to pixels, in as many threads as `aliked extract` takes
-  kernels  the network on batches that lie on the device
+  decode   JPEGs to pixels, in as many processes and threads as `aliked extract` takes
+  kernels  the network on batches that lie on the device, one GPU
   copies   the same with copies to the device and back
-  extract  `aliked extract` up to the last part on the disk
-  all      the same until the parts are joined to one file
-in images per second, and the share of `all` in the slower of decode and kernels.
+  all      `aliked extract` from the time when all its processes have begun until the file is there
+in images per second, the share of `all` in the slower of decode and kernels, and the seconds that
+starting took.
 
     python -m tools.bench_extract /tmp/jpegs --model aliked-n16 --backend fused --precision fp16 \\
-        --output results/extract/h100.jsonl
+        --output results/scale/h100.jsonl
 """
 
 import argparse
+import contextlib
+import gc
 import json
+import multiprocessing
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from math import nan
 from pathlib import Path
 
 import cv2
+import h5py
 import numpy as np
+import torch
 
 from aliked import cli
 from aliked.backends import Spec, create_extractor
 from aliked.cli import add_device_option, add_model_options
 from aliked.commands.extract import TWO_LANES
-from aliked.extraction import Job, Pipeline, available_cores, missing
+from aliked.extraction import DECODERS, Job, Tally, available_cores
 from aliked.images import find_images, load_image
 from aliked.store import FeatureStore
-from aliked.workers import extract_in_processes
+from aliked.threads import keep_freed_memory
+from aliked.workers import Team, devices_of
 from benchmark.environment import git_commit, machine, versions
 
 PHOTOGRAPHS = Path(__file__).resolve().parents[1] / "assets"
 QUALITY = 90  # of the JPEGs
-SECONDS = 5  # that kernels are measured for
+SECONDS = 2  # that kernels are measured for
+WARM, ONNX_IMAGES = 20, 40  # images of `--others`
 
 
 def parser() -> argparse.ArgumentParser:
@@ -57,10 +65,16 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=int, metavar="N")
     parser.add_argument("--threads", type=int, default=available_cores(), help=default)
     parser.add_argument(
-        "--lanes", type=int, nargs="+", help="extractors at a time (default: as aliked extract)"
+        "--processes", type=int, metavar="N", help="of `all` (default: as aliked extract)"
     )
+    parser.add_argument("--decoder", choices=DECODERS, default=DECODERS[0], help=default)
+    parser.add_argument("--half", action="store_true", help="descriptors in float16")
     parser.add_argument(
-        "--processes", type=int, default=1, metavar="N", help=f"GPUs for `all`, {default}"
+        "--others", type=int, metavar="N", help="also hloc's and COLMAP's way, on N of the images"
+    )
+    parser.add_argument("--onnx", type=Path, metavar="FILE", help="the model, for COLMAP's way")
+    parser.add_argument(
+        "--only_all", action="store_true", help="do not measure the stages by themselves"
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="append the rows as JSON lines")
     add_model_options(parser)
@@ -92,17 +106,19 @@ def make_jpegs(folder: Path, count: int, width: int, height: int) -> None:
 
 @dataclass
 class Row:
-    """Images per second of every stage for one size, number of keypoints and number of lanes."""
+    """Images per second of every stage for one size and number of keypoints."""
 
     size: str
     top_k: int
-    lanes: int
     images: int
+    processes: int
     decode: float
     kernels: float
     copies: float
-    extract: float
     all: float
+    start: float  # seconds
+    mebibytes: float  # of the file
+    gpu_mebibytes: float  # of one extractor with its batch, weights included
     busy: str
 
     @property
@@ -111,26 +127,42 @@ class Row:
         return self.all / min(self.decode, self.kernels)
 
     def __str__(self) -> str:
-        rates = (self.decode, self.kernels, self.copies, self.extract, self.all)
+        rates = (self.decode, self.kernels, self.copies, self.all)
         return (
-            f"{self.size:>10} {self.top_k:6} {self.lanes:5} "
+            f"{self.size:>10} {self.top_k:6} {self.processes:9} "
             + " ".join(f"{rate:8.1f}" for rate in rates)
-            + f" {self.share:6.0%}  {self.busy}"
+            + f" {self.share:6.0%} {self.start:6.1f} {self.mebibytes:6.0f}"
+            + f" {self.gpu_mebibytes:6.0f}  {self.busy}"
         )
 
 
-HEADER = "      size      K lanes   decode  kernels   copies  extract      all  share  busy"
+HEADER = (
+    "      size      K processes   decode  kernels   copies      all"
+    "  share  start   file    GPU  busy"
+)
 
 
-def decode_rate(folder: Path, threads: int) -> float:
+def decode_rate(folder: Path, threads: int, processes: int) -> float:
     """Images per second of decoding alone."""
     paths = [folder / name for name in find_images(folder)]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context) as pool:
+        shares = [(paths[i::processes], threads // processes) for i in range(processes)]
+        list(pool.map(decode_all, [(some[:100], count) for some, count in shares]))  # warm
+        times = list(pool.map(decode_all, shares))
+    return len(paths) / (max(end for _, end in times) - min(start for start, _ in times))
+
+
+def decode_all(share: tuple[list[Path], int]) -> tuple[float, float]:
+    """Decode images in a number of threads; when it began and ended."""
+    paths, threads = share
+    keep_freed_memory()
     cv2.setNumThreads(1)
+    started = time.perf_counter()
     with ThreadPoolExecutor(threads) as pool:
-        started = time.perf_counter()
-        for _ in pool.map(lambda path: load_image(path).nbytes, paths):
+        for _ in pool.map(lambda path: load_image(path, stored=1).nbytes, paths):
             pass
-        return len(paths) / (time.perf_counter() - started)
+    return started, time.perf_counter()
 
 
 def rate_of(call: Callable[[], object], wait: Callable[[], None], images: int) -> float:
@@ -154,29 +186,108 @@ def batch_of(job: Job) -> np.ndarray:
     return np.stack([photo.load() for photo in batch])
 
 
-def extraction_rates(job: Job, processes: int) -> tuple[float, float, str]:
-    """Images per second until the last part is written, and until all is one file."""
+class Start:
+    """When every process of a run has done a batch, and what was done by then."""
+
+    def __init__(self, processes: int):
+        self.processes, self.begun = processes, time.perf_counter()
+        self.seconds = 0.0  # until then; 0 where a process had nothing to do
+        self.images = 0
+
+    def __call__(self, tallies: list[Tally]) -> None:
+        """Look at what each process has done."""
+        if not self.seconds and all(tally.images for tally in tallies):
+            self.seconds = time.perf_counter() - self.begun
+            self.images = sum(tally.images for tally in tallies)
+
+
+def extraction(job: Job, devices: list[str]) -> tuple[float, float, float, str]:
+    """Images per second, seconds of the start, MiB of the file, and who was busy."""
     scratch = Path(tempfile.mkdtemp(dir=job.images.parent))
     try:
         store = FeatureStore.open(scratch / "features.h5", job.key())
-        if processes > 1:
-            started = time.perf_counter()  # starting the processes counts
-            devices = [f"cuda:{i}" if job.spec.device != "cpu" else "cpu" for i in range(processes)]
-            tally = extract_in_processes(job, store.path, devices, lambda tally: None)
-        else:
-            pipeline = Pipeline(job, store)
-            pipeline.run_batches([next(job.batches(lambda error: None))])  # warm, captured
-            tally = pipeline.begin()
-            started = time.perf_counter()
-            pipeline.run_batches(missing(job, store, tally))
-        store.flush()
-        extracted = time.perf_counter()
+        start = Start(len(devices))
+        with contextlib.closing(Team(job, store, devices)) as team:
+            tally = team.run(lambda _: start(team.tallies))
         store.close()
-        closed = time.perf_counter()
+        seconds = time.perf_counter() - start.begun - start.seconds
+        rate = (tally.images - start.images) / seconds
+        return rate, start.seconds, store.path.stat().st_size / 2**20, tally.shares()
     finally:
         shutil.rmtree(scratch)
-    count = tally.images
-    return count / (extracted - started), count / (closed - started), tally.shares()
+
+
+def extractor_rates(job: Job) -> tuple[float, float, float]:
+    """Images per second of the kernels, of these with copies, and MiB on the GPU."""
+    extractor = create_extractor(job.backend, job.spec)
+    pixels = batch_of(job)
+    on_device = extractor.to_device(pixels)
+    kernels = rate_of(lambda: extractor.infer(on_device), extractor.synchronize, len(pixels))
+    copies = rate_of(lambda: extractor.extract_batch(pixels), extractor.synchronize, len(pixels))
+    return kernels, copies, gpu_mebibytes()
+
+
+def gpu_mebibytes() -> float:
+    """MiB that PyTorch has taken on the GPU."""
+    return torch.cuda.memory_reserved() / 2**20 if torch.cuda.is_available() else 0.0
+
+
+def empty_gpu() -> None:
+    """Give back what the last extractor had there."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def one_at_a_time(args: argparse.Namespace) -> Iterator[tuple[str, float]]:
+    """Images per second as others run the model: an image at a time, float32.
+
+    hloc: a loader with one worker, PyTorch, and float16 into an HDF5 file that is opened for each.
+    COLMAP: ONNX Runtime on an exported file; decoding and database, which it does meanwhile, are
+    left out.
+    """
+    size = args.sizes[0]
+    folder = args.folder / f"{size}-{args.images}"
+    paths = [folder / name for name in find_images(folder)][: args.others]
+    spec = Spec(args.model, args.top_k[0], device=args.device, weights=args.weights)
+    model = create_extractor("pytorch", spec)
+    loader = torch.utils.data.DataLoader(Files(paths), num_workers=1, shuffle=False)
+    output = folder.parent / "hloc.h5"
+    output.unlink(missing_ok=True)
+    for count, pixels in enumerate(loader):
+        if count == WARM:
+            started = time.perf_counter()
+        features = model(pixels[0].numpy())
+        with h5py.File(output, "a", libver="latest") as file:
+            group = file.create_group(paths[count].name)
+            for field, values in vars(features).items():
+                group.create_dataset(field, data=values.T.astype(np.float16))
+    yield "hloc, pytorch", (len(paths) - WARM) / (time.perf_counter() - started)
+    output.unlink()
+    if args.onnx is not None:
+        model = create_extractor(
+            "onnxruntime-cpu", replace(spec, model_path=args.onnx, device="cpu")
+        )
+        images = [load_image(path) for path in paths[:ONNX_IMAGES]]
+        model(images[0])
+        started = time.perf_counter()
+        for image in images:
+            model(image)
+        yield "COLMAP, onnxruntime on the processor", len(images) / (time.perf_counter() - started)
+
+
+class Files(torch.utils.data.Dataset):
+    """Images as hloc loads them."""
+
+    def __init__(self, paths: list[Path]):
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """uint8 [H, W, 3] RGB."""
+        return cv2.imread(str(self.paths[index]))[..., ::-1].copy()
 
 
 def measure(args: argparse.Namespace) -> Iterator[Row]:
@@ -185,7 +296,7 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
         width, height = map(int, size.split("x"))
         folder = args.folder / f"{size}-{args.images}"
         make_jpegs(folder, args.images, width, height)
-        decode = decode_rate(folder, args.threads)
+        decode = None
         for top_k in args.top_k:
             spec = Spec(args.model, top_k, precision=args.precision, device=args.device)
             job = Job(
@@ -193,25 +304,22 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
                 args.backend,
                 replace(spec, weights=args.weights),
                 batch_size=args.batch_size,
-                threads=args.threads,
+                lanes=2 if args.backend in TWO_LANES else 1,
+                half=args.half,
+                decoder=args.decoder,
             )
-            extractor = create_extractor(args.backend, job.spec)
-            pixels = batch_of(job)
-            on_device = extractor.to_device(pixels)
-            kernels = rate_of(
-                lambda extractor=extractor, batch=on_device: extractor.infer(batch),
-                extractor.synchronize,
-                len(pixels),
+            devices = devices_of(job, args.images, args.processes)
+            job = replace(job, threads=max(1, args.threads // len(devices)))
+            stages = (nan, nan, nan, nan)
+            if not args.only_all:
+                decode = decode or decode_rate(folder, args.threads, len(devices))
+                stages = decode, *extractor_rates(job)
+                empty_gpu()
+            *rates, on_gpu = stages
+            rate, start, file, busy = extraction(job, devices)
+            yield Row(
+                size, top_k, args.images, len(devices), *rates, rate, start, file, on_gpu, busy
             )
-            copies = rate_of(
-                lambda extractor=extractor, batch=pixels: extractor.extract_batch(batch),
-                extractor.synchronize,
-                len(pixels),
-            )
-            del extractor, on_device
-            for lanes in args.lanes or [2 if args.backend in TWO_LANES else 1]:
-                rates = extraction_rates(replace(job, lanes=lanes), args.processes)
-                yield Row(size, top_k, lanes, args.images, decode, kernels, copies, *rates)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -221,7 +329,8 @@ def main(args: argparse.Namespace) -> None:
         "backend": args.backend,
         "precision": args.precision,
         "threads": args.threads,
-        "processes": args.processes,
+        "half": args.half,
+        "decoder": args.decoder,
         "versions": versions(),
         "machine": machine("cpu" if args.device == "cpu" else "cuda"),
         "commit": git_commit(),
@@ -229,10 +338,20 @@ def main(args: argparse.Namespace) -> None:
     print(HEADER, flush=True)
     for row in measure(args):
         print(row, flush=True)
-        if args.output is not None:
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            with open(args.output, "a") as file:
-                file.write(json.dumps(vars(row) | {"share": row.share} | facts) + "\n")
+        keep(args.output, vars(row) | {"share": row.share} | facts)
+    if args.others:
+        for name, rate in one_at_a_time(args):
+            print(f"{name}: {rate:.1f} images/s", flush=True)
+            row = {"others": name, "size": args.sizes[0], "top_k": args.top_k[0], "all": rate}
+            keep(args.output, row | facts | {"precision": "fp32", "backend": None})
+
+
+def keep(path: Path | None, record: dict) -> None:
+    """Append a record to the file, if there is to be one."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a") as file:
+            file.write(json.dumps(record) + "\n")
 
 
 if __name__ == "__main__":

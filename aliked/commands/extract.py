@@ -25,13 +25,14 @@ from aliked.colmap import (
     write_matches,
 )
 from aliked.errors import InputError
-from aliked.extraction import Job, Report, Tally, available_cores, extract
+from aliked.extraction import DECODERS, Job, Report, Tally, available_cores, extract
 from aliked.files import writable_folder
 from aliked.images import find_images
 from aliked.matching import Matcher
 from aliked.store import FeatureStore
-from aliked.video import is_video
-from aliked.workers import extract_in_processes, extract_with_ray
+from aliked.threads import keep_freed_memory
+from aliked.video import add_video_options, check_video_options, is_video
+from aliked.workers import CORES, devices_of, extract_in_processes, extract_with_ray
 
 OVERLAP = 10  # images that each is matched with in a sequence, as in COLMAP
 MOST_PROCESSES = 4  # for each core
@@ -67,10 +68,7 @@ def _add_image_options(group: argparse._ArgumentGroup) -> None:
         metavar="FOLDER",
         help="a mask NAME.png for every image, as COLMAP has it: no keypoint where it is black",
     )
-    group.add_argument("--every", type=_positive, metavar="N", help="each N-th frame of a video")
-    group.add_argument(
-        "--frames", type=_positive, metavar="N", help="at most N frames of a video or a camera"
-    )
+    add_video_options(group)
     group.add_argument(
         "--strict", action="store_true", help="stop at the first file that cannot be used"
     )
@@ -84,6 +82,9 @@ def _add_output_options(group: argparse._ArgumentGroup) -> None:
         help="HDF5 file, as hloc reads it (with --colmap alone: DATABASE.h5)",
     )
     group.add_argument("--colmap", type=Path, metavar="DATABASE", help="COLMAP database")
+    group.add_argument(
+        "--half", action="store_true", help="descriptors in float16: half the size of the file"
+    )
     group.add_argument(
         "--resume", action="store_true", help="go on with what an interrupted run left"
     )
@@ -117,13 +118,20 @@ def _add_colmap_options(group: argparse._ArgumentGroup) -> None:
 def _add_speed_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--batch_size", type=_positive, metavar="N", help="images at a time")
     group.add_argument(
+        "--decoder",
+        choices=DECODERS,
+        default=DECODERS[0],
+        help="of JPEGs: the processor, or nvImageCodec on the GPU (default: %(default)s)",
+    )
+    group.add_argument(
         "--threads", type=_positive, metavar="N", help="that decode (default: one a core)"
     )
     group.add_argument(
         "--processes",
         type=_positive,
         metavar="N",
-        help="on this machine, or in a Ray cluster (default: one for each GPU)",
+        help="on this machine, or in a Ray cluster (default: one for each GPU; of many images on "
+        f"this machine, one for {CORES} cores)",
     )
     group.add_argument(
         "--ray",
@@ -154,7 +162,7 @@ def main(args: argparse.Namespace) -> None:
         with FeatureStore.open(output, job.key()) as store:
             done = len(store)
             with progress("features", len(names) or args.frames, done) as bar:
-                tally = run(args, job, output, store, counting(bar))
+                tally = run(args, job, store, len(names), counting(bar))
         store = FeatureStore.open(output, job.key())
         summarize(args, tally, store)
         if args.colmap is not None:
@@ -174,20 +182,18 @@ def check_options(args: argparse.Namespace) -> None:
         if not path.name or path.is_dir():
             raise InputError(f"{path} is a folder; give the name of a file")
     order = args.match[0] if args.match else None
-    video, camera = is_video(args.images), str(args.images).isdigit()
+    video = is_video(args.images)
+    check_video_options(args)
     without = (
         (args.colmap is None, "--colmap", ("match", "camera_mode", "camera_model")),
         (order != "sequential", "--match sequential", ("overlap",)),
         (order is None, "--match", ("matcher", "matcher_weights", "min_similarity")),
-        (not video, "a video or a camera", ("every", "frames")),
         (video, "a folder of images", ("masks", "processes", "ray")),
     )
     for absent, needed, names in without:
         for name in names:
             if absent and getattr(args, name) is not None:
                 raise InputError(f"--{name} needs {needed}; leave it out, or give that as well")
-    if camera and args.frames is None:
-        raise InputError(f"camera {args.images} has no end; pass --frames N")
     orders = (["exhaustive"], ["sequential"])
     if args.match and args.match not in orders and not (order == "pairs" and len(args.match) == 2):
         raise InputError(
@@ -199,6 +205,11 @@ def job_of(args: argparse.Namespace) -> Job:
     """The options as a `Job`."""
     if args.backend == "auto":
         args.backend = choose_backend(args)
+    if args.decoder != DECODERS[0] and args.backend != "fused":
+        raise InputError(
+            f"--decoder {args.decoder} needs --backend fused, which takes what it decodes on the "
+            "GPU; leave one out"
+        )
     return Job(
         images=args.images,
         backend=args.backend,
@@ -211,6 +222,8 @@ def job_of(args: argparse.Namespace) -> Job:
         every=args.every or 1,
         max_frames=args.frames,
         strict=args.strict,
+        half=args.half,
+        decoder=args.decoder,
     )
 
 
@@ -244,29 +257,23 @@ def check_outputs(output: Path, database: Path | None, resume: bool) -> None:
 
 
 def run(
-    args: argparse.Namespace, job: Job, output: Path, store: FeatureStore, report: Report
+    args: argparse.Namespace, job: Job, store: FeatureStore, images: int, report: Report
 ) -> Tally:
-    """Extract what is missing: in this process, in one for each GPU, or by Ray."""
+    """Extract what is missing: in this process, in some for each GPU, or by Ray."""
+    keep_freed_memory()
     if args.ray is not None:
-        return extract_with_ray(job, output, args.ray, args.processes, report)
-    devices = devices_of(args)
+        return extract_with_ray(job, store, args.ray, args.processes, report)
     most = MOST_PROCESSES * available_cores()
     if args.processes and args.processes > most:
         raise InputError(
-            f"--processes {len(devices)} would only be in each other's way; give at most {most}"
+            f"--processes {args.processes} would only be in each other's way; give at most {most}"
         )
+    devices = [job.spec.device]
+    if not is_video(job.images):
+        devices = devices_of(job, images, args.processes)
     if len(devices) > 1:
-        return extract_in_processes(job, output, devices, report)
+        return extract_in_processes(job, store, devices, report)
     return extract(job, store, report)
-
-
-def devices_of(args: argparse.Namespace) -> list[str]:
-    """The device of each process."""
-    import torch
-
-    gpus = torch.cuda.device_count() if args.device == "auto" and not is_video(args.images) else 0
-    count = args.processes or max(1, gpus)
-    return [f"cuda:{i % gpus}" if gpus > 1 else args.device for i in range(count)]
 
 
 @contextlib.contextmanager
@@ -321,10 +328,13 @@ def write_colmap(
     print(f"{args.colmap}: {len(store)} images")
     if args.model not in TYPES:
         print(
-            f"COLMAP has no type for {args.model}: it maps these matches, but cannot match itself"
+            f"COLMAP has no type for {args.model}: it maps these matches, but cannot match itself "
+            "(--model aliked-n16rot is one of its own, and gives better maps)"
         )
     if matcher is None:
         return
+    if args.match[0] != "pairs":  # whose file may name one that was skipped
+        names = [name for name in names or store.names() if name in store]
     pairs, count = pairs_of(args, names or store.names())
     with progress("matches", count) as bar:
         write_matches(args.colmap, store, pairs, matcher, bar.update)

@@ -1,7 +1,10 @@
-"""Look at the matches between consecutive images of a folder, in a window or as files."""
+"""Look at the matches between consecutive images of a folder, a video or a camera.
+
+In a window, or as files.
+"""
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -31,8 +34,9 @@ from aliked.drawing import (
 from aliked.errors import InputError
 from aliked.features import Extractor, Features
 from aliked.files import check_writable, remove_files, writable_folder
-from aliked.images import list_images, load_readable
+from aliked.images import list_images, load_readable, reduced
 from aliked.matching import Matcher
+from aliked.video import add_video_options, check_video_options, frames, is_video
 from aliked.weights import describe_weights
 
 MAX_FRAMES = 100  # of the animation, which is held in memory
@@ -43,7 +47,7 @@ ANIMATION = "motion.webp"
 class Frame:
     """One image with its features."""
 
-    path: Path
+    name: str
     image: np.ndarray  # uint8 [H, W, 3] RGB
     features: Features
 
@@ -66,7 +70,7 @@ class MatchedFrames:
         """One line."""
         first, second = self.first, self.second
         return (
-            f"{first.path.name} - {second.path.name}: "
+            f"{first.name} - {second.name}: "
             f"{len(first.features)} and {len(second.features)} keypoints, "
             f"{matches_text(len(self.matches), self.displacement())}"
         )
@@ -137,10 +141,12 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = Parser(
         description=__doc__,
-        epilog="In the window any key goes on to the next pair, q or Esc quits.",
+        epilog="A video file, or the number of a camera, takes FOLDER's place. In the window any "
+        "key goes on to the next pair, q or Esc quits.",
     )
     add_extractor_options(parser)
     add_size_option(parser)
+    add_video_options(parser.add_argument_group("a video or a camera"))
     add_matcher_options(parser.add_argument_group("matching"))
     add_lines_option(parser, LINES)
     parser.add_argument(
@@ -154,12 +160,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     """Match each image with the next; show or write every pair; sum up."""
-    offer_download(args.images)
-    paths = list_images(args.images)
-    if len(paths) < 2:
-        raise InputError(f"{args.images} has one image; give a folder with at least two")
-    spec = extractor_spec(args)
     obstacle = None if args.output else why_no_window()
+    check_video_options(args, endless=not args.output and not obstacle)
+    images, what = open_images(args)
+    spec = extractor_spec(args)
     folder = (args.output or Path("demo")) if args.output or obstacle else None
     if folder:
         check_writable(folder)
@@ -167,7 +171,7 @@ def main(args: argparse.Namespace) -> None:
     extractor = create_extractor(args.backend, spec)
     output = folder and writable_folder(folder)
     model = args.model_path or f"{args.model} ({describe_weights(args.model, args.weights)})"
-    print(f"{model} on {extractor.name}, {len(paths)} images")
+    print(f"{model} on {extractor.name}, {what}")
     if args.matcher == "lightglue":
         print("matched by LightGlue")
     if get_backend(args.backend).compiles:
@@ -177,7 +181,7 @@ def main(args: argparse.Namespace) -> None:
 
     view = Files(output, args.lines) if output else Window(args.lines)
     count = matches = displacement = 0
-    for pair in match_consecutive(paths, extractor, matcher, args.max_size):
+    for pair in match_consecutive(images, extractor, matcher):
         print(pair.summary())
         count += 1
         matches += len(pair.matches)
@@ -185,21 +189,31 @@ def main(args: argparse.Namespace) -> None:
         if not view.present(pair):
             break
     if not count:
-        raise InputError(f"{args.images} has only one image that can be read; see above")
+        only = "frame; give a video" if is_video(args.images) else "readable image; give a folder"
+        raise InputError(f"{args.images} has only one {only} with at least two")
     print(f"in total: {count} pairs, {matches_text(matches, displacement)}")
     view.close()
 
 
-def match_consecutive(
-    paths: list[Path], extractor: Extractor, matcher: Matcher, max_size: int | None
-) -> Iterator[MatchedFrames]:
-    """Match neighbours; each image is read, and its features extracted, when its turn comes.
+def open_images(args: argparse.Namespace) -> tuple[Iterator[tuple[str, np.ndarray]], str]:
+    """Images with their names, each read when its turn comes, and what they are in words."""
+    if is_video(args.images):
+        images = frames(args.images, args.every or 1, args.frames)
+        return ((name, reduced(image, args.max_size)) for name, image in images), str(args.images)
+    offer_download(args.images)
+    paths = list_images(args.images)
+    if len(paths) < 2:
+        raise InputError(f"{args.images} has one image; give a folder with at least two")
+    images = ((path.name, image) for path, image in load_readable(paths, args.max_size))
+    return images, f"{len(paths)} images"
 
-    An image that cannot be read is passed over.
-    """
-    images = load_readable(paths, max_size)
-    frames = (Frame(path, image, extractor(image)) for path, image in images)
-    for first, second in pairwise(frames):
+
+def match_consecutive(
+    images: Iterable[tuple[str, np.ndarray]], extractor: Extractor, matcher: Matcher
+) -> Iterator[MatchedFrames]:
+    """Match neighbours; features of each image are extracted when its turn comes."""
+    seen = (Frame(name, image, extractor(image)) for name, image in images)
+    for first, second in pairwise(seen):
         sizes = (frame.image.shape[1::-1] for frame in (first, second))
         matches = matcher.match(first.features, second.features, *sizes)
         yield MatchedFrames(first, second, matches.indices)

@@ -14,7 +14,7 @@ import pytest
 from aliked import store as module
 from aliked.errors import InputError
 from aliked.features import Features
-from aliked.store import FeatureStore
+from aliked.store import FeatureStore, Spot, arrays_of, write_at
 
 KEY = {"model": "aliked-n16", "weights": "12ab", "top_k": 50}
 SIZE = (640, 480)
@@ -137,6 +137,72 @@ def test_two_processes_fill_one_store(tmp_path):
     assert FeatureStore.open(path, KEY).names() == ["a.jpg", "b.jpg"]
 
 
+def test_a_file_grows_by_others_and_has_the_same_bytes(tmp_path):
+    """In the order that its images are placed in; killed, the next run has what was written."""
+    order = ["b.jpg", "c.jpg", "a.jpg"]
+    whole, path = tmp_path / "whole.h5", tmp_path / "features.h5"
+    with FeatureStore.open(whole, KEY) as store:
+        for i, name in enumerate(("a.jpg", "b.jpg", "c.jpg", "z.jpg")):
+            store.write(name, features(i), SIZE)
+        store.arrange(["missing.jpg", *order])
+
+    def fill(file, name, written=True):
+        arrays = arrays_of(features(ord(name[0]) - ord("a")), SIZE)
+        spots = file.place(name, [Spot.of(array) for array in arrays])
+        with open(file.path, "r+b") as other:
+            for spot, array in zip(spots, arrays, strict=True):
+                write_at(other.fileno(), spot.offset, array)
+        file.note({name: spots} if written else {})
+
+    killed = FeatureStore.open(path, KEY).grow()
+    fill(killed, "c.jpg")
+    fill(killed, "b.jpg")
+    fill(killed, "a.jpg", written=False)
+    with open(killed.path.with_suffix(".journal"), "ab") as journal:
+        journal.write(b'{"a.jpg": [[')
+    store = FeatureStore.open(path, KEY)
+    assert store.names() == ["b.jpg", "c.jpg"] and not path.exists()
+    assert_same(store.read("c.jpg"), features(2))
+    store.write("z.jpg", features(25), SIZE)
+    store.write("z.jpg", features(3), SIZE)
+    store.flush()
+    with FeatureStore.open(path, KEY).grow() as file:
+        file.take(order[:2])
+        fill(file, "a.jpg")
+        file.finish()
+    assert path.read_bytes() == whole.read_bytes()
+    assert {file.name for file in tmp_path.iterdir()} == {"whole.h5", "features.h5"}
+    with pytest.raises(KeyboardInterrupt), FeatureStore.open(path, KEY).grow() as file:
+        raise KeyboardInterrupt
+    assert not list((tmp_path / "features.h5.parts").iterdir())
+
+
+def test_half_precision_is_kept_and_read_as_float32(tmp_path):
+    path, full = tmp_path / "f.h5", features(1)
+    half = Features(full.keypoints, full.scores, full.descriptors.astype(np.float16))
+    with FeatureStore.open(path, KEY) as store:
+        store.write("a.jpg", half, SIZE)
+        rounded = Features(full.keypoints, full.scores, half.descriptors.astype(np.float32))
+        assert_same(store.read("a.jpg"), rounded)
+        store.flush()
+        assert_same(store.read("a.jpg"), rounded)
+    assert_same(FeatureStore.open(path, KEY).read("a.jpg"), rounded)
+    with h5py.File(path) as file:
+        assert file["a.jpg/descriptors"].dtype == np.float16
+        assert file["a.jpg/keypoints"].dtype == np.float32
+
+
+@pytest.mark.parametrize("length", [0, 5, 900, -1, -300])
+def test_a_damaged_part_is_refused(tmp_path, length):
+    store = FeatureStore.open(tmp_path / "f.h5", KEY)
+    store.write("a.jpg", features(1), SIZE)
+    store.flush()
+    (part,) = (tmp_path / "f.h5.parts").iterdir()
+    part.write_bytes(part.read_bytes()[:length])
+    with pytest.raises(InputError, match=r"cannot read the features in .*part"):
+        FeatureStore.open(tmp_path / "f.h5", KEY)
+
+
 def test_an_error_keeps_what_was_written(tmp_path):
     path = tmp_path / "features.h5"
     with pytest.raises(KeyboardInterrupt), FeatureStore.open(path, KEY) as store:
@@ -250,8 +316,8 @@ def test_what_a_kill_left_half_written_is_no_part_and_goes(tmp_path):
     parts = tmp_path / "features.h5.parts"
     parts.mkdir()
     for pid in (ended.pid, os.getpid()):
-        (parts / f".{pid}-12ab.u2xn.partial.h5").write_bytes(b"half a file")
+        (parts / f".{pid}-12ab.u2xn.partial.part").write_bytes(b"half a file")
     with FeatureStore.open(path, KEY) as store:
         store.write("0.jpg", features(0), SIZE)
     assert FeatureStore.open(path, KEY).names() == ["0.jpg"]
-    assert [file.name for file in parts.iterdir()] == [f".{os.getpid()}-12ab.u2xn.partial.h5"]
+    assert [file.name for file in parts.iterdir()] == [f".{os.getpid()}-12ab.u2xn.partial.part"]

@@ -10,11 +10,14 @@ from pathlib import Path
 
 import cv2
 import h5py
+import numpy as np
 import pytest
 
 import extract as script
-from aliked import extraction
+from aliked import extraction, workers
+from aliked.configs import Spec
 from aliked.errors import InputError
+from aliked.extraction import Job
 from tests.helpers.photos import Brightest, noise, write_photo
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,7 +74,7 @@ def test_a_killed_run_is_resumed_and_gives_what_an_uninterrupted_one_gives(tmp_p
     killed = tmp_path / "killed.h5"
     process = start(photos, "--output", killed, *options)
     parts = tmp_path / "killed.h5.parts"
-    while not list(parts.glob("[!.]*.h5")) and process.poll() is None:
+    while not list(parts.glob("[!.]*.part")) and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL and not killed.exists()
@@ -118,6 +121,25 @@ if __name__ == "__main__":
     assert (tmp_path / "f.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
 
 
+def test_processes_that_were_killed_leave_what_they_wrote(tmp_path, photos):
+    """With all of them gone the next run goes on from the file that grew, and its journal."""
+    options = ("--top_k", 50, "--batch_size", 1)
+    extract(photos, "--output", tmp_path / "whole.h5", *options)
+    process = start(photos, "--output", tmp_path / "f.h5", *options, "--processes", 2)
+    parts = tmp_path / "f.h5.parts"
+
+    def journaled() -> int:
+        return sum(path.read_bytes().count(b"\n") for path in parts.glob("*.journal"))
+
+    while journaled() < 3 and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not (tmp_path / "f.h5").exists()
+    extract(photos, "--output", tmp_path / "f.h5", "--resume", *options)
+    assert (tmp_path / "f.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
+    assert not parts.exists()
+
+
 def test_a_full_disk_is_one_sentence_and_what_was_extracted_is_kept(tmp_path, photos):
     def limit():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -130,7 +152,7 @@ def test_a_full_disk_is_one_sentence_and_what_was_extracted_is_kept(tmp_path, ph
     (sentence,) = [line for line in errors.splitlines() if "error:" in line]
     assert "cannot write" in sentence and "pass --resume" in sentence
     assert "Traceback" not in errors and not (tmp_path / "f.h5").exists()
-    assert len(list((tmp_path / "f.h5.parts").glob("*.h5"))) >= 1
+    assert len(list((tmp_path / "f.h5.parts").glob("*.part"))) >= 1
     extract(photos, *options, "--batch_size", 1, "--resume")
     extract(photos, "--output", tmp_path / "whole.h5", "--top_k", 50, "--batch_size", 1)
     assert (tmp_path / "f.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
@@ -192,7 +214,33 @@ def test_a_database_with_its_features_and_matches(tmp_path, photos, extractor):
     assert not (tmp_path / "e.h5").exists()
 
 
+def test_half_the_descriptors_are_another_file(tmp_path, photos, extractor):
+    extract(photos, "--output", tmp_path / "full.h5")
+    extract(photos, "--output", tmp_path / "half.h5", "--half")
+    with h5py.File(tmp_path / "full.h5") as full, h5py.File(tmp_path / "half.h5") as half:
+        descriptors = full["a/1.png/descriptors"][()]
+        np.testing.assert_array_equal(half["a/1.png/descriptors"], descriptors.astype("f2"))
+    with pytest.raises(InputError, match="another descriptors"):
+        extract(photos, "--output", tmp_path / "full.h5", "--resume", "--half")
+
+
+def test_many_images_get_several_processes_on_a_gpu(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(workers, "available_cores", lambda: 32)
+    job = Job(Path("photos"), "fused", Spec(device="auto"))
+    for gpus, expected in ((1, ["auto"] * 8), (2, ["cuda:0", "cuda:1"] * 4)):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        assert workers.devices_of(job, 10_000) == expected
+        assert workers.devices_of(job, 10) == expected[:gpus]
+        assert workers.devices_of(job, 10_000, processes=1) == expected[:1]
+
+
 REFUSED = {
+    "--decoder nvimgcodec needs --backend fused": (
+        *("--output", "f.h5", "--decoder", "nvimgcodec", "--backend", "pytorch"),
+    ),
     "nothing to write": (),
     "--match needs --colmap": ("--output", "f.h5", "--match", "exhaustive"),
     "--camera_mode needs --colmap": ("--output", "f.h5", "--camera_mode", "single"),
@@ -234,8 +282,6 @@ def test_ray_loses_nothing_when_a_worker_is_killed(tmp_path, photos, monkeypatch
     """Two local actors; one kills itself in the middle of its first shard."""
     pytest.importorskip("ray", reason="ray is not installed")
     pytest.importorskip("ray.data", reason="ray's data library is not installed")
-    from aliked import workers
-
     options = ("--top_k", 50, "--batch_size", 1)
     extract(photos, "--output", tmp_path / "whole.h5", *options)
     mark = tmp_path / "killed"

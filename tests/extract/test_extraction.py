@@ -8,9 +8,20 @@ import pytest
 
 from aliked import extraction
 from aliked.errors import InputError
-from aliked.extraction import Job, Photo, Tally, as_stored, extract, read_mask, unmasked
+from aliked.extraction import (
+    Job,
+    Photo,
+    Pipeline,
+    Tally,
+    as_stored,
+    extract,
+    missing,
+    read_mask,
+    unmasked,
+)
 from aliked.features import Features
 from aliked.images import find_images, load_image, read_header
+from aliked.lanes import DecodingLane, Lane
 from aliked.store import FeatureStore
 from aliked.video import frames
 from tests.helpers.photos import STORED, TURNED, Brightest, noise, write_photo
@@ -109,23 +120,13 @@ def test_batches_are_those_of_the_whole_folder_when_a_run_goes_on(tmp_path, extr
     job = Job(tmp_path / "p", batch_size=3)
     whole, _ = run(tmp_path / "p", tmp_path / "whole.h5", batch_size=3)
     first = FeatureStore.open(tmp_path / "f.h5", job.key())
-    extract(job, first, part=(0, 3))  # 0, 1, 2
+    batches = missing(job, first, Tally())
+    Pipeline(job, first).run_batches([next(batches)])  # 0, 1, 2
     first.write("4.png", whole.read("4.png"), whole.size("4.png"))  # of an unfinished batch
     first.flush()
     extractor.seen.clear()
     _, tally = run(tmp_path / "p", tmp_path / "f.h5", batch_size=3)
     assert extractor.seen == [(3, 48, 64, 3), (1, 48, 64, 3)] and tally.images == 4
-    assert (tmp_path / "f.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
-
-
-def test_parts_are_all_of_it(tmp_path, extractor):
-    for i in range(5):
-        write_photo(tmp_path / f"p/{i}.png", noise(i))
-    job = Job(tmp_path / "p", batch_size=2)
-    run(tmp_path / "p", tmp_path / "whole.h5", batch_size=2)
-    with FeatureStore.open(tmp_path / "f.h5", job.key()) as store:
-        for i in range(3):
-            extract(job, store, part=(i, 3))
     assert (tmp_path / "f.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
 
 
@@ -155,6 +156,54 @@ def test_a_file_whose_header_lies_is_bad(tmp_path, extractor):
     path.write_bytes(data)
     store, tally = run(tmp_path / "p", tmp_path / "f.h5")
     assert store.names() == ["b.png"] and len(tally.skipped) == 1 and "a.png" in tally.skipped[0]
+
+
+class DecodingOnTheProcessor(DecodingLane):
+    """As the one of a GPU, which takes all JPEGs that are whole but one of them."""
+
+    def __init__(self, extractor, half=False):
+        Lane.__init__(self, extractor, half)
+        self.decoded = 0
+
+    buffer, _features = Lane.buffer, Lane._features
+
+    def decode(self, files, shapes):
+        images = [cv2.imdecode(np.frombuffer(f, np.uint8), IMREAD_STORED) for f in files]
+        found = [
+            i if i is not None and i.shape == s else None
+            for i, s in zip(images, shapes, strict=True)
+        ]
+        self.decoded += sum(image is not None for image in found)
+        return [None, *(i if i is None else i[..., ::-1] for i in found[1:])]
+
+    def image(self, pixels):
+        return pixels
+
+    def stack(self, images):
+        return np.stack([np.rot90(image, turns) for image, turns in images])
+
+
+IMREAD_STORED = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+
+
+def test_files_that_the_gpu_decodes_give_the_same_features(tmp_path, extractor, monkeypatch):
+    """Turned ones and masks too; what it cannot decode OpenCV does, or says why not."""
+    monkeypatch.setattr(extraction, "DecodingLane", DecodingOnTheProcessor)
+    folder = tmp_path / "p"
+    for i in range(6):
+        image = noise(i) if i < 4 else noise(i, 48, 64)
+        write_photo(folder / f"{i}.jpg", image, t0x112=1 if i < 4 else 6)
+    write_photo(folder / "large.jpg", noise(7, 200, 100))
+    write_photo(folder / "other.png", noise(8))
+    (folder / "2.jpg").write_bytes((folder / "1.jpg").read_bytes()[:-200])
+    options = {"backend": "fused", "max_size": 100, "batch_size": 2}
+    expected, ours = run(folder, tmp_path / "f.h5", max_size=100, batch_size=2)
+    found, theirs = run(folder, tmp_path / "g.h5", decoder="nvimgcodec", **options)
+    assert theirs.skipped == ours.skipped and "2.jpg is truncated" in ours.skipped[0]
+    assert found.names() == expected.names() and len(found) == 7
+    for name in found.names():
+        for field, values in vars(expected.read(name)).items():
+            np.testing.assert_array_equal(getattr(found.read(name), field), values)
 
 
 def test_masks_are_those_of_colmap(tmp_path, extractor):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -13,7 +14,9 @@ from aliked.backends import Spec, create_extractor
 from aliked.configs import OFFICIAL, Selection
 from aliked.errors import InputError
 from aliked.features import drop_fill_ins
-from aliked.fused import kernels, pipeline, weights
+from aliked.fused import kernels, maxima, pipeline, reference, weights
+from aliked.fused.trace import sorted_keys
+from aliked.images import decode_image
 from aliked.model import plain_float32, to_tensor
 from aliked.parity import FP16, FP32, compare_features, judge
 from tests.helpers.fused_models import random_images, random_model
@@ -116,6 +119,57 @@ def test_a_flat_image_gives_no_more_keypoints_than_asked_for(weights_dir):
     features = fused(np.full((200, 300, 3), 128, np.uint8))
     assert len(features) <= 100
     assert np.isfinite(features.descriptors).all()
+
+
+def test_a_maximum_in_the_last_row_and_column_of_a_large_image_is_found():
+    """The last that may be one: a border of 2 is dropped."""
+    scores = torch.rand(1, 3072, 4096, generator=torch.Generator().manual_seed(0)) / 2
+    places = [(3069, 4093), (3069, 2), (2, 4093)]
+    for rank, (row, column) in enumerate(places):
+        scores[0, row, column] = 1 - rank / 10
+    tallies = [torch.zeros(1, maxima.TALLY.value, dtype=torch.int32) for _ in range(2)]
+    expected = reference.find_maxima(scores, tallies[0])
+    tally = tallies[1].cuda()
+    found = kernels.find_maxima(scores.cuda(), tally)
+    keys = sorted_keys(found, tally[:, maxima.BINS.value, None], found.shape[1]).cpu()
+    assert torch.equal(keys, expected) and torch.equal(tally.cpu(), tallies[0])
+    indices = reference.INDEX_MASK - (keys[0, :3] & reference.INDEX_MASK)
+    assert [divmod(int(index), 4096) for index in indices] == places
+
+
+def test_a_large_image_has_the_features_of_the_plain_model(weights_dir):
+    fused, plain = extractors(weights_dir, "aliked-n16rot", top_k=4096)
+    image = texture(3072, 4096)
+    verdict = judge({"large": compare_features(plain(image), fused(image))}, FP32)
+    assert verdict.passed, verdict.text
+
+
+def test_the_lane_of_a_run_over_many_images_gives_what_the_extractor_gives(weights_dir):
+    from aliked.lanes import FusedLane
+
+    fused, _ = extractors(weights_dir, "aliked-n16rot", precision="fp16")
+    images = np.stack([texture(240, 320, seed) for seed in range(3)] + [texture(240, 320) * 0])
+    lane = FusedLane(fused)
+    pixels = lane.buffer(images.shape)
+    pixels[:] = images
+    for found, expected in zip(lane.extract(pixels), fused.extract_batch(images), strict=True):
+        for name, values in vars(expected).items():
+            np.testing.assert_array_equal(getattr(found, name), values)
+
+
+def test_jpegs_that_the_gpu_decodes_give_nearly_the_same_pixels(weights_dir, tmp_path):
+    pytest.importorskip("nvidia.nvimgcodec", reason="nvImageCodec is not installed")
+    from aliked.lanes import DecodingLane
+
+    fused, _ = extractors(weights_dir, "aliked-n16rot", precision="fp16")
+    lane, image = DecodingLane(fused), texture(240, 320)
+    file = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
+    expected = decode_image(np.frombuffer(file, np.uint8), "a.jpg").astype(int)
+    shape = image.shape
+    good, cut, other = lane.decode([file, file[:-100], file], [shape, shape, (5, 5, 3)])
+    assert cut is None and other is None
+    assert np.abs(good.cpu().numpy() - expected).mean() < 2
+    assert lane.stack([(good, 1)]).shape == (1, 320, 240, 3)
 
 
 def test_two_streams_do_not_disturb_each_other(weights_dir):

@@ -118,6 +118,30 @@ def test_the_true_motion_is_found_and_drawn(sequence, tmp_path):
     assert "demo/pair_0001.jpg" in lines[5] and "demo/motion.webp" in lines[6]
 
 
+def test_the_frames_of_a_video_are_matched(sequence, run, refused, tmp_path):
+    clip = tmp_path / "clip.mp4"
+    writer = cv2.VideoWriter(str(clip), cv2.VideoWriter_fourcc(*"mp4v"), 10, (160, 128))
+    for index in (0, 1, 1, 2, 2):
+        writer.write(cv2.imread(str(sequence / f"{index}.png")))
+    writer.release()
+    options = ("--top_k", 200, "--device", "cpu", "--output", tmp_path / "out")
+    status, out, err = run(clip, "--every", 2, *options)
+    assert status == 0, err
+    assert "clip.mp4/000000 - clip.mp4/000002: 200 and 200 keypoints" in out
+    assert abs(float(out.partition("in total: 2 pairs, ")[2].split()[4]) - np.hypot(*SHIFT)) < 2
+    assert len(list((tmp_path / "out").glob("pair_*.jpg"))) == 2
+    assert "has one frame; give a video with" in refused_after(run, clip, "--frames", 1, *options)
+    assert "camera 0 has no end; pass --frames N" in refused("0", *options)
+    assert "--every needs a video" in refused(sequence, "--every", 2, *options)
+
+
+def refused_after(run, *args) -> str:
+    """What is said last where a run ends with status 2."""
+    status, _, err = run(*args)
+    assert status == 2
+    return err.splitlines()[-1]
+
+
 def test_threshold_mode_needs_a_threshold(sequence, run, refused):
     assert "pass --scores_th" in refused(sequence, "--top_k", 0)
     options = ["--top_k", 0, "--scores_th", 0.2, "--n_limit", 30, "--output", "out"]
@@ -230,7 +254,7 @@ def test_a_truncated_image_is_named_and_passed_over(sequence, run, tmp_path):
     assert "2.jpg is truncated" in err and "1 of 3 images skipped" in err
     (tmp_path / "1.png").write_bytes(b"")
     status, _, err = run(tmp_path, "--top_k", 50, "--output", tmp_path / "out")
-    assert status == 2 and "has only one image that can be read" in err
+    assert status == 2 and "has only one readable image" in err
     (tmp_path / "0.png").write_bytes(b"")
     status, _, err = run(tmp_path, "--top_k", 50, "--output", tmp_path / "out")
     assert status == 2 and "no image could be read, of 3" in err

@@ -1,0 +1,155 @@
+"""The ways of a batch through an extractor: from pixels or files in memory to features.
+
+Several lanes side by side keep a GPU busy: one computes while another copies.
+"""
+
+import contextlib
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from aliked.errors import InputError
+from aliked.features import Extractor, Features, drop_fill_ins
+
+END_OF_JPEG = b"\xff\xd9"  # its last bytes, where it is not cut off
+
+
+class Lane:
+    """An extractor with a CUDA stream of its own, where there is a GPU."""
+
+    def __init__(self, extractor: Extractor, half: bool = False):
+        self.extractor, self.half = extractor, half
+        self._stream = contextlib.nullcontext
+        device = str(getattr(extractor, "device", "cpu"))
+        if device.startswith("cuda"):
+            import torch
+
+            stream = torch.cuda.Stream(device)
+            self._stream = lambda: torch.cuda.stream(stream)
+
+    def buffer(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Memory for the pixels of a batch, uint8 [B, H, W, 3]."""
+        return np.empty(shape, np.uint8)
+
+    def extract(self, pixels: np.ndarray) -> list[Features]:
+        """The features of uint8 [B, H, W, 3]; `InputError` where memory is short."""
+        try:
+            with self._stream():
+                return self._features(pixels)
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError) and "out of memory" not in str(error).lower():
+                raise
+            count, height, width = pixels.shape[:3]
+            raise InputError(
+                f"there is not enough memory for {count} images of {width}x{height} pixels at a "
+                "time; pass a smaller --batch_size or --max_size"
+            ) from error
+
+    def _features(self, pixels: np.ndarray) -> list[Features]:
+        found = self.extractor.extract_batch(pixels)
+        if not self.half:
+            return found
+        return [replace(one, descriptors=one.descriptors.astype(np.float16)) for one in found]
+
+
+class FusedLane(Lane):
+    """The same for the fused kernels, which leave all but decoding and writing to the GPU.
+
+    It reads the pixels where they were decoded and turns descriptors to the form of the file.
+    """
+
+    def buffer(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Page-locked memory for the pixels of a batch, uint8 [B, H, W, 3]."""
+        import torch
+
+        with torch.cuda.device(self.extractor.device):
+            return torch.empty(shape, dtype=torch.uint8, pin_memory=True).numpy()
+
+    def _features(self, pixels: Any) -> list[Features]:
+        import torch
+
+        from aliked.transfer import download
+
+        outputs = self.extractor.infer(torch.as_tensor(pixels))
+        columns = outputs["descriptors"].transpose(1, 2)  # [B, D, K]
+        columns = (columns.half() if self.half else columns).contiguous()
+        arrays = download((outputs["keypoints"], outputs["scores"], columns))
+        return [features_of_columns(*one) for one in zip(*arrays, strict=True)]
+
+
+class DecodingLane(FusedLane):
+    """The same with JPEGs that the GPU decodes, by nvImageCodec."""
+
+    def __init__(self, extractor: Extractor, half: bool = False):
+        """Raise `InputError` where nvImageCodec is missing."""
+        super().__init__(extractor, half)
+        try:
+            from nvidia import nvimgcodec
+        except ImportError as error:
+            raise InputError(
+                f"--decoder nvimgcodec needs nvImageCodec ({error}); "
+                'pip install "nvidia-nvimgcodec-cu13[nvjpeg]"'
+            ) from error
+        # Each file always goes to the same decoder, the first that takes it: their pixels differ.
+        kinds, fixed = nvimgcodec.BackendKind, nvimgcodec.LoadHintPolicy.FIXED
+        backends = [
+            nvimgcodec.Backend(kind, load_hint=1.0, load_hint_policy=fixed)
+            for kind in (kinds.HW_GPU_ONLY, kinds.GPU_ONLY, kinds.HYBRID_CPU_GPU)
+        ]
+        device = extractor.device.index or 0
+        self._decoder = nvimgcodec.Decoder(device, max_num_cpu_threads=1, backends=backends)
+        self._stream_of = nvimgcodec.CodeStream
+        self._params = nvimgcodec.DecodeParams(
+            apply_exif_orientation=False, sample_format=nvimgcodec.SampleFormat.I_RGB
+        )
+
+    def decode(self, files: list[bytes], shapes: list[tuple[int, int, int]]) -> list[Any]:
+        """uint8 [H, W, 3] of each file as stored, on the GPU, or None where that cannot be had."""
+        import torch
+
+        streams = [self._code(data) for data in files]
+        given = [stream for stream in streams if stream is not None]
+        with self._stream():
+            queue = torch.cuda.current_stream(self.extractor.device).cuda_stream
+            decoded = self._decoder.decode(given, params=self._params, cuda_stream=queue)
+            images = iter(decoded)
+            found = [None if stream is None else next(images) for stream in streams]
+            return [
+                None
+                if image is None or tuple(image.shape) != shape
+                else torch.as_tensor(image, device=self.extractor.device)
+                for image, shape in zip(found, shapes, strict=True)
+            ]
+
+    def _code(self, data: bytes) -> Any:
+        """A file for the decoder, or None where it is cut off or no JPEG."""
+        if not data.rstrip(b"\0").endswith(END_OF_JPEG):
+            return None
+        with contextlib.suppress(Exception):  # whatever it raises
+            return self._stream_of(data)
+
+    def image(self, pixels: np.ndarray) -> Any:
+        """uint8 [H, W, 3] on the GPU."""
+        import torch
+
+        with self._stream():
+            return torch.as_tensor(pixels).to(self.extractor.device)
+
+    def stack(self, images: Iterable[tuple[Any, int]]) -> Any:
+        """uint8 [B, H, W, 3] of images and the quarter turns that make them upright."""
+        import torch
+
+        with self._stream():
+            return torch.stack([torch.rot90(image, turns) for image, turns in images])
+
+
+def features_of_columns(keypoints: np.ndarray, scores: np.ndarray, columns: np.ndarray) -> Features:
+    """One image's [K, 2], [K] and [D, K] outputs as `drop_fill_ins` makes them, not copied.
+
+    Where there are fill-ins `drop_fill_ins` itself does it.
+    """
+    if (scores > 0).all():
+        return Features(keypoints, scores, columns.T)
+    return drop_fill_ins(keypoints, columns.T, scores)
