@@ -6,6 +6,7 @@ from numbers import Integral, Real
 from pathlib import Path
 
 from aliked.errors import InputError, shown
+from aliked.files import as_path
 
 RADIUS = 2  # pixels: of the suppression and refinement windows, and of the border without keypoints
 STRIDE = 32  # of the coarsest features: images are padded to a multiple of it
@@ -115,6 +116,8 @@ class Spec:
             path = getattr(self, name)
             if path is not None and not isinstance(path, str | os.PathLike):
                 raise InputError(f"{name} is {shown(path)}; give the path of a file")
+            if path is not None:
+                as_path(path)
         kind = self.device.partition(":")[0] if isinstance(self.device, str) else None
         if kind not in ("auto", "cpu", "cuda"):
             raise InputError(f"unknown device {shown(self.device)}; give auto, cpu, cuda or cuda:N")
