@@ -574,14 +574,27 @@ def _checked(name: str, arrays: list[np.ndarray]) -> list[np.ndarray]:
     return arrays
 
 
+# What h5py, NumPy and JSON raise about a file that is not what it claims to be.
+DAMAGED = (
+    OSError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    ArithmeticError,
+)
+
+
 @contextlib.contextmanager
 def _sentence(path: Path) -> Iterator[None]:
-    """Turn what h5py raises about a file into an `InputError`."""
+    """Turn what is raised about a file into an `InputError`."""
     try:
         yield
-    except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+    except DAMAGED as error:
         raise InputError(
-            f"cannot read the features in {path} ({error}); remove it, and extract them again"
+            f"cannot read the features in {path} ({str(error)[:300]}); remove it, and extract them "
+            "again"
         ) from error
 
 
