@@ -36,6 +36,8 @@ readme-tables: $(VENV)/.installed
 	$(RUN) draw_report.py results/*.jsonl results/evaluation/*.jsonl \
 	    --other_run results/other_run/*.jsonl --output results/report \
 	    --docs docs/results.md docs/evaluation.md --readme README.md
+	$(RUN) draw_report.py results/lightglue/h100.jsonl --output results/lightglue/report \
+	    --docs docs/matching.md
 
 lint: $(VENV)/.installed-dev
 	$(RUN) -m ruff check .

@@ -18,6 +18,7 @@ from aliked.backends import BACKENDS, Spec, get_backend
 from aliked.backends.pytorch import COMPILE_MODES
 from aliked.cli import (
     add_device_option,
+    add_matcher_weights,
     add_size_option,
     add_weights_option,
     check_selection,
@@ -31,10 +32,11 @@ from aliked.configs import CONFIGS, get_config
 from aliked.download import offer_download
 from aliked.errors import InputError
 from aliked.files import real_path, writable_folder
+from aliked.matching import LIGHTGLUE_DIM, MATCHERS, check_descriptor_length
 from benchmark.artifacts import check_model_file
 from benchmark.records import AnyRecord, load_records, only_writer, resume
 from benchmark.report import footnotes, milliseconds, summary_table
-from benchmark.rows import Grid, Row, load_image_sets
+from benchmark.rows import Grid, ImageSet, Row, load_image_sets
 from benchmark.runner import Run, open_run, run_rows
 from benchmark.timing import Limits
 from draw_report import write_report
@@ -127,9 +129,15 @@ def add_grid_options(group: argparse._ArgumentGroup) -> None:
         "similarity, -1 to 1 (default: no matching)",
     )
     add_size_option(group)
+    group.add_argument(
+        "--matcher",
+        choices=MATCHERS,
+        help="lightglue: time two images to its matches, and the matcher alone, each image with "
+        "the next, instead of extractors (default: mutual, which is not timed)",
+    )
+    add_matcher_weights(group)
     # Of demo_pair.py, so that its command line is taken here too.
-    for name, kind in (("--lines", str), ("--matcher", str), ("--matcher_weights", Path)):
-        group.add_argument(name, type=kind, help=argparse.SUPPRESS)
+    group.add_argument("--lines", help=argparse.SUPPRESS)
 
 
 def add_file_options(group: argparse._ArgumentGroup) -> None:
@@ -236,6 +244,9 @@ def grid_from(args: argparse.Namespace) -> Grid:
         raise InputError(
             f"none of the backends {', '.join(backends)} compiles; leave --compiler_cache out"
         )
+    check_lightglue(args, backends, models)
+    if args.matcher == "lightglue":
+        backends = [name for name in backends if get_backend(name).lightglue]
     grid = Grid(
         backends,
         models,
@@ -245,6 +256,7 @@ def grid_from(args: argparse.Namespace) -> Grid:
         Spec.scores_th if args.scores_th is None else args.scores_th,
         args.n_limit,
         args.compile_mode,
+        ("pair", "matcher") if args.matcher == "lightglue" else ("extractor",),
     )
     for name in backends if "all" not in args.backends else ():
         if not grid.precisions_of(name):
@@ -253,6 +265,40 @@ def grid_from(args: argparse.Namespace) -> Grid:
                 f"{' '.join(get_backend(name).precisions)}, or leave the backend out"
             )
     return grid
+
+
+def check_lightglue(args: argparse.Namespace, backends: list[str], models: list[str]) -> None:
+    """Refuse what LightGlue does not match, and options that its rows would ignore."""
+    if args.matcher != "lightglue":
+        if args.matcher_weights:
+            raise InputError("--matcher_weights are LightGlue's; pass --matcher lightglue as well")
+        return
+    for model in models:
+        check_descriptor_length(get_config(model).dim, LIGHTGLUE_DIM)
+    for name in backends if "all" not in args.backends else ():
+        if not get_backend(name).lightglue:
+            raise InputError(f"backend {name} does not run LightGlue; leave it out")
+    refused = {
+        "--min_similarity": args.min_similarity is not None,
+        "--batch": args.batch != [1],
+        "--top_k 0": min(args.top_k) <= 0,
+        "--model_path": args.model_path is not None,
+    }
+    for option, given in refused.items():
+        if given:
+            raise InputError(
+                f"LightGlue is timed one pair at a time, with K keypoints of each image and files "
+                f"that are made for it; leave {option} out"
+            )
+
+
+def check_pairs(args: argparse.Namespace, image_sets: list[ImageSet]) -> None:
+    """Refuse images without a next one where one is to be matched with the next."""
+    counts = [len(images.paths) for images in image_sets]
+    if args.min_similarity is not None and max(counts) < 2:
+        raise InputError("--min_similarity matches an image with the next; give two of one size")
+    if args.matcher == "lightglue" and min(counts) < 2:
+        raise InputError("LightGlue matches an image with the next; give two of each size")
 
 
 def output_from(args: argparse.Namespace) -> tuple[Path, Path]:
@@ -310,13 +356,7 @@ def main(args: argparse.Namespace) -> int:
     for source in sources:
         offer_download(source)
     image_sets = load_image_sets(sources, args.max_size)
-    if args.matcher not in (None, "mutual") or args.matcher_weights:
-        raise InputError(
-            "this script times what finds features; leave --matcher and --matcher_weights out: "
-            "python -m tools.time_lightglue times LightGlue"
-        )
-    if args.min_similarity is not None and all(len(images.paths) < 2 for images in image_sets):
-        raise InputError("--min_similarity matches an image with the next; give two of one size")
+    check_pairs(args, image_sets)
     run = open_run(
         args.device,
         grid.backends,
@@ -326,6 +366,8 @@ def main(args: argparse.Namespace) -> int:
         model_path=args.model_path,
         compiler_cache=args.compiler_cache and real_path(args.compiler_cache),
         min_similarity=args.min_similarity,
+        lightglue=args.matcher == "lightglue",
+        matcher_weights=args.matcher_weights,
         command=" ".join(["python", *sys.argv]),
     )
     rows = grid.rows(image_sets, run.device, args.seed)

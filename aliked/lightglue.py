@@ -55,10 +55,14 @@ class PairAttention(NamedTuple):
     def across(self, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
         """Attention to the other image; q [B, M + N, H, d], kv [B, M + N, 2, H, d]."""
         if self.equal:
-            bias = None if self.bias is None else self.bias.roll(self.first, 3)
-            return self._both(q, *kv.roll(self.first, 1).unbind(2), bias)
+            return self.across_swapped(q, kv.roll(self.first, 1))
         here, there = slice(None, self.first), slice(self.first, None)
         return self._one_by_one(q, *kv.unbind(2), ((here, there), (there, here)))
+
+    def across_swapped(self, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+        """`across` of images with equal counts, which have changed places in `kv` already."""
+        bias = None if self.bias is None else self.bias.roll(self.first, 3)
+        return self._both(q, *kv.unbind(2), bias)
 
     def _both(self, q, k, v, bias) -> torch.Tensor:
         """One call for both images of every pair, as a batch of 2 B."""
@@ -344,22 +348,44 @@ class LightGlue(nn.Module, Matcher):
         """
         if 0 in (keypoints0.shape[1], keypoints1.shape[1]):
             return _no_partners(keypoints0)
+        dtype, bias = self.input_proj.weight.dtype, None
+        descriptors, mask = torch.cat((descriptors0, descriptors1), dim=1), None
+        if mask0 is not None:
+            mask = torch.cat((mask0, mask1), dim=1)
+            descriptors = torch.where(mask[:, :, None], descriptors, 0.0)  # 0 * NaN would be NaN
+            bias = torch.where(mask, 0.0, PADDED).to(dtype)[:, None, None]
+        first, equal = keypoints0.shape[1], keypoints0.shape[1] == keypoints1.shape[1]
+        pair = PairAttention(first, equal, bias, self.attention)
+        encoding = self.encode(keypoints0, keypoints1, size0, size1, mask)
+        x = self.input_proj(descriptors.to(dtype))
+        for layer in self.layers:
+            x = self.run_layer(layer, x, encoding, pair)
+        return self.assign(x, pair)
+
+    def encode(
+        self,
+        keypoints0: torch.Tensor,
+        keypoints1: torch.Tensor,
+        size0: torch.Tensor,
+        size1: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> Encoding:
+        """The encoding of the keypoints of both images, in pixels."""
         keypoints = torch.cat(
             (normalize_keypoints(keypoints0, size0), normalize_keypoints(keypoints1, size1)), dim=1
         )
-        descriptors = torch.cat((descriptors0, descriptors1), dim=1)
-        bias = None
-        if mask0 is not None:
-            mask = torch.cat((mask0, mask1), dim=1)
-            keypoints, descriptors = (  # 0 * NaN would be NaN
-                torch.where(mask[:, :, None], rows, 0.0) for rows in (keypoints, descriptors)
-            )
-            bias = torch.where(mask, 0.0, PADDED).to(self.input_proj.weight.dtype)[:, None, None]
-        first, equal = keypoints0.shape[1], keypoints0.shape[1] == keypoints1.shape[1]
-        pair = PairAttention(first, equal, bias, self.attention)
-        x, encoding = self.embed(keypoints, descriptors)
-        for layer in self.layers:
-            x = layer(x, encoding, pair)
+        if mask is not None:
+            keypoints = torch.where(mask[:, :, None], keypoints, 0.0)
+        return self.posenc(keypoints, self.input_proj.weight.dtype)
+
+    def run_layer(
+        self, layer: Layer, x: torch.Tensor, encoding: Encoding, pair: PairAttention
+    ) -> torch.Tensor:
+        """Rows [B, M + N, D] to the same shape."""
+        return layer(x, encoding, pair)
+
+    def assign(self, x: torch.Tensor, pair: PairAttention) -> Output:
+        """Rows [B, M + N, D] after all layers to `Output`."""
         return self.select(self.log_assignment[-1](x, pair), self.filter_threshold)
 
     def embed(

@@ -64,6 +64,61 @@ class Matcher(abc.ABC):
         return self.match_prepared(self.prepare(features0, size0), self.prepare(features1, size1))
 
 
+Arrays = dict[str, np.ndarray]
+GRAPHS = ("matcher", "pair")  # features of two images to matches, and two images to matches
+
+
+class PairRuntime(abc.ABC):
+    """One runtime holding one of `GRAPHS`, with the inputs and outputs of its ONNX file, by name.
+
+    "matcher" takes `keypoints` [1, K, 2], `descriptors` [1, K, D], `mask` [1, K] and `size` [1, 2]
+    of both images, 0 or 1 behind each name; "pair" takes `image0` and `image1`, uint8 [1, H, W, 3].
+    Both give `matches0` and `scores0` [1, K]; "pair" also `keypoints0` and `keypoints1` [1, K, 2].
+    """
+
+    name: str  # as the command line has it
+
+    @abc.abstractmethod
+    def __call__(self, inputs: Arrays) -> Arrays:
+        """Arrays in host memory to the outputs, copies included."""
+
+    @abc.abstractmethod
+    def to_device(self, inputs: Arrays) -> Any:
+        """What `infer` takes, of arrays in host memory."""
+
+    @abc.abstractmethod
+    def infer(self, batch: Any) -> dict[str, Any]:
+        """The outputs on the device, perhaps not ready yet: what a compute-only timing measures."""
+
+    @abc.abstractmethod
+    def synchronize(self) -> None:
+        """Wait until everything that `infer` started has finished."""
+
+
+def padded_rows(features: Features, size: Size, rows: int) -> Arrays:
+    """`keypoints`, `descriptors`, `mask` and `size` of an image, padded to `rows`; no batch."""
+    count = len(features)
+    padding = ((0, rows - count), (0, 0))
+    return {
+        "keypoints": np.pad(features.keypoints, padding),
+        "descriptors": np.pad(features.descriptors, padding),
+        "mask": np.arange(rows) < count,
+        "size": np.asarray(size, np.float32),
+    }
+
+
+def matcher_inputs(
+    features: tuple[Features, Features], sizes: tuple[Size, Size], rows: int
+) -> Arrays:
+    """The inputs of the graph "matcher" for two images, padded to `rows`."""
+    sides = enumerate(zip(features, sizes, strict=True))
+    return {
+        f"{name}{side}": values[None]
+        for side, image in sides
+        for name, values in padded_rows(*image, rows).items()
+    }
+
+
 class MutualMatcher(Matcher):
     """Mutual nearest neighbours in descriptors, on the GPU where one is given.
 

@@ -331,6 +331,18 @@ MATCH_FP16 = MatchTolerance(
 )
 
 
+# From images on, as in `FP16`: a keypoint may move to a neighbouring maximum, and its match then
+# scores otherwise, so nothing is asked of the worst. On an H100, K = 1000 and 2048, 99.5 to 99.9 %
+# of the matches of 11 pairs were in common, and single scores moved by up to 0.5.
+PAIR_FP16 = MatchTolerance(
+    name="FP16 pair",
+    max_changed=2,
+    max_changed_share=0.02,
+    max_score_difference=1.0,
+    mean_score_difference=0.01,
+)
+
+
 def compare_matches(reference: Matches, other: Matches) -> MatchParity:
     """Compare two matchers' results for the same features."""
     scores = dict(zip(map(tuple, reference.indices.tolist()), reference.scores, strict=True))

@@ -1,6 +1,7 @@
 """What is made once and kept in the user cache: model files, references, what compilers leave."""
 
 import hashlib
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -12,16 +13,18 @@ import msgspec
 import numpy as np
 import torch
 
-from aliked.backends import Spec, create_extractor
+from aliked.backends import Spec, create_extractor, create_pair_runtime
 from aliked.backends.pytorch import PyTorchExtractor
 from aliked.backends.tensorrt import read_manifest
-from aliked.configs import Selection
+from aliked.configs import Selection, get_config
 from aliked.errors import InputError
-from aliked.export.build import build_model_file
+from aliked.export.build import build_lightglue_file, build_model_file
 from aliked.export.engine import read_source
 from aliked.features import Features
 from aliked.files import code_digest, open_regular, read_text, sha256, whole_file, write_json
 from aliked.images import load_image
+from aliked.lightglue import LightGlue
+from aliked.matching import Matches, matcher_inputs
 from aliked.ties import Expected
 from aliked.weights import cache_dir, find_weights
 from benchmark.process import TaskFailed, run_tasks
@@ -34,9 +37,10 @@ def cached_path(row: Row, suffix: str, weights: Path | None, made_on: dict) -> P
 
     The backend is no part of the name: one ONNX file serves several.
     """
+    size = [row.width, row.height, row.batch]
     selection = row.selection
     parts = {
-        "row": [row.model, str(selection), row.width, row.height, row.batch, row.precision],
+        "row": [row.model, row.graph, str(selection), *size, row.precision],
         "weights": sha256(find_weights(row.model, weights)),
         "code": code_digest(Path(__file__)),
         "made_on": made_on,
@@ -55,6 +59,8 @@ class BuildFile:
     spec: Spec
     shape: tuple[int, int, int]  # B, H, W
     path: Path
+    graph: str = "extractor"
+    matcher_weights: Path | None = None  # of the other graphs
 
     @property
     def device(self) -> str:
@@ -69,7 +75,13 @@ class BuildFile:
     def run(self, progress: Progress) -> None:
         """Write the file, then the note."""
         start = time.perf_counter()
-        build_model_file(self.spec, self.shape, self.path)
+        if self.graph == "extractor":
+            build_model_file(self.spec, self.shape, self.path)
+        else:
+            height, width = self.shape[1:]
+            build_lightglue_file(
+                self.spec, self.graph, (width, height), self.matcher_weights, self.path
+            )
         write_json(self.note, {"build_s": time.perf_counter() - start})
 
     def seconds(self) -> float | None:
@@ -196,6 +208,8 @@ class MakeReference:
     images: ImageSet
     path: Path
     jobs: int = 1  # that run at the same time
+    matcher_weights: Path | None = None
+    graph: str = "extractor"  # of another also the matches of each image with the next
 
     @property
     def device(self) -> str:
@@ -212,14 +226,45 @@ class MakeReference:
             expected = extractor.expect(image)
             arrays |= {f"{name}/{part}": getattr(expected.features, part) for part in PARTS}
             arrays[f"{name}/ties"] = expected.ties
+        if self.graph != "extractor":
+            arrays |= self._matches(arrays)
         with whole_file(self.path) as partial, open(partial, "wb") as file:
             np.savez(file, **arrays)
+
+    def _matches(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """LightGlue's matches of each image with the next, of the features in `arrays`."""
+        matcher, size = LightGlue.from_pretrained(self.matcher_weights), self.images.key[1:]
+        names = dict.fromkeys(key.rpartition("/")[0] for key in arrays)
+        prepared = [
+            matcher.prepare(Features(**{p: arrays[f"{name}/{p}"] for p in PARTS}), size)
+            for name in names
+        ]
+        found = {}
+        for number, (first, second) in enumerate(itertools.pairwise(prepared)):
+            matches = matcher.match_prepared(first, second)
+            found[f"{MATCHES}/{number}/indices"] = matches.indices
+            found[f"{MATCHES}/{number}/scores"] = matches.scores
+        return found
+
+
+MATCHES = "matches"  # no name of an image, which has a suffix
+
+
+def load_matches(path: Path) -> list[Matches]:
+    """Return the matches that are expected of each image with the next."""
+    with np.load(path) as arrays:
+        count = sum(key.startswith(f"{MATCHES}/") for key in arrays) // 2
+        return [
+            Matches(arrays[f"{MATCHES}/{i}/indices"], arrays[f"{MATCHES}/{i}/scores"])
+            for i in range(count)
+        ]
 
 
 def load_reference(path: Path, k: int | None) -> dict[str, Expected]:
     """Return what is expected by image name, the best `k` of each (None: all)."""
     with np.load(path) as arrays:
-        names = dict.fromkeys(key.rpartition("/")[0] for key in arrays)
+        own = [key for key in arrays if not key.startswith(f"{MATCHES}/")]
+        names = dict.fromkeys(key.rpartition("/")[0] for key in own)
         return {
             name: Expected(
                 Features(**{part: arrays[f"{name}/{part}"][:k] for part in PARTS}),
@@ -238,6 +283,7 @@ class TryOut:
     image: Path
     runs: bool = True
     note: Path | None = None  # written when it has run
+    matcher_weights: Path | None = None
 
     @property
     def device(self) -> str:
@@ -246,12 +292,30 @@ class TryOut:
 
     def run(self, progress: Progress) -> None:
         """Open the extractor and give it a batch, then write the note."""
-        extractor = create_extractor(self.row.backend, self.spec)
+        row = self.row
+        if row.graph == "extractor":
+            runtime = create_extractor(row.backend, self.spec)
+        else:
+            size = row.width, row.height
+            weights = self.matcher_weights
+            runtime = create_pair_runtime(row.backend, row.graph, self.spec, weights, size)
         if not self.runs:
             return
-        image = load_image(self.image, max_size=max(self.row.width, self.row.height))
-        extractor.infer(extractor.to_device(np.stack([image] * self.row.batch)))
-        extractor.synchronize()
+        image = load_image(self.image, max_size=max(row.width, row.height))
+        runtime.infer(runtime.to_device(self._example(image)))
+        runtime.synchronize()
         if self.note:
             self.note.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.note, {"row": str(self.row)})
+
+    def _example(self, image: np.ndarray) -> Any:
+        """What the row's runtime takes, of one image."""
+        row = self.row
+        if row.graph == "extractor":
+            return np.stack([image] * row.batch)
+        if row.graph == "pair":
+            return {"image0": image[None], "image1": image[None]}
+        shapes = (row.top_k, 2), (row.top_k, get_config(row.model).dim), (row.top_k,)
+        features = Features(*(np.zeros(shapes[part], np.float32) for part in (0, 2, 1)))
+        size = row.width, row.height
+        return matcher_inputs((features, features), (size, size), row.top_k)

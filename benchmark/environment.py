@@ -210,9 +210,9 @@ def observed(extractor: Extractor) -> Iterator[dict[str, bool]]:
         yield inside
         return
 
-    def noting(batch: Any) -> Any:
+    def noting(*batch: Any) -> Any:
         inside.update(switches())
-        return forward(batch)
+        return forward(*batch)
 
     extractor.forward = noting
     try:

@@ -1,10 +1,11 @@
 """One row: time by two clocks, memory, and whether what was timed is right."""
 
+import abc
 import itertools
 import math
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,37 @@ import numpy as np
 import torch
 
 from aliked import gpu
-from aliked.backends import Spec, create_extractor
+from aliked.backends import Spec, create_extractor, create_pair_runtime
 from aliked.errors import InputError
 from aliked.features import OUTPUTS, Extractor, Features, features_of_batch
 from aliked.files import sha256
-from aliked.matching import match_mutual
-from aliked.parity import FP16, FP32, Parity, compare_features, judge
+from aliked.matching import (
+    Arrays,
+    Matches,
+    PairRuntime,
+    match_mutual,
+    matcher_inputs,
+    matches_of_rows,
+)
+from aliked.parity import (
+    FP16,
+    FP32,
+    MATCH_FP16,
+    MATCH_FP32,
+    PAIR_FP16,
+    PAIR_FP32,
+    Parity,
+    Verdict,
+    compare_features,
+    compare_matches,
+    in_terms_of,
+    judge,
+    judge_matches,
+)
 from aliked.patches import form_in_use
 from aliked.ties import Expected
 from benchmark import environment
-from benchmark.artifacts import load_reference
+from benchmark.artifacts import load_matches, load_reference
 from benchmark.environment import AllocatorPeak, Monitor
 from benchmark.records import CLOCKS
 from benchmark.rows import ImageSet, Row
@@ -65,30 +87,79 @@ class Batches:
         return np.stack([self.images[i] for i in self.members(index)])
 
 
-class Subject:
-    """The extractor under measurement, and what it returned in each clock's first pass."""
+class Subject(abc.ABC):
+    """The runtime under measurement, and what it returned in each clock's first pass."""
 
-    def __init__(self, row: Row, spec: Spec, images: dict[str, np.ndarray]):
-        """`images` are uint8 [H, W, 3] by name, all of one size."""
-        self.row, self.names = row, list(images)
-        self.batches = Batches(list(images.values()), row.batch)
-        self.extractor: Extractor = create_extractor(row.backend, spec)
+    period: int  # runs until the inputs repeat
+
+    def __init__(self, row: Row, device: str, runtime: Extractor | PairRuntime) -> None:
+        """`device` is the row's, such as "cuda:1"."""
+        self.row, self.runtime = row, runtime
         self._check_device()
-        self.extractor.synchronize()
+        runtime.synchronize()
         by_events = row.device == "cuda" and torch.cuda.is_available()
-        self.clock = CudaClock(spec.device) if by_events else wall_clock
+        self.clock = CudaClock(device) if by_events else wall_clock
         self.clock_name = "CUDA events" if by_events else "wall clock"
-        self.returned: dict[str, tuple[str, Features]] = {}  # by label: image name and features
-
-    def _check_device(self) -> None:
-        device = getattr(self.extractor, "device", self.row.device)
-        device = "cuda" if isinstance(device, gpu.Device) else str(device)
-        if not device.startswith(self.row.device):
-            raise WrongAnswer(f"it runs on {device}, but this row is to run on {self.row.device}")
 
     def compute(self, index: int) -> Sample:
         """Time one run on device tensors that are already there."""
         return self._compute(index)[0]
+
+    def _compute(self, index: int) -> tuple[Sample, dict[str, Any]]:
+        batch = self.runtime.to_device(self.inputs(index))
+        return self.clock(lambda: self.runtime.infer(batch), self.runtime.synchronize)
+
+    @abc.abstractmethod
+    def inputs(self, index: int) -> Any:
+        """What goes into run `index`, in host memory."""
+
+    @abc.abstractmethod
+    def checked_compute(self, index: int) -> Sample:
+        """Time one run like `compute`, and keep what it returned."""
+
+    @abc.abstractmethod
+    def end_to_end(self, index: int) -> Sample:
+        """Time one run from host memory to host memory; keep what the first pass returned."""
+
+    @abc.abstractmethod
+    def parity(self) -> dict:
+        """The verdict on what was timed, and its figures for everything together."""
+
+    @abc.abstractmethod
+    def per_image(self, compute: dict, end_to_end: dict) -> list[dict] | None:
+        """Median times and keypoints of each image, where that is what was timed."""
+
+    @abc.abstractmethod
+    def matches(self, min_similarity: float | None) -> float | None:
+        """The mean number of matches of an image with the next, where that is asked for."""
+
+    def _check_device(self) -> None:
+        device = getattr(self.runtime, "device", self.row.device)
+        device = "cuda" if isinstance(device, gpu.Device) else str(device)
+        if not device.startswith(self.row.device):
+            raise WrongAnswer(f"it runs on {device}, but this row is to run on {self.row.device}")
+
+
+class ExtractorSubject(Subject):
+    """A row's extractor on images."""
+
+    def __init__(
+        self,
+        row: Row,
+        spec: Spec,
+        images: dict[str, np.ndarray],
+        reference: dict[str, Expected],
+    ) -> None:
+        """`images` are uint8 [H, W, 3] by name, all of one size; what to expect of each."""
+        super().__init__(row, spec.device, create_extractor(row.backend, spec))
+        self.names, self.reference = list(images), reference
+        self.batches = Batches(list(images.values()), row.batch)
+        self.period = self.batches.count
+        self.returned: dict[str, tuple[str, Features]] = {}  # by label: image name and features
+
+    def inputs(self, index: int) -> np.ndarray:
+        """Batch `index`."""
+        return self.batches[index]
 
     def checked_compute(self, index: int) -> Sample:
         """Time one run like `compute`, and keep what it returned."""
@@ -98,7 +169,7 @@ class Subject:
 
     def end_to_end(self, index: int) -> Sample:
         """Time one run from images to features, both in host memory; keep what it returned."""
-        batch, extractor = self.batches[index], self.extractor
+        batch, extractor = self.batches[index], self.runtime
         if len(batch) == 1:  # as users call it
             sample, features = wall_clock(lambda: [extractor(batch[0])], extractor.synchronize)
         else:
@@ -114,9 +185,44 @@ class Subject:
         by_name = {name: features for name, features in reversed(self.returned.values())}
         return [by_name[name] for name in self.names]
 
-    def _compute(self, index: int) -> tuple[Sample, dict[str, Any]]:
-        batch = self.extractor.to_device(self.batches[index])
-        return self.clock(lambda: self.extractor.infer(batch), self.extractor.synchronize)
+    def parity(self) -> dict:
+        """The verdict on what was timed, and its figures for all images together."""
+        try:
+            parities = {
+                label: compare_features(expected.features, features, ties=expected.ties)
+                for label, (name, features) in self.returned.items()
+                for expected in [self.reference[name]]
+            }
+        except InputError as error:  # descriptors of another length
+            raise WrongAnswer(f"it is another model: {error}") from error
+        tolerance = TOLERANCES[self.row.precision]
+        figures = overall(list(parities.values()))
+        return judged(judge(parities, tolerance), tolerance.name) | figures
+
+    def per_image(self, compute: dict, end_to_end: dict) -> list[dict] | None:
+        """Median times and keypoints of each image; None for batches."""
+        if self.row.batch > 1:
+            return None
+        return [
+            {
+                "image": name,
+                "compute_ms": median_of(compute["samples"][i :: self.period]),
+                "end_to_end_ms": median_of(end_to_end["samples"][i :: self.period]),
+                "keypoints": len(features),
+            }
+            for i, (name, features) in enumerate(zip(self.names, self.features(), strict=True))
+        ]
+
+    def matches(self, min_similarity: float | None) -> float | None:
+        """The mean number of mutual nearest neighbours of an image with the next."""
+        pairs = list(itertools.pairwise(self.features()))
+        if min_similarity is None or not pairs:
+            return None
+        counts = [
+            len(match_mutual(first.descriptors, second.descriptors, min_similarity))
+            for first, second in pairs
+        ]
+        return statistics.mean(counts)
 
     def _keep(self, clock: str, index: int, features: list[Features]) -> None:
         members = self.batches.members(index)
@@ -137,12 +243,110 @@ class Subject:
         return features_of_batch(*rows)
 
 
+class PairSubject(Subject):
+    """A row's runtime of LightGlue, on each image with the next."""
+
+    def __init__(
+        self,
+        row: Row,
+        spec: Spec,
+        images: dict[str, np.ndarray],
+        reference: dict[str, Expected],
+        expected: list[Matches],
+        matcher_weights: Path | None,
+    ) -> None:
+        """`expected` are the matches of each image with the next."""
+        size = row.width, row.height
+        runtime = create_pair_runtime(row.backend, row.graph, spec, matcher_weights, size)
+        super().__init__(row, spec.device, runtime)
+        self.names = [" - ".join(pair) for pair in itertools.pairwise(images)]
+        self.expected, self.period = expected, len(self.names)
+        self.features = [
+            tuple(reference[name].features for name in pair) for pair in itertools.pairwise(images)
+        ]
+        self.pairs = [
+            self._inputs(*pair)
+            for pair in zip(itertools.pairwise(images.values()), self.features, strict=True)
+        ]
+        self.returned: dict[str, tuple[int, Arrays]] = {}  # by label: number of the pair, outputs
+
+    def _inputs(self, images: tuple, features: tuple[Features, Features]) -> Arrays:
+        if self.row.graph == "pair":
+            return {f"image{side}": image[None] for side, image in enumerate(images)}
+        size = self.row.width, self.row.height
+        return matcher_inputs(features, (size, size), self.row.top_k)
+
+    def inputs(self, index: int) -> Arrays:
+        """Pair `index`."""
+        return self.pairs[index % self.period]
+
+    def checked_compute(self, index: int) -> Sample:
+        """Time one run like `compute`, and keep what it returned."""
+        sample, outputs = self._compute(index)
+        self._keep("compute", index, {name: _to_host(rows) for name, rows in outputs.items()})
+        return sample
+
+    def end_to_end(self, index: int) -> Sample:
+        """Time one run from images, or features, to matches in host memory."""
+        inputs = self.inputs(index)
+        sample, outputs = wall_clock(lambda: self.runtime(inputs), self.runtime.synchronize)
+        if index < self.period:
+            self._keep("end to end", index, outputs)
+        return sample
+
+    def _keep(self, clock: str, index: int, outputs: Arrays) -> None:
+        self.returned[f"{self.names[index]} ({clock})"] = index, outputs
+
+    def _matches(self, index: int, outputs: Arrays) -> Matches:
+        """The matches of pair `index`, in terms of the reference's keypoints."""
+        matches = matches_of_rows(outputs["matches0"][0], outputs["scores0"][0])
+        if self.row.graph == "matcher":
+            return matches
+        theirs = tuple(features.keypoints for features in self.features[index])
+        ours = outputs["keypoints0"][0], outputs["keypoints1"][0]
+        return in_terms_of(theirs, ours, matches)
+
+    def parity(self) -> dict:
+        """The verdict on what was timed, and its figures for all pairs together."""
+        parities = {
+            label: compare_matches(self.expected[index], self._matches(index, outputs))
+            for label, (index, outputs) in self.returned.items()
+        }
+        tolerance = MATCH_TOLERANCES[self.row.graph, self.row.precision]
+        common = sum(p.common for p in parities.values())
+        total = sum(max(p.reference, p.other) for p in parities.values())
+        difference = max(p.max_score_difference for p in parities.values())
+        return judged(judge_matches(parities, tolerance), tolerance.name) | {
+            "compared": len(parities),
+            "keypoints_in_common": None,
+            "mean_cosine": None,
+            "min_cosine": None,
+            "max_shift_px": None,
+            "matches_in_common": common / total if total else 1.0,
+            "max_score_difference": difference if math.isfinite(difference) else None,
+        }
+
+    def per_image(self, compute: dict, end_to_end: dict) -> None:
+        """None: a run is of two."""
+
+    def matches(self, min_similarity: float | None) -> float:
+        """The mean number of matches."""
+        counts = [(outputs["matches0"] >= 0).sum() for _, outputs in self.returned.values()]
+        return float(statistics.mean(counts))
+
+
 def _to_host(values: Any) -> np.ndarray:
     """A device array of any backend as a NumPy array in host memory."""
     return np.asarray(values.cpu() if hasattr(values, "cpu") else values.numpy())
 
 
 TOLERANCES = {"fp32": FP32, "fp16": FP16}
+MATCH_TOLERANCES = {
+    ("matcher", "fp32"): MATCH_FP32,
+    ("matcher", "fp16"): MATCH_FP16,
+    ("pair", "fp32"): PAIR_FP32,
+    ("pair", "fp16"): PAIR_FP16,
+}
 CLOCKS_EVERY = 20  # runs between two readings of the GPU's clocks
 # A GPU runtime that leaves one of these to the processor is another runtime.
 HEAVY_OPERATORS = {"Conv", "DeformConv", "GridSample", "MatMul", "Gemm", "MaxPool", "TopK"}
@@ -158,6 +362,7 @@ class Measure:
     reference: Path  # the expected features
     limits: Limits
     min_similarity: float | None = None
+    matcher_weights: Path | None = None
 
     @property
     def device(self) -> str:
@@ -168,16 +373,21 @@ class Measure:
         """Measure."""
         reference = load_reference(self.reference, self.row.top_k or None)
         images = self.images.load()
-        return measure(
-            self.row, self.spec, images, reference, self.limits, progress, self.min_similarity
-        )
+
+        def open_subject() -> Subject:
+            if self.row.graph == "extractor":
+                return ExtractorSubject(self.row, self.spec, images, reference)
+            expected = load_matches(self.reference)
+            return PairSubject(
+                self.row, self.spec, images, reference, expected, self.matcher_weights
+            )
+
+        return measure(open_subject, self.spec, self.limits, progress, self.min_similarity)
 
 
 def measure(
-    row: Row,
+    open_subject: Callable[[], Subject],
     spec: Spec,
-    images: dict[str, np.ndarray],
-    reference: dict[str, Expected],
     limits: Limits,
     progress: Progress,
     min_similarity: float | None = None,
@@ -189,13 +399,13 @@ def measure(
     monitor = Monitor(spec.device)
     progress("loading", 0, 1)
     start = time.perf_counter()
-    subject = Subject(row, spec, images)
+    subject = open_subject()
     load_s = time.perf_counter() - start
-    period = subject.batches.count
+    row, period = subject.row, subject.period
 
-    allocator = allocator_of(subject.extractor)
+    allocator = allocator_of(subject.runtime)
     progress("first run", 0, 1)
-    with environment.observed(subject.extractor) as inside:
+    with environment.observed(subject.runtime) as inside:
         first_run_s = subject.compute(0).wall_ms / 1000
     first_pass = [subject.checked_compute(index) for index in range(period)]
     warmed = warm_up(subject.compute, limits, period, progress, first_pass)
@@ -212,14 +422,14 @@ def measure(
         for clock in (compute, end_to_end):
             clock["unstable"] += contradiction(compute["p50"], end_to_end["p50"])
 
-    parity = compare(subject, reference)
+    parity = subject.parity()
     return {
         "clock": subject.clock_name,
         "compute_ms": compute,
         "end_to_end_ms": end_to_end,
         "images_per_second": {
-            "compute": 1000 * row.batch / compute["mean"],
-            "end_to_end": 1000 * row.batch / end_to_end["mean"],
+            "compute": 1000 * row.images_per_run / compute["mean"],
+            "end_to_end": 1000 * row.images_per_run / end_to_end["mean"],
         },
         "load_s": load_s,  # of a process with `process.imported_once` imported
         "first_run_s": first_run_s,
@@ -228,10 +438,10 @@ def measure(
         "parity": parity,
         "problems": problems,
         "ranked": parity["passed"] and not problems,
-        "per_image": per_image(subject, compute, end_to_end),
-        "matches": matches(subject, min_similarity),
+        "per_image": subject.per_image(compute, end_to_end),
+        "matches": subject.matches(min_similarity),
         "settings": {
-            "tf32": environment.tf32_of(subject.extractor),
+            "tf32": environment.tf32_of(subject.runtime),
             "garbage_collector": monitor.collects_garbage,
             "get_patches": form_in_use(),
             **inside,
@@ -251,9 +461,9 @@ def monitored(run: TimedRun, monitor: Monitor) -> TimedRun:
     return monitored_run
 
 
-def allocator_of(extractor: Extractor) -> AllocatorPeak | None:
-    """Return PyTorch's allocator where it is what the extractor allocates through."""
-    device = getattr(extractor, "device", None)
+def allocator_of(runtime: Extractor | PairRuntime) -> AllocatorPeak | None:
+    """Return PyTorch's allocator where it is what the runtime allocates through."""
+    device = getattr(runtime, "device", None)
     on_gpu = isinstance(device, torch.device) and device.type == "cuda"
     return AllocatorPeak(device) if on_gpu else None
 
@@ -270,29 +480,19 @@ def read_memory(monitor: Monitor, allocator: AllocatorPeak | None) -> dict:
 
 def stray_nodes(subject: Subject) -> str | None:
     """Return what a GPU runtime left to the processor, where it tells; None for nothing."""
-    if subject.row.device == "cpu" or not hasattr(subject.extractor, "placement"):
+    if subject.row.device == "cpu" or not hasattr(subject.runtime, "placement"):
         return None
-    nodes = subject.extractor.placement().get("CPUExecutionProvider", {})
+    nodes = subject.runtime.placement().get("CPUExecutionProvider", {})
     heavy = [f"{n} {name}" for name, n in sorted(nodes.items()) if name in HEAVY_OPERATORS]
     return f"part of the model ran on the CPU: {', '.join(heavy)}" if heavy else None
 
 
-def compare(subject: Subject, reference: dict[str, Expected]) -> dict:
-    """Return the verdict on what was timed, and its figures for all images together."""
-    try:
-        parities = {
-            label: compare_features(reference[name].features, features, ties=reference[name].ties)
-            for label, (name, features) in subject.returned.items()
-        }
-    except InputError as error:  # descriptors of another length
-        raise WrongAnswer(f"it is another model: {error}") from error
-    tolerance = TOLERANCES[subject.row.precision]
-    verdict = judge(parities, tolerance)
+def judged(verdict: Verdict, tolerance: str) -> dict:
+    """Return what a record says of a verdict."""
     return {
-        "tolerance": tolerance.name,
+        "tolerance": tolerance,
         "passed": verdict.passed,
         "reasons": verdict.reasons[:5],
-        **overall(list(parities.values())),
     }
 
 
@@ -309,34 +509,6 @@ def overall(parities: list[Parity]) -> dict:
         "max_shift_px": max(p.max_shift_px for p in parities),
     }
     return {name: value if math.isfinite(value) else None for name, value in figures.items()}
-
-
-def per_image(subject: Subject, compute: dict, end_to_end: dict) -> list[dict] | None:
-    """Return median times and keypoints of each image; None for batches."""
-    if subject.row.batch > 1:
-        return None
-    period = subject.batches.count
-    return [
-        {
-            "image": name,
-            "compute_ms": median_of(compute["samples"][i::period]),
-            "end_to_end_ms": median_of(end_to_end["samples"][i::period]),
-            "keypoints": len(features),
-        }
-        for i, (name, features) in enumerate(zip(subject.names, subject.features(), strict=True))
-    ]
-
-
-def matches(subject: Subject, min_similarity: float | None) -> float | None:
-    """Return the mean number of matches of an image with the next, where that is asked for."""
-    pairs = list(itertools.pairwise(subject.features()))
-    if min_similarity is None or not pairs:
-        return None
-    counts = [
-        len(match_mutual(first.descriptors, second.descriptors, min_similarity))
-        for first, second in pairs
-    ]
-    return statistics.mean(counts)
 
 
 def median_of(values: Iterable[float | None]) -> float | None:
@@ -400,7 +572,9 @@ def _differ(medians: list[float]) -> list[str]:
 
 
 def _quality(parity: dict) -> tuple:
-    return parity["passed"], parity["keypoints_in_common"], parity["mean_cosine"] or -math.inf
+    common = parity["keypoints_in_common"]
+    common = parity.get("matches_in_common") if common is None else common
+    return parity["passed"], common, parity["mean_cosine"] or -math.inf
 
 
 def _distinct(lists: Iterable[list[str]]) -> list[str]:

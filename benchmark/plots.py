@@ -53,7 +53,7 @@ def draw_all(records: list[AnyRecord], folder: Path) -> list[Path]:
     for section, (kind, name) in itertools.product(
         sections(records), (("cuda", "gpu"), ("cpu", "cpu"))
     ):
-        own = [r for r in section if r.measured and r.row.device == kind and r.row.batch == 1]
+        own = [r for r in section if r.measured and r.row.device == kind and _is_drawn(r.row)]
         if own:
             device = str(own[0].configuration.machine[name])
             written += [
@@ -62,6 +62,11 @@ def draw_all(records: list[AnyRecord], folder: Path) -> list[Path]:
             ]
     remove_older(folder, written)
     return written
+
+
+def _is_drawn(row: Row) -> bool:
+    """Single images to features; of batches and of LightGlue there are tables."""
+    return row.batch == 1 and row.graph == "extractor"
 
 
 def draw(records: list[Measured], device: str) -> list[tuple[str, Figure]]:

@@ -16,7 +16,7 @@ from aliked.backends import BACKENDS
 from aliked.configs import CONFIGS
 from aliked.errors import InputError
 from aliked.files import locked, read_file, whole_file
-from benchmark.rows import Row
+from benchmark.rows import SUBJECTS, Row
 from benchmark.timing import REPEATED_WITHIN, Limits, apart
 
 SCHEMA = 2  # of a record; raised when the meaning of a field changes. 1 lacks what has a default.
@@ -67,17 +67,25 @@ class Memory(Part):
 
 
 class Agreement(Part):
-    """How far the features agree with the reference's, on all images together."""
+    """How far features, or matches, agree with the reference's, on all images together."""
 
     tolerance: str
     passed: bool
     reasons: list[str]
     compared: Count
-    keypoints_in_common: Share
+    keypoints_in_common: Share | None  # this and the next three are of features
     mean_cosine: float | None
     min_cosine: float | None
     max_shift_px: float | None
     undecided: Count | None = None
+    matches_in_common: Share | None = None  # this and the next are of matches
+    max_score_difference: float | None = None
+
+    @property
+    def in_common(self) -> float:
+        """The share of keypoints, or of matches, that both have."""
+        own = self.keypoints_in_common
+        return self.matches_in_common if own is None else own
 
 
 class OfImage(Part):
@@ -122,6 +130,7 @@ class Configuration(Part):
     model_path: Sha256 | None
     compiler_cache: Literal["kept", "empty"] | None = None
     min_similarity: Annotated[float, Meta(ge=-1, le=1)] | None = None  # of `Measured.matches`
+    matcher_weights: Sha256 | None = None  # where there are rows of LightGlue
 
     def __post_init__(self) -> None:
         missing = {"cpu", "cpu_threads", "system"} - self.machine.keys()
@@ -211,7 +220,8 @@ class Measured(OfRow, tag="ok"):
     per_image: list[OfImage] | None
     settings: dict[str, str | bool | int | None]
     model_file: ModelFile | None
-    matches: Annotated[float, Meta(ge=0)] | None = None  # of an image with the next, the mean
+    # Of an image with the next, the mean: mutual nearest neighbours, or LightGlue's of its rows.
+    matches: Annotated[float, Meta(ge=0)] | None = None
     status: ClassVar[str] = "ok"
     measured: ClassVar[bool] = True
 
@@ -470,15 +480,17 @@ def sections(records: list[AnyRecord]) -> list[list[AnyRecord]]:
 
 def case(row: Row) -> tuple:
     """Return what has to be the same for two runtimes to be compared."""
-    return row.model, str(row.selection), row.image_set, row.width, row.height, row.batch
+    size = row.image_set, row.width, row.height, row.batch
+    return row.model, str(row.selection), *size, row.graph
 
 
 def table_order(record: AnyRecord) -> tuple:
     """Return where a record stands: model, image, K, batch, precision, runtime."""
     row = record.row
     if row is None:
-        return (len(CONFIGS), record.backend)
+        return (len(SUBJECTS), record.backend)
     return (
+        list(SUBJECTS).index(row.graph),
         list(CONFIGS).index(row.model),
         row.width * row.height,
         row.image_set,

@@ -18,7 +18,7 @@ from benchmark.records import (
     runtime_order,
     sections,
 )
-from benchmark.rows import Row
+from benchmark.rows import SUBJECTS, Row
 from benchmark.timing import REPEATED_WITHIN, apart
 
 MEMORY = {
@@ -80,7 +80,7 @@ def summary_table(records: list[AnyRecord]) -> str:
             counts = ["?" if r.matches is None else f"{r.matches:.1f}" for r in own]
             for line, cell in zip([*header, *lines], ["", "matches", *counts], strict=True):
                 line.append(cell)
-        title = f"{row.model}, K {row.selection}, {row.images}{batch}, {row.precision}"
+        title = f"{row.subject}, K {row.selection}, {row.images}{batch}, {row.precision}"
         parts.append(f"{title}\n{aligned([*header, *lines])}")
     return "\n\n".join(parts) or "No row could be measured."
 
@@ -103,7 +103,7 @@ def _summary_line(record: Measured, place: int) -> tuple[str, ...]:
         f"{record.build_s:.1f}",
         f"{record.load_s:.1f}",
         f"{record.first_run_s:.1f}",
-        f"{record.parity.keypoints_in_common:.2%}",
+        f"{record.parity.in_common:.2%}",
     )
 
 
@@ -165,16 +165,16 @@ def section_text(records: list[AnyRecord]) -> str:
         chosen = [r for r in of_rows if _kind(r) == kind]
         if not any(r.measured for r in chosen):
             continue
-        precision, in_batches = kind
-        title = precision.upper() + (", batches" if in_batches else "")
+        graph, precision, in_batches = kind
+        title = precision.upper() + SUBJECTS[graph] + (", batches" if in_batches else "")
         for view in (COMPUTE, END_TO_END, *([THROUGHPUT] if in_batches else [])):
             parts += [f"**{title}, {view.title}**", wide_table(chosen, view)]
     return "\n\n".join([*parts, *footnotes(records)])
 
 
-def _kind(record: AnyRecord) -> tuple[str, bool]:
-    """What shares a table: the precision, and whether images come in batches."""
-    return record.row.precision, record.row.batch > 1
+def _kind(record: AnyRecord) -> tuple[str, str, bool]:
+    """What shares a table: the graph, the precision, and whether images come in batches."""
+    return record.row.graph, record.row.precision, record.row.batch > 1
 
 
 USERS_ROWS = {
@@ -202,7 +202,11 @@ def small_table(records: list[AnyRecord]) -> str:
 
 
 def _is_users(row: Row) -> bool:
-    wanted = (row.model in USERS_ROWS["models"], row.top_k in USERS_ROWS["top_k"])
+    wanted = (
+        row.graph == "extractor",
+        row.model in USERS_ROWS["models"],
+        row.top_k in USERS_ROWS["top_k"],
+    )
     return all(wanted) and row.precision == USERS_ROWS["precision"]
 
 

@@ -72,6 +72,12 @@ def _sets_by_size(name: str, paths: list[Path], max_size: int | None) -> Iterato
 
 
 Count = Annotated[int, Meta(ge=1)]
+# By `Row.graph`, what is written behind a model's name.
+SUBJECTS = {
+    "extractor": "",
+    "pair": ", two images to LightGlue's matches",
+    "matcher": ", LightGlue alone",
+}
 
 
 class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -89,11 +95,15 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     precision: Literal["fp32", "fp16"]
     batch: Count
     compile_mode: str | None  # of backend pytorch-compile
+    # One image to features, two images to LightGlue's matches, or these of given features.
+    graph: Literal["extractor", "pair", "matcher"] = "extractor"
 
     def __post_init__(self) -> None:
         get_config(self.model)
         if self.top_k == 0 and (self.scores_th is None or self.n_limit is None):
             raise InputError("top_k is 0, but scores_th or n_limit is missing")
+        if self.graph != "extractor" and (self.top_k == 0 or self.batch > 1):
+            raise InputError("LightGlue is timed with a fixed K, one pair at a time")
 
     @property
     def runtime(self) -> str:
@@ -115,6 +125,16 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Size and origin of the images."""
         name = self.image_set
         return self.size if name.endswith(self.size) else f"{self.size} {name}"
+
+    @property
+    def images_per_run(self) -> int:
+        """How many images go through one timed run, or their features."""
+        return self.batch if self.graph == "extractor" else 2
+
+    @property
+    def subject(self) -> str:
+        """The model, and what is done beside extracting, in words."""
+        return self.model + SUBJECTS[self.graph]
 
     @property
     def selection(self) -> Selection:
@@ -140,7 +160,7 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def __str__(self) -> str:
         batch = f", batch {self.batch}" if self.batch > 1 else ""
         return (
-            f"{self.runtime} {self.precision}, {self.model}, K {self.selection}, "
+            f"{self.runtime} {self.precision}, {self.subject}, K {self.selection}, "
             f"{self.images}{batch}"
         )
 
@@ -157,6 +177,7 @@ class Grid:
     scores_th: float = Spec.scores_th
     n_limit: int = Spec.n_limit
     compile_mode: str = Spec.compile_mode
+    graphs: tuple[str, ...] = ("extractor",)
 
     def rows(self, image_sets: list[ImageSet], device: str, seed: int) -> list[Row]:
         """Return every combination once, shuffled: what drifts with time then favours none."""
@@ -166,6 +187,7 @@ class Grid:
             dict.fromkeys(self.top_ks),
             image_sets,
             dict.fromkeys(self.batches),
+            self.graphs,
         )
         rows = [
             Row(
@@ -181,8 +203,9 @@ class Grid:
                 precision=precision,
                 batch=batch,
                 compile_mode=self.compile_mode if backend == "pytorch-compile" else None,
+                graph=graph,
             )
-            for backend, model, top_k, images, batch in combinations
+            for backend, model, top_k, images, batch, graph in combinations
             for precision in self.precisions_of(backend)
         ]
         random.Random(seed).shuffle(rows)

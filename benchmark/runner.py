@@ -15,7 +15,7 @@ from tqdm import tqdm
 from aliked.backends import get_backend
 from aliked.errors import InputError
 from aliked.files import sha256
-from aliked.weights import find_weights
+from aliked.weights import LIGHTGLUE, find_weights
 from benchmark.artifacts import BuildFile, MakeReference, TryOut, build_files, cached_path
 from benchmark.environment import Describe, git_commit
 from benchmark.measure import Measure, merged
@@ -39,6 +39,8 @@ class Run:
     model_path: Path | None = None
     compiler_cache: Path | None = None  # kept from row to row; None: empty for every row
     min_similarity: float | None = None  # of matches that are counted; None: of none
+    lightglue: bool = False  # whether there are rows of it
+    matcher_weights: Path | None = None  # of these
     command: str = ""
     commit: str | None = field(default_factory=git_commit)
 
@@ -57,12 +59,18 @@ class Run:
             "model_path": self.model_path and sha256(self.model_path),
             "compiler_cache": "kept" if self.compiler_cache else "empty",
             "min_similarity": self.min_similarity,
+            "matcher_weights": self._matcher_sha256,
         }
+
+    @functools.cached_property
+    def _matcher_sha256(self) -> str | None:
+        return sha256(find_weights(LIGHTGLUE, self.matcher_weights)) if self.lightglue else None
 
     @property
     def made_on(self) -> dict:
         """What files that are made here depend on."""
-        return {"versions": self.versions, "machine": self.machine}
+        facts = {"versions": self.versions, "machine": self.machine}
+        return facts | ({"matcher": self._matcher_sha256} if self.lightglue else {})
 
     @functools.cache  # noqa: B019, as there is one run to a process
     def weights_sha256(self, model: str) -> str:
@@ -99,15 +107,15 @@ def run_rows(run: Run, rows: list[Row], output: Path, jobs: int = 1) -> Iterator
     Which backends cannot run comes first; then references, model files and what compilers keep are
     made, `jobs` at a time, and every backend is opened once.
     """
-    broken = {(row.backend, row.precision): run.unavailable[row.backend] for row in rows}
+    broken = {_kind(row): run.unavailable[row.backend] for row in rows}
     yield from _unavailable(run, rows, broken, output)
-    rows = [row for row in rows if not broken[row.backend, row.precision]]
+    rows = [row for row in rows if not broken[_kind(row)]]
     references = make_references(run, rows, jobs)
     files = make_files(run, rows, jobs)
     fill_compiler_cache(run, rows, jobs)
     broken = try_out(run, rows, files)
     yield from _unavailable(run, rows, broken, output)
-    rows = [row for row in rows if not broken.get((row.backend, row.precision))]
+    rows = [row for row in rows if not broken.get(_kind(row))]
     with Bar("row", len(rows)) as bar:
         for row in rows:
             bar.start(str(row))
@@ -117,13 +125,18 @@ def run_rows(run: Run, rows: list[Row], output: Path, jobs: int = 1) -> Iterator
             yield record
 
 
-Reasons = dict[tuple[str, str], str | None]  # why a backend cannot run, by its name and precision
+Kind = tuple[str, str, str]  # backend, precision and graph
+Reasons = dict[Kind, str | None]  # why one cannot run
+
+
+def _kind(row: Row) -> Kind:
+    return row.backend, row.precision, row.graph
 
 
 def _unavailable(run: Run, rows: list[Row], reasons: Reasons, output: Path) -> Iterator[AnyRecord]:
     """A record of each backend that cannot run here, in the file before it is yielded."""
     for (backend, reason), group in itertools.groupby(
-        sorted((row.backend, reasons.get((row.backend, row.precision)) or "") for row in rows)
+        sorted((row.backend, reasons.get(_kind(row)) or "") for row in rows)
     ):
         if reason:
             fields = {"status": "unavailable", "backend": backend, "reason": reason}
@@ -138,16 +151,17 @@ def try_out(run: Run, rows: list[Row], files: dict[Row, "ModelFile | TaskFailed"
     It also runs once, unless it would have to compile first. What fails for another reason than one
     that was to be expected fails in its rows.
     """
-    smallest: dict[tuple[str, str], Row] = {}
+    smallest: dict[Kind, Row] = {}
     for row in sorted(rows, key=lambda row: (row.width * row.height * row.batch, row.top_k)):
         if not isinstance(files.get(row), TaskFailed):
-            smallest.setdefault((row.backend, row.precision), row)
+            smallest.setdefault(_kind(row), row)
     tasks = [
         TryOut(
             row,
             row.spec(run.device, run.weights, files[row][0] if row in files else None),
             run.images_of(row).paths[0],
             runs=not get_backend(row.backend).compiles,
+            matcher_weights=run.matcher_weights,
         )
         for row in smallest.values()
     ]
@@ -169,7 +183,14 @@ def make_references(run: Run, rows: list[Row], jobs: int) -> dict[Any, Path]:
             largest[key] = row
     paths = {key: reference_path(run, row) for key, row in largest.items()}
     tasks = [
-        MakeReference(row.spec("cpu", run.weights, None), run.images_of(row), paths[key], jobs)
+        MakeReference(
+            row.spec("cpu", run.weights, None),
+            run.images_of(row),
+            paths[key],
+            jobs,
+            run.matcher_weights,
+            row.graph,
+        )
         for key, row in largest.items()
         if not paths[key].exists()
     ]
@@ -181,7 +202,8 @@ def make_references(run: Run, rows: list[Row], jobs: int) -> dict[Any, Path]:
 
 def reference_path(run: Run, row: Row) -> Path:
     """Return where the reference of a row is kept."""
-    single = replace(row, batch=1, precision="fp32")
+    graph = "extractor" if row.graph == "extractor" else "pair"
+    single = replace(row, batch=1, precision="fp32", graph=graph)
     made_on = run.made_on | {"images": run.images_of(row).sha256}
     return cached_path(single, ".expected.npz", run.weights, made_on)
 
@@ -189,7 +211,9 @@ def reference_path(run: Run, row: Row) -> Path:
 def reference_key(row: Row) -> tuple:
     """Rows of one key share a reference: it is made for the largest K, best keypoints first."""
     size = (row.width, row.height)
-    return row.model, row.image_set, size, row.top_k > 0, row.scores_th, row.n_limit
+    # Matches of the best keypoints alone are others.
+    matched_k = None if row.graph == "extractor" else row.top_k
+    return row.model, row.image_set, size, row.top_k > 0, row.scores_th, row.n_limit, matched_k
 
 
 ModelFile = tuple[Path, float]  # and the seconds that it took to make
@@ -206,7 +230,8 @@ def make_files(run: Run, rows: list[Row], jobs: int) -> dict[Row, ModelFile | Ta
         elif suffix:
             path = cached_path(row, suffix, run.weights, run.made_on)
             spec = row.spec(run.device, run.weights, None)
-            builds[row] = BuildFile(spec, (row.batch, row.height, row.width), path)
+            shape = (row.batch, row.height, row.width)
+            builds[row] = BuildFile(spec, shape, path, row.graph, run.matcher_weights)
     unlike = {build.path: build for build in builds.values()}
     with Bar("model file", len(unlike)) as bar:
         made = build_files(unlike.values(), jobs, bar.finish)
@@ -224,7 +249,13 @@ def fill_compiler_cache(run: Run, rows: list[Row], jobs: int) -> None:
     if run.compiler_cache is None:
         return
     tasks = [
-        TryOut(row, row.spec(run.device, run.weights, None), run.images_of(row).paths[0], note=note)
+        TryOut(
+            row,
+            row.spec(run.device, run.weights, None),
+            run.images_of(row).paths[0],
+            note=note,
+            matcher_weights=run.matcher_weights,
+        )
         for row in rows
         if get_backend(row.backend).compiles and not (note := compiler_note(run, row)).exists()
     ]
@@ -247,7 +278,9 @@ def measure_row(
     path, build_s = (None, 0.0) if file is None or isinstance(file, TaskFailed) else file
     spec = row.spec(run.device, run.weights, path)
     images = run.images_of(row)
-    task = Measure(row, spec, images, reference, run.limits, run.min_similarity)
+    task = Measure(
+        row, spec, images, reference, run.limits, run.min_similarity, run.matcher_weights
+    )
     try:
         if isinstance(file, TaskFailed):
             raise file

@@ -174,6 +174,7 @@ def timing_of(outcome: Outcome, timings: Sequence[Measured]) -> Measured | None:
         return None  # nobody has timed it
     width, height = outcome.size
     wanted = outcome.system.extractor | {"width": width, "height": height, "batch": 1}
+    wanted["graph"] = "extractor"
     found = [
         timing
         for timing in timings

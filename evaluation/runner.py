@@ -51,7 +51,7 @@ from evaluation.systems import (
     backends_of,
     check_precisions,
     features_key,
-    open_matcher,
+    open_matchers,
     open_system,
     systems_from,
 )
@@ -164,12 +164,12 @@ def run(args: argparse.Namespace, task: Task) -> int:
     images = len(task.dataset.images)
     print(f"{task.dataset.name}: {images} images; {len(systems)} systems, {len(done)} done")
     features = open_features(args.features, systems, machine)
-    matchers = {name: open_matcher(name, machine) for name in [*args.matchers, "mutual"]}
+    matchers = open_matchers(systems, machine)
     with tqdm(total=len(systems), initial=len(done), unit="system", disable=None) as bar:
         for system in (s for s in systems if s not in done):
             bar.set_description_str(str(system))
-            matcher = matchers[system.matcher]
-            record = make_record(system, features[system], matcher, task, machine) | common
+            record = make_record(system, features[system], matchers[system], task, machine)
+            record |= common
             append_record(output, record | provenance(system, machine))
             bar.update()
             tqdm.write(describe(system, record))
@@ -339,7 +339,7 @@ def conclude(
     task: Task,
     output: Path,
     features: dict[System, SystemFeatures],
-    matchers: dict[str, Matcher],
+    matchers: dict[System, Matcher],
     timings: list[Measured],
 ) -> int:
     """Print the tables, write them, the plots and the page of the worst pairs."""
@@ -355,7 +355,7 @@ def conclude(
 
         def draw(outcome: Outcome, row: dict) -> np.ndarray:
             system = outcome.system
-            return task.picture(row, features[system].read, matchers[system.matcher])
+            return task.picture(row, features[system].read, matchers[system])
 
         print(f"wrote {write_page(folder, measured, args.worst, draw)}")
     return int(not measured)

@@ -266,10 +266,17 @@ class FileExtractor:
         return create_extractor(row.backend, self.system.spec(machine, path))
 
 
-def open_matcher(name: str, machine: Machine) -> Matcher:
-    """The matcher of this name; LightGlue, always in float32, where the systems run."""
+def open_matchers(systems: Sequence[System], machine: Machine) -> dict[System, Matcher]:
+    """The matcher of each system; LightGlue in the system's precision, once for all of one."""
+    opened: dict[tuple[str, str], Matcher] = {}
+    for kind in {(system.matcher, system.precision) for system in systems}:
+        opened[kind] = _open_matcher(*kind, machine)
+    return {system: opened[system.matcher, system.precision] for system in systems}
+
+
+def _open_matcher(name: str, precision: str, machine: Machine) -> Matcher:
     if name == "lightglue":
-        return LightGlue.from_pretrained(machine.matcher_weights, machine.device)
+        return LightGlue.from_pretrained(machine.matcher_weights, machine.device, precision)
     return RatioMatcher() if name == "ratio" else MUTUAL
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from aliked.configs import Spec
 from aliked.errors import InputError, missing_package, shown
 from aliked.features import Extractor
+from aliked.matching import PairRuntime
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Backend:
     precisions: tuple[str, ...] = ("fp32", "fp16")
     suffix: str | None = None  # of the model files that are made for it
     compiles: bool = False  # when it first runs, and keeps the result
+    lightglue: bool = False  # whether it runs LightGlue: `open_runtime` of MODULE_lightglue
 
     def load(self) -> type[Extractor]:
         """Return the class, its module and library imported."""
@@ -37,17 +39,30 @@ class Backend:
 
 ANYWHERE = ("cpu", "cuda")
 BACKENDS = {
-    "pytorch": Backend("pytorch", "PyTorchExtractor", devices=ANYWHERE),
+    "pytorch": Backend("pytorch", "PyTorchExtractor", devices=ANYWHERE, lightglue=True),
     "pytorch-amp": Backend("pytorch", "AutocastExtractor", devices=ANYWHERE, precisions=("fp16",)),
-    "pytorch-compile": Backend("pytorch", "CompiledExtractor", devices=ANYWHERE, compiles=True),
-    "pytorch-cudagraph": Backend("pytorch", "CapturedExtractor"),
+    "pytorch-compile": Backend(
+        "pytorch", "CompiledExtractor", devices=ANYWHERE, compiles=True, lightglue=True
+    ),
+    "pytorch-cudagraph": Backend("pytorch", "CapturedExtractor", lightglue=True),
     "aotinductor": Backend("aotinductor", "PackageExtractor", devices=ANYWHERE, suffix=".pt2"),
-    "onnxruntime": Backend("onnxruntime", "ONNXRuntimeExtractor", devices=ANYWHERE, suffix=".onnx"),
+    "onnxruntime": Backend(
+        "onnxruntime", "ONNXRuntimeExtractor", devices=ANYWHERE, suffix=".onnx", lightglue=True
+    ),
     "onnxruntime-cpu": Backend(
-        "onnxruntime", "ONNXRuntimeExtractor", {"provider": "cpu"}, ("cpu",), suffix=".onnx"
+        "onnxruntime",
+        "ONNXRuntimeExtractor",
+        {"provider": "cpu"},
+        ("cpu",),
+        suffix=".onnx",
+        lightglue=True,
     ),
     "onnxruntime-cuda": Backend(
-        "onnxruntime", "ONNXRuntimeExtractor", {"provider": "cuda"}, suffix=".onnx"
+        "onnxruntime",
+        "ONNXRuntimeExtractor",
+        {"provider": "cuda"},
+        suffix=".onnx",
+        lightglue=True,
     ),
     "onnxruntime-tensorrt": Backend(
         "onnxruntime", "ONNXRuntimeExtractor", {"provider": "tensorrt"}, suffix=".onnx"
@@ -66,16 +81,21 @@ BACKENDS = {
         "tensorrt", "TensorRTExtractor", {"library": "tensorrt-lean"}, suffix=".trt"
     ),
     "tensorrt-rtx": Backend(
-        "tensorrt", "TensorRTExtractor", {"library": "tensorrt-rtx"}, suffix=".rtx"
+        "tensorrt",
+        "TensorRTExtractor",
+        {"library": "tensorrt-rtx"},
+        suffix=".rtx",
+        lightglue=True,
     ),
     "tensorrt-rtx-cudagraph": Backend(
         "tensorrt",
         "TensorRTExtractor",
         {"library": "tensorrt-rtx", "cuda_graph": True},
         suffix=".rtx",
+        lightglue=True,
     ),
     "torch-tensorrt": Backend("pytorch", "TorchTensorRTExtractor"),
-    "fused": Backend("fused", "FusedExtractor", compiles=True),
+    "fused": Backend("fused", "FusedExtractor", compiles=True, lightglue=True),
 }
 
 
@@ -106,3 +126,21 @@ def create_extractor(name: str, spec: Spec) -> Extractor:
     if reason:
         raise InputError(f"backend {name} cannot run here: {reason}")
     return backend.load().from_spec(spec, name, **backend.options)
+
+
+def create_pair_runtime(
+    name: str, graph: str, spec: Spec, matcher_weights: Path | None, size: tuple[int, int]
+) -> PairRuntime:
+    """The runtime of LightGlue alone ("matcher") or of two images to matches ("pair").
+
+    `size` is (width, height) of both images. `InputError` where the backend does not run it here.
+    """
+    backend = get_backend(name)
+    if not backend.lightglue:
+        able = ", ".join(other for other, known in BACKENDS.items() if known.lightglue)
+        raise InputError(f"backend {name} does not run LightGlue; choose one of {able}")
+    reason = backend.unavailable()
+    if reason:
+        raise InputError(f"backend {name} cannot run here: {reason}")
+    module = importlib.import_module(f"{__name__}.{backend.module}_lightglue")
+    return module.open_runtime(name, graph, spec, matcher_weights, size, **backend.options)

@@ -3,23 +3,23 @@
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from aliked.backends import Spec
 from aliked.backends.fused import FusedExtractor
+from aliked.backends.pytorch import capture, choose_device
+from aliked.backends.pytorch_lightglue import Captured, MatcherGraph, TorchPairRuntime
 from aliked.configs import get_config
 from aliked.errors import InputError
 from aliked.features import check_image
 from aliked.lightglue import LightGlue
 from aliked.lightglue import Output as Matched
-from aliked.matching import PairMatches, matches_of_rows
+from aliked.matching import Arrays, PairMatches, PairRuntime, matches_of_rows
 from aliked.model import Output
 from aliked.transfer import download, upload
-
-WARMUP_RUNS = 3  # compilers and libraries choose and allocate in the first ones
 
 
 class Found(NamedTuple):
@@ -98,12 +98,17 @@ class Plan:
         ]
         self.matcher = pair.matcher
         self.masked: torch.cuda.CUDAGraph | None = None
-        self.graph, (self.found, self.packed) = capture(functools.partial(self._run, pair.extract))
+        self.graph, (self.found, self.matched, self.packed) = capture(
+            functools.partial(self._run, pair.extract)
+        )
         self.counts = tuple(scores.shape[1] for scores in self.found.scores)
 
-    def _run(self, extract: Callable[[torch.Tensor], Output]) -> tuple[Found, torch.Tensor]:
+    def _run(
+        self, extract: Callable[[torch.Tensor], Output]
+    ) -> tuple[Found, Matched, torch.Tensor]:
         found = find(extract, self.batches)
-        return found, pack(found, match(self.matcher, found, self.sizes, masked=False))
+        matched = match(self.matcher, found, self.sizes, masked=False)
+        return found, matched, pack(found, matched)
 
     def _run_masked(self) -> torch.Tensor:
         matched = match(self.matcher, self.found, self.sizes, masked=True)
@@ -116,39 +121,22 @@ class Plan:
         self.masked.replay()
 
 
-def capture(run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """Run on a side stream, which compiles and allocates, then record the same run as a graph.
+def open_matcher(precision: str, weights: str | Path | None, device: torch.device) -> LightGlue:
+    """LightGlue as it is fastest in a CUDA graph: with merged kernels in half precision."""
+    if precision == "fp32":
+        return LightGlue.from_pretrained(weights, device)
+    from aliked.fused.lightglue import FusedLightGlue  # here, as it imports triton
 
-    Returns the graph and what `run` returned, whose tensors each replay overwrites.
-    """
-    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-    side.wait_stream(current)
-    with torch.cuda.stream(side):
-        for _ in range(WARMUP_RUNS):
-            run()
-    current.wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # others may allocate
-        result = run()
-    return graph, result
+    return FusedLightGlue.from_pretrained(weights, device, precision)
 
 
 class FusedPair:
-    """One ALIKED model and LightGlue on one GPU; the first pair of each two sizes waits.
+    """One ALIKED model and LightGlue on one GPU; the first pair of each two sizes waits."""
 
-    `compile_mode` is that of `torch.compile` for the matcher, without CUDA graphs of its own, or
-    None for PyTorch's own kernels.
-    """
-
-    def __init__(
-        self,
-        spec: Spec,
-        matcher_weights: str | Path | None = None,
-        compile_mode: str | None = "max-autotune-no-cudagraphs",
-    ) -> None:
+    def __init__(self, spec: Spec, matcher_weights: str | Path | None = None) -> None:
         extractor = FusedExtractor(spec)
         self.device, self.extract = extractor.device, extractor.run
-        self.matcher = LightGlue.from_pretrained(matcher_weights, self.device, spec.precision)
+        self.matcher = open_matcher(spec.precision, matcher_weights, self.device)
         if get_config(spec.model).dim != self.matcher.descriptor_dim:
             raise InputError(
                 f"LightGlue matches descriptors of length {self.matcher.descriptor_dim}, which "
@@ -156,14 +144,16 @@ class FusedPair:
             )
         if spec.top_k <= 0:
             raise InputError("a CUDA graph has a fixed number of keypoints; pass --top_k")
-        if compile_mode is not None:
-            self.matcher = torch.compile(
-                self.matcher, fullgraph=True, dynamic=False, mode=compile_mode
-            )
         self.plans: dict[tuple, Plan] = {}
 
     def __call__(self, image0: np.ndarray, image1: np.ndarray) -> PairMatches:
-        """Two images, uint8 [H, W, 3] RGB, to their keypoints and matches, copies included.
+        """Two images, uint8 [H, W, 3] RGB, to their keypoints and matches, copies included."""
+        rows = self.rows(image0, image1)
+        matches = matches_of_rows(rows.partners, rows.match_scores)
+        return PairMatches(rows.keypoints0.copy(), rows.keypoints1.copy(), matches)
+
+    def rows(self, image0: np.ndarray, image1: np.ndarray) -> Unpacked:
+        """The same, fill-ins included, in arrays that share memory.
 
         Where an image has fewer than K keypoints, they are matched once more without the others.
         """
@@ -178,8 +168,7 @@ class FusedPair:
             if rows.has_fill_ins:
                 plan.match_masked()
                 rows = unpack(*download([plan.packed]), plan.counts)
-        matches = matches_of_rows(rows.partners, rows.match_scores)
-        return PairMatches(rows.keypoints0.copy(), rows.keypoints1.copy(), matches)
+        return rows
 
     @torch.no_grad()  # inference mode would bind every call: it alone may write to its tensors
     def plan(self, shape0: tuple[int, ...], shape1: tuple[int, ...]) -> Plan:
@@ -188,3 +177,51 @@ class FusedPair:
         if key not in self.plans:
             self.plans[key] = Plan(self, key)
         return self.plans[key]
+
+
+class FusedPairRuntime(PairRuntime):
+    """`FusedPair` for images of one size; `infer` takes every row for a keypoint."""
+
+    def __init__(self, pair: FusedPair, size: tuple[int, int]) -> None:
+        self.name, self.pair, self.device = "fused", pair, pair.device
+        shape = (*size[::-1], 3)
+        with torch.cuda.device(self.device):
+            self.plan = pair.plan(shape, shape)
+
+    def to_device(self, inputs: Arrays) -> torch.Tensor:
+        """Both images, uint8 [2, H, W, 3]."""
+        return upload(np.concatenate([inputs["image0"], inputs["image1"]]), self.device)
+
+    def infer(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The outputs by name; the next call overwrites them."""
+        plan = self.plan
+        with torch.cuda.device(self.device):
+            plan.batches[0].copy_(batch)
+            plan.graph.replay()
+        keypoints0, keypoints1 = plan.found.keypoints
+        return {"keypoints0": keypoints0, "keypoints1": keypoints1, **plan.matched._asdict()}
+
+    def __call__(self, inputs: Arrays) -> Arrays:
+        """Arrays in host memory to the outputs, copies included."""
+        rows = self.pair.rows(inputs["image0"][0], inputs["image1"][0])
+        return {
+            "keypoints0": rows.keypoints0[None],
+            "keypoints1": rows.keypoints1[None],
+            "matches0": rows.partners[None],
+            "scores0": rows.match_scores[None],
+        }
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        torch.cuda.synchronize(self.device)
+
+
+def open_runtime(
+    name: str, graph: str, spec: Spec, matcher_weights: Path | None, size: tuple[int, int]
+) -> PairRuntime:
+    """The fused kernels for images of `size`, (width, height)."""
+    if graph == "pair":
+        return FusedPairRuntime(FusedPair(spec, matcher_weights), size)
+    device = choose_device(spec.device, "cuda")
+    network = MatcherGraph(open_matcher(spec.precision, matcher_weights, device))
+    return TorchPairRuntime(name, device, network, Captured(network, spec))

@@ -2,21 +2,27 @@
 
 import abc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from onnxruntime import OrtValue
 
-from aliked.backends.onnxruntime import choose_providers, open_session
+from aliked.backends import Spec
+from aliked.backends.onnxruntime import CPU, PROVIDERS, Providers, choose_providers, open_session
 from aliked.errors import InputError
 from aliked.features import Features, check_image
 from aliked.files import as_path
 from aliked.matching import (
     NO_MATCHES,
+    Arrays,
     Matcher,
     Matches,
     PairMatches,
+    PairRuntime,
     Size,
     check_matchable,
     matches_of_rows,
+    padded_rows,
 )
 
 MATCHES = ["matches0", "scores0"]
@@ -81,13 +87,7 @@ class ONNXRuntimeMatcher(MatcherSession):
                 f"an image has {count} keypoints, but {self.path} matches at most {rows}; "
                 f"export it with --top_k {count}, or extract fewer"
             )
-        padding = ((0, rows - count), (0, 0))
-        return {
-            "keypoints": np.pad(features.keypoints, padding),
-            "descriptors": np.pad(features.descriptors, padding),
-            "mask": np.arange(rows) < count,
-            "size": np.asarray(size, np.float32),
-        }
+        return padded_rows(features, size, rows)
 
 
 class ColmapMatcher(MatcherSession):
@@ -149,3 +149,48 @@ class ONNXRuntimePair:
         if uint8:
             return np.ascontiguousarray(image[None])
         return image.transpose(2, 0, 1)[None].astype(np.float32) / np.float32(255)
+
+
+class ONNXRuntimePairRuntime(PairRuntime):
+    """A file of one of `GRAPHS` on one provider; on a GPU its inputs and outputs stay there."""
+
+    def __init__(self, name: str, path: Path, providers: Providers) -> None:
+        (provider, options), *others = providers
+        self.session = open_session(path, provider, options, others)
+        self.device = "cpu" if provider == CPU else "cuda"
+        self.name, self.device_id = name, int(options.get("device_id", 0))
+        self.outputs = [tensor.name for tensor in self.session.get_outputs()]
+
+    def __call__(self, inputs: Arrays) -> Arrays:
+        """Arrays in host memory to the outputs, copies included."""
+        return dict(zip(self.outputs, self.session.run(self.outputs, inputs), strict=True))
+
+    def to_device(self, inputs: Arrays) -> Any:
+        """A binding with the inputs, and room for the outputs, on the device."""
+        binding = self.session.io_binding()
+        for name, rows in inputs.items():
+            value = OrtValue.ortvalue_from_numpy(rows, self.device, self.device_id)
+            binding.bind_ortvalue_input(name, value)
+        for name in self.outputs:
+            binding.bind_output(name, self.device, self.device_id)
+        return binding
+
+    def infer(self, batch: Any) -> dict[str, Any]:
+        """The outputs by name, on the device."""
+        self.session.run_with_iobinding(batch)
+        return dict(zip(self.outputs, batch.get_outputs(), strict=True))
+
+    def synchronize(self) -> None:
+        """Nothing to wait for: a run returns when it has finished."""
+
+
+def open_runtime(
+    name: str,
+    graph: str,
+    spec: Spec,
+    matcher_weights: Path | None,
+    size: tuple[int, int],
+    provider: str | None = None,
+) -> ONNXRuntimePairRuntime:
+    """The file `spec.model_path`, which holds the weights, on a provider."""
+    return ONNXRuntimePairRuntime(name, Path(spec.model_path), PROVIDERS[provider][1](spec))

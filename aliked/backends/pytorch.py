@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -168,7 +168,24 @@ class CompiledExtractor(ForwardExtractor):
         super().__init__(name, device, lambda batch: named(compiled(batch)))
 
 
-WARMUP_RUNS = 3  # cuDNN and cuBLAS choose and allocate in the first ones
+WARMUP_RUNS = 3  # compilers and libraries choose and allocate in the first ones
+
+
+def capture(run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """Run on a side stream, which compiles and allocates, then record the same run as a graph.
+
+    Returns the graph and what `run` returned, whose tensors each replay overwrites.
+    """
+    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        for _ in range(WARMUP_RUNS):
+            run()
+    current.wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # others may allocate
+        result = run()
+    return graph, result
 
 
 class Captured(NamedTuple):
@@ -197,15 +214,8 @@ class CapturedForward:
 
     def _capture(self, batch: torch.Tensor) -> Captured:
         with torch.cuda.device(self.device):
-            images, graph = batch.clone(), torch.cuda.CUDAGraph()
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(WARMUP_RUNS):
-                    self.model(images)
-            torch.cuda.current_stream().wait_stream(side)
-            with torch.cuda.graph(graph):
-                outputs = named(self.model(images))
+            images = batch.clone()
+            graph, outputs = capture(lambda: named(self.model(images)))
         return Captured(graph, images, outputs)
 
 

@@ -3,16 +3,20 @@
 import functools
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from aliked.backends import Spec
 from aliked.backends.pytorch import NamedOutputs, choose_device, load_model, plain_float32
-from aliked.export.builder import BuildOptions
+from aliked.backends.tensorrt_library import RTX
+from aliked.export.builder import BuildOptions, build_plan
 from aliked.export.engine import Request, convert, read_source
+from aliked.export.lightglue import MatcherOptions, PairOptions, export_matcher, export_pair
 from aliked.export.onnx_export import ExportOptions, export_onnx
 from aliked.files import whole_file
+from aliked.lightglue import LightGlue
 from aliked.model import to_tensor
 
 Shape = tuple[int, int, int]  # B, H, W
@@ -63,6 +67,31 @@ def build_package(spec: Spec, shape: Shape, path: Path) -> None:
             package_path=str(partial),
             inductor_configs={"aot_inductor.metadata": noted},
         )
+
+
+def build_lightglue_file(
+    spec: Spec, graph: str, size: tuple[int, int], matcher_weights: Path | None, path: Path
+) -> None:
+    """Export LightGlue alone ("matcher") or behind the model ("pair") to `path`, ONNX or engine.
+
+    For `spec.top_k` keypoints and images of `size`, (width, height). An engine is one of TensorRT
+    for RTX, without a manifest: it is for whoever made it.
+    """
+    matcher = LightGlue.from_pretrained(matcher_weights, precision=spec.precision)
+
+    def export(onnx_path: Path) -> None:
+        if graph == "matcher":
+            export_matcher(matcher, onnx_path, MatcherOptions(spec.top_k))
+        else:
+            model, options = load_model(spec, choose_device("cpu")), PairOptions(size, size)
+            export_pair(model, matcher, onnx_path, replace(options, uint8_input=True))
+
+    if path.suffix == ".onnx":
+        return export(path)
+    with tempfile.TemporaryDirectory() as folder, whole_file(path) as partial:
+        onnx_path = Path(folder) / f"{path.stem}.onnx"
+        export(onnx_path)
+        partial.write_bytes(build_plan(RTX, onnx_path, BuildOptions()))
 
 
 BUILDERS: dict[str, Callable[[Spec, Shape, Path], None]] = {

@@ -21,6 +21,7 @@ from aliked.backends.onnxruntime_lightglue import (
     ONNXRuntimeMatcher,
     ONNXRuntimePair,
 )
+from aliked.backends.pytorch_lightglue import MatcherGraph, PairGraph
 from aliked.configs import STRIDE
 from aliked.errors import InputError
 from aliked.export.deform_conv_onnx import standard_deform_conv
@@ -35,10 +36,11 @@ from aliked.features import Features
 from aliked.files import whole_file
 from aliked.lightglue import LightGlue, Output, filter_matches
 from aliked.matching import Size
-from aliked.model import ALIKED, to_tensor
+from aliked.model import ALIKED
 from aliked.parity import (
     MATCH_FP16,
     MATCH_FP32,
+    PAIR_FP16,
     PAIR_FP32,
     MatchParity,
     Verdict,
@@ -71,27 +73,6 @@ class PairOptions:
     uint8_input: bool = False  # uint8 [B, H, W, 3] instead of float32 [B, 3, H, W]
 
 
-class MatcherGraph(nn.Module):
-    """The default contract: features of two images, padded to K rows, and masks, to `Output`.
-
-    `keypoints` [B, K, 2] in pixels, `descriptors` [B, K, 128], `mask` bool [B, K], True for
-    keypoints, `size` [B, 2], width and height in pixels; each with 0 and 1 behind its name.
-    """
-
-    input_names = tuple(
-        f"{name}{side}" for side in (0, 1) for name in ("keypoints", "descriptors", "mask", "size")
-    )
-    output_names = ("matches0", "scores0")
-
-    def __init__(self, matcher: LightGlue):
-        super().__init__()
-        self.matcher = matcher
-
-    def forward(self, k0, d0, mask0, size0, k1, d1, mask1, size1) -> Output:
-        """The outputs in the order of `output_names`."""
-        return self.matcher(k0, d0, k1, d1, size0, size1, mask0, mask1)
-
-
 class ColmapMatcherGraph(nn.Module):
     """COLMAP's contract: one pair, counts decided when the file runs, outputs without a batch.
 
@@ -108,43 +89,6 @@ class ColmapMatcherGraph(nn.Module):
     def forward(self, k0, k1, d0, d1, size0, size1) -> tuple[torch.Tensor, ...]:
         """The outputs in the order of `output_names`."""
         return tuple(rows[0] for rows in self.matcher(k0, d0, k1, d1, size0, size1))
-
-
-class PairGraph(nn.Module):
-    """Two images to the keypoints of each and their matches.
-
-    `image0` and `image1` are float32 [B, 3, H, W] in [0, 1], or uint8 [B, H, W, 3] with
-    `uint8_input`. Fill-ins have the score 0 and match nothing.
-    """
-
-    input_names = ("image0", "image1")
-    output_names = ("keypoints0", "keypoints1", "matches0", "scores0")
-
-    def __init__(self, model: ALIKED, matcher: LightGlue, options: PairOptions):
-        super().__init__()
-        self.model, self.matcher, self.uint8_input = model, matcher, options.uint8_input
-        self.together = options.size0 == options.size1 and not options.dynamic
-
-    def forward(self, image0: torch.Tensor, image1: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The outputs in the order of `output_names`."""
-        images = (image0, image1)
-        if self.uint8_input:
-            images = tuple(to_tensor(image) for image in images)
-        sizes = (_size_of(image) for image in images)
-        if self.together:
-            output = self.model(torch.cat(images))
-            outputs = zip(*(rows.chunk(2) for rows in output), strict=True)
-        else:
-            outputs = (self.model(image) for image in images)
-        (k0, d0, _, best0, _), (k1, d1, _, best1, _) = outputs
-        return k0, k1, *self.matcher(k0, d0, k1, d1, *sizes, best0 > 0, best1 > 0)
-
-
-def _size_of(images: torch.Tensor) -> torch.Tensor:
-    """Width and height of [B, 3, H, W], float32 [1, 2], from the shape."""
-    height, width = images.shape[-2:]
-    sides = [torch.as_tensor(side, dtype=torch.float32) for side in (width, height)]
-    return torch.stack(sides)[None]
 
 
 def attention_in_steps(q, k, v, bias) -> torch.Tensor:
@@ -222,9 +166,10 @@ def export_pair(
     if model.top_k <= 0:
         raise InputError("a file from images to matches has a fixed number of rows; pass --top_k")
     model, matcher = in_exported_form(model, options.dynamic), copy.copy(matcher)
-    graph = PairGraph(model, matcher, options).eval()
-    sizes = dict(zip(graph.input_names, (options.size0, options.size1), strict=True))
-    inputs = {name: _example_image(size, options) for name, size in sizes.items()}
+    sizes = None if options.dynamic else (options.size0, options.size1)
+    graph = PairGraph(model, matcher, options.uint8_input, sizes).eval()
+    examples = dict(zip(graph.input_names, (options.size0, options.size1), strict=True))
+    inputs = {name: _example_image(size, options) for name, size in examples.items()}
     threshold = matcher.filter_threshold
     with (
         exporting,
@@ -416,7 +361,7 @@ def verify_pair(
     parities = {
         name: _compare_pair(run, model, matcher, image0, image1) for name, image0, image1 in pairs
     }
-    return judge_matches(parities, MATCH_FP16 if precision == "fp16" else PAIR_FP32)
+    return judge_matches(parities, PAIR_FP16 if precision == "fp16" else PAIR_FP32)
 
 
 def _compare_pair(

@@ -1,6 +1,7 @@
 """Timing, its statistics, its records and its processes."""
 
 import dataclasses
+import functools
 import os
 import signal
 import subprocess
@@ -9,15 +10,18 @@ import threading
 import time
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from msgspec.structs import replace
 
+from aliked.matching import Matches, PairRuntime
 from aliked.parity import NO_TIES
 from aliked.ties import Expected
 from benchmark import artifacts, measure, process, runner
 from benchmark.environment import Describe, ProcessMemory
 from benchmark.measure import Batches, WrongAnswer, merged
+from benchmark.records import Agreement
 from benchmark.rows import Grid, ImageSet
 from benchmark.timing import (
     Limits,
@@ -31,6 +35,7 @@ from benchmark.timing import (
     window_length,
 )
 from tests.helpers.fake_backends import FakeBackend, features_of
+from tests.helpers.fake_backends import Tensor as FakeTensor
 from tests.helpers.timing_records import ROW, measured
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -256,7 +261,8 @@ def measured_here(monkeypatch):
         }
         limits = Limits(repeats=12, warmup=5, max_seconds=5)
         spec = row.spec("cpu", None, None)
-        return measure.measure(row, spec, images, reference, limits, silent)
+        subject = functools.partial(measure.ExtractorSubject, row, spec, images, reference)
+        return measure.measure(subject, spec, limits, silent)
 
     return measure_row
 
@@ -300,6 +306,68 @@ def test_a_gpu_row_that_runs_on_the_cpu_is_found_out(measured_here):
 
 
 # -- processes --
+
+
+class FakePairs(PairRuntime):
+    """LightGlue without a network: each image's keypoints match those of the same number."""
+
+    name, device = "fake", "cpu"
+
+    def __init__(self, matched: int):
+        self.matched = matched
+
+    def __call__(self, inputs):
+        count = inputs["mask0"].shape[1]
+        matches = np.where(np.arange(count) < self.matched, np.arange(count), -1)
+        return {"matches0": matches[None], "scores0": np.full((1, count), 0.5, np.float32)}
+
+    def to_device(self, inputs):
+        return inputs
+
+    def infer(self, batch):
+        time.sleep(1e-4)
+        return {name: FakeTensor(rows) for name, rows in self(batch).items()}
+
+    def synchronize(self):
+        pass
+
+
+@pytest.fixture
+def pair_measured_here(monkeypatch):
+    """Measures LightGlue alone, faked, beside the first 100 keypoints matched in their order."""
+
+    def measure_row(matched: int) -> dict:
+        row = replace(ROW, graph="matcher")
+        monkeypatch.setattr(measure, "create_pair_runtime", lambda *_: FakePairs(matched))
+        images = {f"{i}.png": np.full((row.height, row.width, 3), i, np.uint8) for i in range(3)}
+        reference = {
+            name: Expected(features_of(image, row.top_k), NO_TIES) for name, image in images.items()
+        }
+        order = np.arange(100)
+        expected = [Matches(np.stack([order, order], 1), np.full(100, 0.5, np.float32))] * 2
+        spec = row.spec("cpu", None, None)
+        subject = functools.partial(
+            measure.PairSubject, row, spec, images, reference, expected, None
+        )
+        return measure.measure(subject, spec, Limits(repeats=12, warmup=5, max_seconds=5), silent)
+
+    return measure_row
+
+
+def test_a_row_of_lightglue_is_of_each_image_with_the_next(pair_measured_here):
+    result = pair_measured_here(matched=100)
+    assert result["ranked"] and result["matches"] == 100
+    assert result["parity"]["matches_in_common"] == 1
+    assert result["parity"]["compared"] == 2 * 2  # both clocks, two pairs of three images
+    mean = result["compute_ms"]["mean"]
+    assert result["images_per_second"]["compute"] == pytest.approx(2000 / mean)
+    msgspec.convert(result["parity"], Agreement)
+
+
+def test_wrong_matches_are_measured_but_not_ranked(pair_measured_here):
+    result = pair_measured_here(matched=90)
+    assert not result["ranked"] and result["parity"]["matches_in_common"] == 0.9
+    assert "10 matches lost" in result["parity"]["reasons"][0]
 
 
 def test_what_a_task_returns_comes_back():

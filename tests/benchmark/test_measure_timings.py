@@ -18,6 +18,7 @@ from benchmark.records import load_records
 from benchmark.rows import load_image_sets
 from tests.helpers.small_models import write_small_model
 
+LIGHTGLUE = ["--matcher", "lightglue", "--model", "aliked-n16"]
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ["--model", "aliked-t16", "--top_k", "50", "--device", "cpu"]
 QUICK += ["--repeats", "10", "--warmup", "3", "--max_seconds", "1", "--processes", "2"]
@@ -159,6 +160,20 @@ def test_a_file_of_another_model_is_caught(photographs, weights_dir, tmp_path):
         (
             ["assets/sequence_640x480/000000.jpg", "--min_similarity", "0.5"],
             "--min_similarity matches an image with the next",
+        ),
+        (["assets/sequence_640x480", "--matcher_weights", "a"], "pass --matcher lightglue"),
+        (["assets/sequence_640x480", "--matcher", "lightglue"], "64 long"),
+        (["assets/sequence_640x480/000000.jpg", *LIGHTGLUE], "give two of each size"),
+        (["assets/sequence_640x480", *LIGHTGLUE, "--batch", "2"], "leave --batch out"),
+        (["assets/sequence_640x480", *LIGHTGLUE, "--min_similarity", "0"], "leave --min_sim"),
+        (["assets/sequence_640x480", *LIGHTGLUE, "--model_path", "a.onnx"], "leave --model_path"),
+        (
+            ["assets/sequence_640x480", *LIGHTGLUE, "--top_k", "0", "--scores_th", "0.2"],
+            "leave --top_k 0 out",
+        ),
+        (
+            ["assets/sequence_640x480", *LIGHTGLUE, "--backends", "aotinductor"],
+            "aotinductor does not run LightGlue",
         ),
     ],
 )

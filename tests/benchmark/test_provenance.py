@@ -1,6 +1,7 @@
 """What decides whether a number may be believed: keys of what is kept, and what a record says."""
 
 import dataclasses
+import functools
 import gc
 import shutil
 import subprocess
@@ -223,10 +224,11 @@ def measured_by(monkeypatch):
 
     def run(extractor, row=SMALL) -> dict:
         monkeypatch.setattr(measure, "create_extractor", lambda *_: extractor)
-        monkeypatch.setattr(measure, "compare", lambda *_: {"passed": True})
+        monkeypatch.setattr(measure.ExtractorSubject, "parity", lambda _: {"passed": True})
         images = {"a.png": np.zeros((row.height, row.width, 3), np.uint8)}
         spec, limits = row.spec("cpu", None, None), Limits(10, 3, 5.0)
-        return measure.measure(row, spec, images, {}, limits, lambda *_: None)
+        subject = functools.partial(measure.ExtractorSubject, row, spec, images, {})
+        return measure.measure(subject, spec, limits, lambda *_: None)
 
     return run
 
@@ -280,12 +282,12 @@ def test_what_a_gpu_runtime_leaves_to_the_processor_is_a_problem(measured_by):
     extractor = FakeExtractor(Spec(top_k=50))
     nodes = {"CPUExecutionProvider": Counter(Conv=2, Shape=5)}
     extractor.placement = lambda: nodes
-    subject = SimpleNamespace(row=replace(ROW, device="cuda"), extractor=extractor)
+    subject = SimpleNamespace(row=replace(ROW, device="cuda"), runtime=extractor)
     assert measure.stray_nodes(subject) == "part of the model ran on the CPU: 2 Conv"
     nodes["CPUExecutionProvider"] = Counter(Shape=5)
     assert measure.stray_nodes(subject) is None
     nodes["CPUExecutionProvider"] = Counter(Conv=2)
-    on_cpu = SimpleNamespace(row=ROW, extractor=extractor)
+    on_cpu = SimpleNamespace(row=ROW, runtime=extractor)
     assert measure.stray_nodes(on_cpu) is None
     extractor.device = "cuda"
     result = measured_by(extractor, replace(ROW, top_k=50, device="cuda"))

@@ -24,6 +24,7 @@ from evaluation.systems import (
     System,
     SystemFeatures,
     features_key,
+    open_matchers,
     systems_from,
 )
 from tests.helpers.small_models import write_small_model
@@ -229,6 +230,13 @@ def test_matchers_share_the_features(tmp_path):
     both = [system, replace(system, matcher="ratio")]
     features = open_features(tmp_path, both, MACHINE)
     assert features[both[0]] is features[both[1]]
+
+
+def test_lightglue_matches_in_the_precision_of_the_system(monkeypatch):
+    monkeypatch.setattr(systems.LightGlue, "from_pretrained", lambda *arguments: arguments[2])
+    texts, matchers = ["pytorch:fp32", "pytorch:fp16"], ["mutual", "lightglue"]
+    found = systems_from(texts, ["aliked-n16"], "cpu", Selection(500), matchers)
+    assert list(open_matchers(found, MACHINE).values()) == [MUTUAL, "fp32", MUTUAL, "fp16"]
 
 
 def test_the_ratio_test_keeps_what_is_clearly_nearest():

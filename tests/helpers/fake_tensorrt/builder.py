@@ -4,8 +4,10 @@ Building itself is tested with the real TensorRT for RTX (`tests/export/test_eng
 the options that it does not have, and the flags by which versions 10 and 11 differ.
 """
 
+import io
 import json
 from pathlib import Path
+from typing import IO
 
 import onnx
 
@@ -14,9 +16,9 @@ from tests.helpers.fake_tensorrt.names import Overridable, Strict, require
 TIMING_CACHE = b"timings of "
 
 
-def pack(onnx_path: Path, **header) -> bytes:
+def pack(onnx_file: Path | IO[bytes], **header) -> bytes:
     """An engine of the stand-in: how it was built, and the ONNX file that ONNX Runtime runs."""
-    model = onnx.shape_inference.infer_shapes(onnx.load(onnx_path))
+    model = onnx.shape_inference.infer_shapes(onnx.load(onnx_file))
     return b"plan" + json.dumps(header).encode() + b"\0" + model.SerializeToString()
 
 
@@ -46,7 +48,7 @@ class INetworkDefinition(Strict):
     """What the parser fills."""
 
     def __init__(self, flags: list[str]) -> None:
-        self._flags, self._path = flags, None
+        self._flags, self._file = flags, None
 
     def get_input(self, index: int) -> ITensor:
         return ITensor()
@@ -63,7 +65,11 @@ class OnnxParser(Strict):
         self._network = network
 
     def parse_from_file(self, model: str) -> bool:
-        self._network._path = model
+        self._network._file = model
+        return True
+
+    def parse(self, model: bytes) -> bool:
+        self._network._file = io.BytesIO(model)
         return True
 
     def get_used_vc_plugin_libraries(self) -> list[str]:
@@ -175,7 +181,7 @@ class Builder(Strict):
         ampere = self._module.HardwareCompatibilityLevel.AMPERE_PLUS
         detailed = self._module.ProfilingVerbosity.DETAILED
         plan = pack(
-            network._path,
+            network._file,
             version=self._module.__version__,
             gpu=self._module._machine.gpus[0],
             version_compatible="VERSION_COMPATIBLE" in flags,

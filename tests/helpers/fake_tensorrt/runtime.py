@@ -188,7 +188,10 @@ class EngineInspector(Strict):
 
 
 class IExecutionContext(Strict):
-    """Runs the session on what lies at the addresses, when the stream gets there."""
+    """Runs the session on what lies at the addresses, when the stream gets there.
+
+    One of several inputs has shapes that are fixed, as all others have.
+    """
 
     WRITABLE = ("nvtx_verbosity",)
 
@@ -198,7 +201,7 @@ class IExecutionContext(Strict):
         detailed = engine._header["detailed"]
         self.nvtx_verbosity = levels.DETAILED if detailed else levels.LAYER_NAMES_ONLY
         self._addresses: dict[str, int] = {}
-        (self._input,) = engine._inputs.values()
+        self._input = next(iter(engine._inputs.values()))
         self._fixed = engine.get_tensor_shape(self._input.name)
         self._shape = None if -1 in self._fixed else self._fixed
 
@@ -251,13 +254,13 @@ class IExecutionContext(Strict):
         return True
 
     def _work(self, shape: tuple[int, ...], addresses: dict[str, int]) -> None:
-        shapes = {self._input.name: shape, **output_shapes(self._engine, shape)}
+        shapes = input_shapes(self._engine, shape) | output_shapes(self._engine, shape)
         view = {
             name: self._machine.view(address, shapes[name], numpy_type(self._engine, name))
             for name, address in addresses.items()
         }
         names = list(self._engine._outputs)
-        results = self._engine._session.run(names, {self._input.name: view[self._input.name]})
+        results = self._engine._session.run(names, {n: view[n] for n in self._engine._inputs})
         for name, result in zip(names, results, strict=True):
             view[name][...] = result
 
@@ -267,10 +270,16 @@ def numpy_type(engine: ICudaEngine, name: str) -> np.dtype:
     return np.dtype(engine._module.nptype(engine.get_tensor_dtype(name)))
 
 
+def input_shapes(engine: ICudaEngine, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """The inputs' shapes, `shape` the first's."""
+    first, *others = engine._inputs
+    return {first: shape, **{name: engine.get_tensor_shape(name) for name in others}}
+
+
 @functools.cache
 def output_shapes(engine: ICudaEngine, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     """What a run on zeros of this shape gives."""
-    (name,) = engine._inputs
-    names = list(engine._outputs)
-    results = engine._session.run(names, {name: np.zeros(shape, numpy_type(engine, name))})
+    shapes, names = input_shapes(engine, shape), list(engine._outputs)
+    zeros = {name: np.zeros(own, numpy_type(engine, name)) for name, own in shapes.items()}
+    results = engine._session.run(names, zeros)
     return {name: result.shape for name, result in zip(names, results, strict=True)}

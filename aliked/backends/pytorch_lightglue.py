@@ -1,0 +1,169 @@
+"""LightGlue alone, and two images to matches, in PyTorch: eager, compiled, as a CUDA graph."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from aliked.backends import Spec
+from aliked.backends.pytorch import capture, choose_device, load_model
+from aliked.lightglue import LightGlue, Output
+from aliked.matching import Arrays, PairRuntime
+from aliked.model import ALIKED, plain_float32, to_tensor
+from aliked.transfer import download
+
+Sizes = tuple[tuple[int, int], tuple[int, int]]  # (width, height) of two images, pixels
+
+
+class MatcherGraph(nn.Module):
+    """The default contract: features of two images, padded to K rows, and masks, to `Output`.
+
+    `keypoints` [B, K, 2] in pixels, `descriptors` [B, K, 128], `mask` bool [B, K], True for
+    keypoints, `size` [B, 2], width and height in pixels; each with 0 and 1 behind its name.
+    """
+
+    input_names = tuple(
+        f"{name}{side}" for side in (0, 1) for name in ("keypoints", "descriptors", "mask", "size")
+    )
+    output_names = ("matches0", "scores0")
+
+    def __init__(self, matcher: LightGlue):
+        super().__init__()
+        self.matcher = matcher
+
+    def forward(self, k0, d0, mask0, size0, k1, d1, mask1, size1) -> Output:
+        """The outputs in the order of `output_names`."""
+        return self.matcher(k0, d0, k1, d1, size0, size1, mask0, mask1)
+
+
+class PairGraph(nn.Module):
+    """Two images to the keypoints of each and their matches.
+
+    `image0` and `image1` are float32 [B, 3, H, W] in [0, 1], or uint8 [B, H, W, 3] with
+    `uint8_input`. Fill-ins have the score 0 and match nothing.
+    """
+
+    input_names = ("image0", "image1")
+    output_names = ("keypoints0", "keypoints1", "matches0", "scores0")
+
+    def __init__(
+        self, model: ALIKED, matcher: LightGlue, uint8_input: bool, sizes: Sizes | None
+    ) -> None:
+        """`sizes` are each image's (width, height) where fixed; of one size both are a batch."""
+        super().__init__()
+        self.model, self.matcher, self.uint8_input = model, matcher, uint8_input
+        self.together = sizes is not None and sizes[0] == sizes[1]
+        for side in (0, 1):
+            size = sizes and torch.tensor([sizes[side]], dtype=torch.float32)
+            self.register_buffer(f"size{side}", size, persistent=False)
+
+    def forward(self, image0: torch.Tensor, image1: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The outputs in the order of `output_names`."""
+        images = (image0, image1)
+        if self.uint8_input:
+            images = tuple(to_tensor(image) for image in images)
+        sizes = (self.size0, self.size1)
+        if self.size0 is None:
+            sizes = (_size_of(image) for image in images)
+        if self.together:
+            output = self.model(torch.cat(images))
+            outputs = zip(*(rows.chunk(2) for rows in output), strict=True)
+        else:
+            outputs = (self.model(image) for image in images)
+        (k0, d0, _, best0, _), (k1, d1, _, best1, _) = outputs
+        return k0, k1, *self.matcher(k0, d0, k1, d1, *sizes, best0 > 0, best1 > 0)
+
+
+def _size_of(images: torch.Tensor) -> torch.Tensor:
+    """Width and height of [B, 3, H, W], float32 [1, 2], from the shape."""
+    height, width = images.shape[-2:]
+    sides = [torch.as_tensor(side, dtype=torch.float32) for side in (width, height)]
+    return torch.stack(sides)[None]
+
+
+Forward = Callable[..., tuple[torch.Tensor, ...]]
+
+
+def compiled(network: nn.Module, spec: Spec) -> Forward:
+    """The network by Inductor, as `CompiledExtractor` has the model."""
+    torch._dynamo.reset()
+    return torch.compile(network, mode=spec.compile_mode, dynamic=False, fullgraph=True)
+
+
+class Captured:
+    """A network as CUDA graphs, one for each shape of its inputs; a call overwrites the last's."""
+
+    def __init__(self, network: nn.Module, spec: Spec) -> None:
+        self.network = network
+        self.captured: dict[tuple, tuple] = {}
+
+    def __call__(self, *batch: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        """What the network returns of `batch`."""
+        key = tuple(None if rows is None else rows.shape for rows in batch)
+        if key not in self.captured:
+            inputs = [None if rows is None else rows.clone() for rows in batch]
+            self.captured[key] = (inputs, *capture(functools.partial(self.network, *inputs)))
+        inputs, graph, outputs = self.captured[key]
+        for mine, given in zip(inputs, batch, strict=True):
+            if mine is not None:
+                mine.copy_(given)
+        graph.replay()
+        return outputs
+
+
+FORMS: dict[str, Callable[[nn.Module, Spec], Forward]] = {
+    "pytorch": lambda network, spec: network,
+    "pytorch-compile": compiled,
+    "pytorch-cudagraph": Captured,
+}
+
+
+class TorchPairRuntime(PairRuntime):
+    """A network that PyTorch runs on one device."""
+
+    def __init__(
+        self, name: str, device: torch.device, network: nn.Module, forward: Forward
+    ) -> None:
+        """`forward` is what runs the network: itself, or in one of `FORMS`."""
+        self.name, self.device, self.network, self.forward = name, device, network, forward
+
+    def to_device(self, inputs: Arrays) -> list[torch.Tensor | None]:
+        """The inputs in the network's order; masks that hide nothing are left out."""
+        arrays = [inputs[name] for name in self.network.input_names]
+        whole = all(rows.all() for rows in arrays if rows.dtype == bool)
+        return [
+            None if whole and rows.dtype == bool else torch.from_numpy(rows).to(self.device)
+            for rows in arrays
+        ]
+
+    @torch.no_grad()
+    def infer(self, batch: list[torch.Tensor | None]) -> dict[str, torch.Tensor]:
+        """The outputs by name; the next call may overwrite them."""
+        with plain_float32():
+            outputs = self.forward(*batch)
+        return dict(zip(self.network.output_names, outputs, strict=True))
+
+    def __call__(self, inputs: Arrays) -> Arrays:
+        """Arrays in host memory to the outputs, copies included."""
+        outputs = self.infer(self.to_device(inputs))
+        return dict(zip(outputs, download(outputs.values()), strict=True))
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def open_runtime(
+    name: str, graph: str, spec: Spec, matcher_weights: Path | None, size: tuple[int, int]
+) -> TorchPairRuntime:
+    """The backend `name`, one of `FORMS`, for images of `size`, (width, height)."""
+    device = choose_device(spec.device)
+    matcher = LightGlue.from_pretrained(matcher_weights, device, spec.precision)
+    if graph == "matcher":
+        network = MatcherGraph(matcher)
+    else:
+        network = PairGraph(load_model(spec, device), matcher, True, (size, size)).to(device)
+    return TorchPairRuntime(name, device, network, FORMS[name](network, spec))
