@@ -31,7 +31,7 @@ from aliked.cli import (
 from aliked.configs import CONFIGS, PRECISIONS, get_config
 from aliked.download import offer_download
 from aliked.errors import InputError
-from aliked.files import writable_folder
+from aliked.files import real_path, writable_folder
 from aliked.matching import LIGHTGLUE_DIM, MATCHERS, check_descriptor_length
 from benchmark.artifacts import check_model_file
 from benchmark.records import AnyRecord, load_records, only_writer, resume
@@ -365,7 +365,7 @@ def main(args: argparse.Namespace) -> int:
         limits=Limits(args.repeats, args.warmup, args.max_seconds, args.processes),
         weights=args.weights,
         model_path=args.model_path,
-        compiler_cache=args.compiler_cache and args.compiler_cache.resolve(),
+        compiler_cache=args.compiler_cache and real_path(args.compiler_cache),
         min_similarity=args.min_similarity,
         lightglue=args.matcher == "lightglue",
         matcher_weights=args.matcher_weights,

@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import io
 import math
 import os
 import signal
@@ -45,6 +46,9 @@ def run(
     ended it (130 for Ctrl-C, 141 where nobody reads the output any more).
     """
     stop_by_exception()
+    for stream in (sys.stdout, sys.stderr):  # names of files need not be UTF-8
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         status = main(parser.parse_args(arguments)) or 0
     except SystemExit as end:
@@ -125,7 +129,7 @@ def number(low: float, high: float = math.inf, above: bool = False) -> Callable[
         if not (low <= value <= high) or math.isinf(value) or (above and value == low):
             least = f"above {low:g}" if above else f"from {low:g}"
             most = "" if math.isinf(high) else f" to {high:g}"
-            raise argparse.ArgumentTypeError(f"{text} is no number {least}{most}")
+            raise argparse.ArgumentTypeError(f"{text[:40]} is no number {least}{most}")
         return value
 
     return parse
@@ -142,7 +146,7 @@ def whole(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
         if not low <= value <= high:
             most = "" if high == 2**31 - 1 else f", at most {high}"
             raise argparse.ArgumentTypeError(
-                f"{text} is no whole number to go by; give at least {low}{most}"
+                f"{text[:40]} is no whole number to go by; give at least {low}{most}"
             )
         return value
 
@@ -227,8 +231,8 @@ def add_selection_options(group: argparse._ArgumentGroup) -> None:
         "--scores_th",
         type=share,
         metavar="SCORE",
-        help="with --top_k 0: lowest score of a keypoint, 0 to 1, such as 0.2; an image without "
-        "one gives those above its mean score, as in the official code",
+        help="with --top_k 0: lowest score of a keypoint, 0 to 1, such as 0.2; an image in which "
+        "none passes has no keypoint (the official code would take those above its mean score)",
     )
     group.add_argument(
         "--n_limit",
@@ -359,7 +363,7 @@ def matcher_from(args: argparse.Namespace, model: str, mutual_device: str = "cpu
     if args.matcher != "lightglue":
         limit = MIN_SIMILARITY if args.min_similarity is None else args.min_similarity
         return MutualMatcher(limit, mutual_device)
-    from aliked.backends.pytorch import choose_device  # here: mutual matching needs no PyTorch
     from aliked.lightglue import LightGlue
+    from aliked.transfer import choose_device  # here: mutual matching needs no PyTorch
 
     return LightGlue.from_pretrained(args.matcher_weights, choose_device(args.device))

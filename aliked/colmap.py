@@ -6,6 +6,10 @@ of them whole or not at all. A run that was killed goes on where it was.
 
 import contextlib
 import itertools
+import shutil
+import signal
+import sqlite3
+import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
@@ -16,10 +20,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from aliked.errors import InputError, missing_package
+from aliked.errors import InputError, first_line, missing_package
 from aliked.extraction import TURNS
 from aliked.features import Features
-from aliked.images import natural
+from aliked.files import SANE_BYTES, as_path, open_regular, read_text
+from aliked.images import MOST_BYTES, natural
 from aliked.matching import Matcher
 from aliked.store import FeatureStore
 
@@ -28,6 +33,7 @@ CAMERA_MODES = ("auto", "single", "folder", "image")
 FOCAL_FACTOR = 1.2  # times the longer side: COLMAP's guess where EXIF says nothing
 BLOCK = 50  # images a side of a block of pairs, whose descriptors stay in memory
 CACHE_BYTES = 2**30  # of descriptors that are kept for the next pairs
+ROOM_FACTOR, ROOM_BYTES = 3, 2**20  # of the disk for a transaction: rows, journal, indices
 TRANSACTION = 500  # pairs that are written at once: what a kill can lose
 
 MAKE, MODEL, EXIF, GPS = 0x10F, 0x110, 0x8769, 0x8825
@@ -37,10 +43,14 @@ GRAVITY = {0: (0.0, 1.0, 0.0), 1: (-1.0, 0.0, 0.0), 2: (0.0, -1.0, 0.0), 3: (1.0
 
 def _pycolmap() -> Any:
     """The module; `InputError` where it is missing."""
+    stop = signal.getsignal(signal.SIGTERM)
     try:
         import pycolmap
     except ModuleNotFoundError as error:
         raise InputError(f"a COLMAP database needs it: {missing_package(error)}") from error
+    # Its library takes SIGTERM for a crash; it is to stop this process as before.
+    if stop is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stop)
     return pycolmap
 
 
@@ -66,7 +76,8 @@ class Cameras:
 @contextlib.contextmanager
 def open_database(path: Path) -> Iterator[Any]:
     """A COLMAP database, made if it is missing; `InputError` where it is no such file."""
-    colmap = _pycolmap()
+    colmap, path = _pycolmap(), as_path(path)
+    _check_sane(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         level, colmap.logging.minloglevel = colmap.logging.minloglevel, 4  # it is said below
@@ -79,7 +90,61 @@ def open_database(path: Path) -> Iterator[Any]:
             f"{path} cannot be opened as a COLMAP database; name another file"
         ) from error
     with database:
-        yield database
+        try:
+            yield database
+        except (RuntimeError, ValueError) as error:
+            if "sqlite" not in str(error).lower():
+                raise
+            raise InputError(
+                f"{path} is damaged or locked ({first_line(error)}); remove it, or name another "
+                "file"
+            ) from error
+
+
+def _check_sane(path: Path) -> None:
+    """Raise `InputError` for a file that SQLite finds damaged or locked: COLMAP would abort.
+
+    A database that is not there is made, and one of another program is COLMAP's own to refuse.
+    """
+    if not path.exists():
+        return
+    with open_regular(path, most_bytes=None):
+        pass
+    address = f"{path.absolute().as_uri()}?mode=rw"
+    try:
+        with contextlib.closing(sqlite3.connect(address, uri=True)) as database:
+            database.execute("BEGIN IMMEDIATE")  # an error where somebody else is writing
+            database.execute("ROLLBACK")
+            (page,) = database.execute("PRAGMA page_size").fetchone()
+            size, verdict = path.stat().st_size, "ok"
+            if size % page:
+                verdict = "its end is missing"
+            elif size <= SANE_BYTES:  # to read more would take minutes
+                (verdict,) = database.execute("PRAGMA integrity_check(1)").fetchone()
+    except (sqlite3.Error, ValueError) as error:
+        verdict = str(error)
+    if verdict != "ok":
+        raise InputError(
+            f"{path} cannot be opened as a COLMAP database ({verdict[:100]}); close what has it "
+            "open, or name another file"
+        )
+
+
+@contextlib.contextmanager
+def _transaction(path: Path, database: Any, size: int) -> Iterator[None]:
+    """Write about `size` bytes at once, or nothing; `InputError` where the disk has no room.
+
+    COLMAP aborts the process where the disk fills up inside of its transaction.
+    """
+    needed = ROOM_FACTOR * size + ROOM_BYTES
+    free = shutil.disk_usage(path.absolute().parent).free
+    if free < needed:
+        raise InputError(
+            f"the disk of {path} has {free >> 20} MiB left, and the next rows need "
+            f"{needed >> 20}; make room, and pass --resume"
+        )
+    with _pycolmap().DatabaseTransaction(database):
+        yield
 
 
 def write_features(
@@ -130,7 +195,8 @@ class ImageWriter:
         exif = read_exif(self.folder / name)
         shared = self._shares(name, exif, size)
         found = self.database.read_image_with_name(name)
-        with self.colmap.DatabaseTransaction(self.database):
+        bytes_ = features.descriptors.nbytes + in_colmap(features).nbytes
+        with _transaction(path, self.database, bytes_):
             if found is not None:
                 self._compare(path, found, features)
                 if shared is not None:
@@ -239,7 +305,11 @@ def read_exif(path: Path) -> dict[int, Any]:
     Empty where there is none that can be read.
     """
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+        with (
+            warnings.catch_warnings(action="ignore"),
+            open_regular(path, MOST_BYTES) as file,
+            Image.open(file) as image,
+        ):
             tags = image.getexif()
             found = dict(tags) | dict(tags.get_ifd(EXIF))
             position = _position(tags.get_ifd(GPS))
@@ -289,9 +359,9 @@ def sequential_pairs(names: Iterable[str], overlap: int) -> list[tuple[str, str]
 def read_pairs(path: Path, names: Container[str]) -> list[tuple[str, str]]:
     """Pairs of `names` from a file with two in a line, as COLMAP and hloc write them."""
     try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the pairs in {path}; give a text file") from error
+        lines = read_text(path).splitlines()
+    except InputError as error:
+        raise InputError(f"cannot read the pairs: {error}") from error
     pairs: dict[frozenset[str], tuple[str, str]] = {}
     for number, line in enumerate(lines, 1):
         pair = line.split()
@@ -324,14 +394,17 @@ def write_matches(
     with open_database(path) as database:
         numbers = {image.name: image.image_id for image in database.read_all_images()}
         while some := list(itertools.islice(pairs, TRANSACTION)):
-            with _pycolmap().DatabaseTransaction(database):
-                for first, second in some:
-                    ids = [numbers.get(name) for name in (first, second)]
-                    # A file that was skipped is in no pair.
-                    if None not in ids and not database.exists_matches(*ids):
-                        found = matcher.match_prepared(cache[first], cache[second]).indices
-                        database.write_matches(*ids, found.astype(np.uint32))
-                    report()
+            found = {}
+            for first, second in some:
+                ids = numbers.get(first), numbers.get(second)
+                # A file that was skipped is in no pair.
+                if None not in ids and not database.exists_matches(*ids):
+                    matches = matcher.match_prepared(cache[first], cache[second])
+                    found[ids] = matches.indices.astype(np.uint32)
+                report()
+            with _transaction(path, database, sum(rows.nbytes for rows in found.values())):
+                for ids, rows in found.items():
+                    database.write_matches(*ids, rows)
 
 
 class Cache:

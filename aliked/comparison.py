@@ -138,8 +138,11 @@ def _check_selection(side: Side, spec: Spec) -> None:
     export = side.export
     if "top_k" not in export:
         return
-    asked = spec.scores_th, spec.n_limit
-    in_file = export["scores_th"], export["n_limit"]
+    missing = {"scores_th", "n_limit"} - export.keys()
+    if missing:
+        raise InputError(f"{side.path} does not say its {min(missing)}; export the model again")
+    asked = spec.scores_th, spec.n_limit, spec.strict
+    in_file = export["scores_th"], export["n_limit"], export.get("strict", False)
     by_threshold = export["top_k"] <= 0
     if by_threshold == (spec.top_k <= 0) and (in_file == asked or not by_threshold):
         return

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from pathlib import Path
 
-from aliked.errors import InputError
+from aliked.errors import InputError, shown
+from aliked.files import as_path
 
 RADIUS = 2  # pixels: of the suppression and refinement windows, and of the border without keypoints
 STRIDE = 32  # of the coarsest features: images are padded to a multiple of it
@@ -40,7 +41,7 @@ OFFICIAL = tuple(name for name, config in CONFIGS.items() if not config.shipped)
 def get_config(name: str) -> Config:
     """The sizes of variant `name`; `InputError` when there is no such variant."""
     if not isinstance(name, str) or name not in CONFIGS:
-        raise InputError(f"unknown model {name!r}; choose one of {', '.join(CONFIGS)}")
+        raise InputError(f"unknown model {shown(name)}; choose one of {', '.join(CONFIGS)}")
     return CONFIGS[name]
 
 
@@ -51,18 +52,23 @@ class Selection:
     top_k: int = 1000  # the best by score; <= 0: those above `scores_th`
     scores_th: float = 0.2  # lowest score at the maximum, 0 to 1
     n_limit: int = 5000  # most keypoints in threshold mode
+    # A threshold that no score passes gives no keypoint. False, as in the official code: those
+    # above the image's mean score, which are more than a low threshold gives.
+    strict: bool = True
 
     def check(self) -> None:
         """Raise `InputError` where these are no numbers, or none to select by."""
         for name in ("top_k", "n_limit"):
             value = getattr(self, name)
             if not isinstance(value, Integral) or isinstance(value, bool):
-                raise InputError(f"{name} is {value!r}; give a whole number")
+                raise InputError(f"{name} is {shown(value)}; give a whole number")
         th = self.scores_th
         if not isinstance(th, Real) or isinstance(th, bool) or not 0 <= th <= 1:
-            raise InputError(f"scores_th is {th!r}; give a number from 0 to 1")
+            raise InputError(f"scores_th is {shown(th)}; give a number from 0 to 1")
         if self.by_threshold and self.n_limit <= 0:
             raise InputError(f"n_limit is {self.n_limit} in threshold mode; it must be at least 1")
+        if not isinstance(self.strict, bool):
+            raise InputError(f"strict is {shown(self.strict)}; give True or False")
 
     @property
     def by_threshold(self) -> bool:
@@ -79,11 +85,10 @@ class Selection:
         return min(self.limit, (height - 2 * RADIUS) * (width - 2 * RADIUS))
 
     def __str__(self) -> str:
-        return (
-            f"score > {self.scores_th:g} (max {self.n_limit})"
-            if self.by_threshold
-            else str(self.top_k)
-        )
+        if not self.by_threshold:
+            return str(self.top_k)
+        rule = "" if self.strict else ", else > mean"
+        return f"score > {self.scores_th:g}{rule} (max {self.n_limit})"
 
 
 # tf32, which only TensorRT's backends have, is float32 that is multiplied with the 11 significant
@@ -104,26 +109,29 @@ class Spec:
     weights: Path | None = None
     model_path: Path | None = None
     compile_mode: str = "reduce-overhead"  # of torch.compile: with CUDA graphs
+    strict: bool = Selection.strict  # of the threshold
 
     def check(self) -> None:
         """Raise `InputError` for a field of another type or value than it can have."""
         get_config(self.model)
         self.selection.check()
-        if self.precision not in PRECISIONS:
+        if not isinstance(self.precision, str) or self.precision not in PRECISIONS:
             names = ", ".join(PRECISIONS)
-            raise InputError(f"unknown precision {self.precision!r}; choose one of {names}")
+            raise InputError(f"unknown precision {shown(self.precision)}; choose one of {names}")
         for name in ("weights", "model_path"):
             path = getattr(self, name)
             if path is not None and not isinstance(path, str | os.PathLike):
-                raise InputError(f"{name} is {path!r}; give the path of a file")
+                raise InputError(f"{name} is {shown(path)}; give the path of a file")
+            if path is not None:
+                as_path(path)
         kind = self.device.partition(":")[0] if isinstance(self.device, str) else None
         if kind not in ("auto", "cpu", "cuda"):
-            raise InputError(f"unknown device {self.device!r}; give auto, cpu, cuda or cuda:N")
+            raise InputError(f"unknown device {shown(self.device)}; give auto, cpu, cuda or cuda:N")
 
     @property
     def selection(self) -> Selection:
         """Which keypoints are kept."""
-        return Selection(self.top_k, self.scores_th, self.n_limit)
+        return Selection(self.top_k, self.scores_th, self.n_limit, self.strict)
 
     @property
     def tf32(self) -> bool:

@@ -118,7 +118,9 @@ def top_k_of_groups(values: torch.Tensor, k: int, dim: int) -> tuple[torch.Tenso
     return values, winners if index is None else index.gather(1, winners)
 
 
-def above(nms_scores: torch.Tensor, mean_score: torch.Tensor, threshold: float) -> torch.Tensor:
+def above_or_mean(
+    nms_scores: torch.Tensor, mean_score: torch.Tensor, threshold: float
+) -> torch.Tensor:
     """Which of [B, N] are above `threshold`, or above the image's `mean_score` [B, 1].
 
     The mean decides where `threshold` <= 0 and, unlike in the official code for each image of a
@@ -182,16 +184,25 @@ def refine(
 
 
 def detect(
-    score_map: torch.Tensor, top_k: int, scores_th: float, n_limit: int, form: Form
+    score_map: torch.Tensor,
+    top_k: int,
+    scores_th: float,
+    n_limit: int,
+    form: Form,
+    strict: bool = False,
 ) -> Detections:
     """Keypoints of a score map [B, 1, H, W] in float32, H and W at least 5.
 
-    `top_k` > 0 selects the best `top_k`; otherwise those above `scores_th`, at most `n_limit`.
+    `top_k` > 0 selects the best `top_k`; otherwise those above `scores_th`, at most `n_limit`. An
+    image in which none is has no keypoint if `strict`, else those above its mean score.
     """
     candidates = inner(suppress_non_maxima(score_map, form.exported))
     if top_k > 0:
         selected = select_top_k(candidates, top_k, form.static)
     else:
-        passed = above(candidates, score_map.mean(dim=(1, 2, 3))[:, None], scores_th)
+        if strict:
+            passed = candidates > scores_th
+        else:
+            passed = above_or_mean(candidates, score_map.mean(dim=(1, 2, 3))[:, None], scores_th)
         selected = select_above(candidates, passed, n_limit, form)
     return refine(score_map, *selected, form)

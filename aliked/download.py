@@ -14,7 +14,7 @@ from typing import BinaryIO
 from tqdm import tqdm
 
 from aliked.errors import InputError
-from aliked.files import locked, sha256, writable_folder
+from aliked.files import locked, real_path, sha256, writable_folder
 
 TIMEOUT = 30  # seconds without a byte from the server
 CHUNK = 1 << 16  # bytes
@@ -87,7 +87,7 @@ def _fetch_file(url: str, path: Path, file: RemoteFile, bar: tqdm) -> None:
                 partial.unlink()
             raise InputError(
                 f"cannot download {path.name} from {url} ({_reason(error)}); run the same command "
-                f"again to go on, or put the file into the folder {path.parent.resolve()} yourself"
+                f"again to go on, or put the file into the folder {real_path(path.parent)} yourself"
             ) from error
         _check(partial, file, url)
         os.replace(partial, path)

@@ -8,7 +8,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from aliked.features import Features
+from aliked.errors import InputError, shown
+from aliked.features import Features, check_features_type, check_image
 from aliked.files import whole_file
 
 MIN_SIDE = 640  # px: smaller pictures are enlarged to this longer side, so that text fits
@@ -47,6 +48,9 @@ def draw_matches(
     `correct` [P] bool, right matches are green and wrong ones red, each by its share. Keypoints
     without partner are grey circles. Returns uint8 [H', W', 3] RGB.
     """
+    check_image(image0)
+    check_image(image1)
+    _check_matches(matches, features0, features1)
     height, width = image0.shape[:2]
     stacked = width > 2 * height
     offset = np.array([0, height + GAP] if stacked else [width + GAP, 0])
@@ -75,6 +79,17 @@ def draw_matches(
     _draw_dots(canvas, start[drawn], colours, radius)
     _draw_dots(canvas, end[drawn], colours, radius)
     return _add_caption(canvas, caption)
+
+
+def _check_matches(matches: np.ndarray, first: Features, second: Features) -> None:
+    """Raise `InputError` unless these are whole numbers [P, 2] that name rows of both features."""
+    check_features_type(first)
+    check_features_type(second)
+    array = isinstance(matches, np.ndarray) and matches.dtype.kind in "iu" and matches.ndim == 2
+    if not array or matches.shape[1] != 2:
+        raise InputError(f"the matches are {shown(matches)}; give indices [P, 2], as int64")
+    if (matches < 0).any() or (matches >= (len(first), len(second))).any():
+        raise InputError("the matches name keypoints that the features do not have; match again")
 
 
 def choose_lines(
@@ -112,6 +127,8 @@ def draw_motion(
     ones moved by a tenth of the image's longer side or more, grey ones have no partner. Returns
     uint8 [H', W', 3] RGB.
     """
+    check_image(image)
+    _check_matches(matches, previous, features)
     canvas, scale = _rescale(_darken(image), FRAME_SIDE)
     points = _moved(features.keypoints, scale)
     radius = _dot_radius(canvas, len(points))

@@ -1,6 +1,7 @@
 """The one exception that a script turns into a sentence and exit status 2."""
 
 import importlib.metadata
+import reprlib
 
 # Which extra of this package brings a module that not every part of it needs.
 EXTRAS = {
@@ -25,6 +26,17 @@ EXTRAS = {
 
 class InputError(ValueError):
     """Bad input from the user: one sentence that names the thing, the reason and the cure."""
+
+
+def shown(value: object) -> str:
+    """A value as a sentence names it: in one line, and not all of a long one."""
+    return " ".join(reprlib.repr(value).split())[:80]
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says first, in at most 300 characters: some quote a whole file."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return (line or type(error).__name__)[:300].rstrip(" .:")
 
 
 def how_to_install(module: str) -> str:

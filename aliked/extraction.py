@@ -24,7 +24,7 @@ import numpy as np
 from aliked.backends import Spec, create_extractor
 from aliked.errors import InputError
 from aliked.features import MIN_SIDE, Extractor, Features
-from aliked.files import read_file, sha256
+from aliked.files import read_file, real_path, sha256
 from aliked.images import MOST_BYTES, find_images, load_image, quiet_opencv, read_header
 from aliked.lanes import DecodingLane, FusedLane, Lane
 from aliked.store import FeatureStore
@@ -71,7 +71,7 @@ class Job:
         spec = self.spec
         mode = {"top_k": spec.top_k}
         if spec.top_k <= 0:
-            mode = {"scores_th": spec.scores_th, "n_limit": spec.n_limit}
+            mode = {"scores_th": spec.scores_th, "n_limit": spec.n_limit, "strict": spec.strict}
         if spec.model_path is None:
             file = {"weights": sha256(find_weights(spec.model, spec.weights))}
         else:
@@ -79,9 +79,10 @@ class Job:
         return {
             "model": spec.model,
             "backend": self.backend,
-            "precision": spec.precision,
+            # A file has its own.
+            "precision": spec.precision if spec.model_path is None else None,
             "max_size": self.max_size,
-            "masks": self.masks and str(self.masks.resolve()),
+            "masks": self.masks and str(real_path(self.masks)),
         } | (mode | file | self._unusual())
 
     def _unusual(self) -> dict:

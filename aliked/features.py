@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from aliked.configs import RADIUS, Spec
-from aliked.errors import InputError
+from aliked.errors import InputError, shown
 from aliked.threads import each, in_parts
 
 # What every runtime returns for a batch, found by these names: [B, K, 2], [B, K, D], [B, K].
@@ -90,6 +90,22 @@ def _check_pixels(pixels: np.ndarray, ndim: int, what: str, wanted: str) -> None
         )
 
 
+def check_features_type(features: Features) -> None:
+    """Raise `InputError` unless these are `Features`, of float arrays with as many rows each."""
+    if not isinstance(features, Features):
+        raise InputError(f"{shown(features)} is given for features; give `Features` of an image")
+    for name, ndim in (("keypoints", 2), ("scores", 1), ("descriptors", 2)):
+        rows = getattr(features, name)
+        if not isinstance(rows, np.ndarray) or rows.ndim != ndim or rows.dtype.kind != "f":
+            what = (
+                f"{rows.dtype} {list(rows.shape)}" if isinstance(rows, np.ndarray) else shown(rows)
+            )
+            raise InputError(f"the {name} of the features are {what}; extract them again")
+    rows, columns = features.keypoints.shape
+    if columns != 2 or len(features.scores) != rows or len(features.descriptors) != rows:
+        raise InputError("the arrays of the features do not belong together; extract them again")
+
+
 def check_features(features: Features, height: int, width: int) -> None:
     """Raise `InputError` where a runtime's features of an image of this size cannot be that.
 
@@ -110,15 +126,20 @@ def check_features(features: Features, height: int, width: int) -> None:
         )
 
 
-BYTES_PER_PIXEL = 300  # of the eager model in float32 on a CPU: 227 to 290 were measured
+# In float32 on a CPU: 227 to 336 were measured of PyTorch's eager model, 258 to 267 of a file's in
+# ONNX Runtime.
+BYTES_PER_PIXEL = 340
+SMALL = 2**28  # bytes that any host has: to ask it for more takes as long as a small image
 
 
-def check_memory(height: int, width: int) -> None:
-    """Raise `InputError` where an image of this size needs more memory than this host has free."""
-    needed, there = BYTES_PER_PIXEL * height * width, available_memory()
+def check_memory(height: int, width: int, batch: int = 1) -> None:
+    """Raise `InputError` where images of this size need more memory than this host has free."""
+    needed = BYTES_PER_PIXEL * height * width * batch
+    there = None if needed < SMALL else available_memory()
     if there is not None and needed > there:
+        what = "an image" if batch == 1 else f"a batch of {batch} images"
         raise InputError(
-            f"an image of {width}x{height} pixels needs about {needed / 2**30:.1f} GiB of memory, "
+            f"{what} of {width}x{height} pixels needs about {needed / 2**30:.1f} GiB of memory, "
             f"and {there / 2**30:.1f} GiB are free; reduce it (--max_size, where a script has it)"
         )
 

@@ -12,11 +12,30 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from aliked.errors import InputError
+from aliked.errors import InputError, shown
 
 PACKAGE = Path(__file__).parent
 SOURCES = (".py", ".cu", ".cuh", ".cpp", ".hpp", ".h", ".json")
 SANE_BYTES = 2**30  # of a file that is read whole
+MOST_NAME_BYTES = 255  # of file systems
+
+
+def as_path(path: object) -> Path:
+    """Return `path` as a `Path`; `InputError` where no file or folder can have such a name."""
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"{shown(path)} is no path; give that of a file or folder")
+    try:
+        name = os.fsencode(path)
+    except UnicodeEncodeError:
+        name = b"\0"
+    if b"\0" in name or any(len(part) > MOST_NAME_BYTES for part in name.split(b"/")):
+        raise InputError(f"{shown(str(path))} cannot be the name of a file; give a shorter path")
+    return Path(path)
+
+
+def real_path(path: Path) -> Path:
+    """`path` without links, as far as they lead anywhere; `Path.resolve` raises at a circle."""
+    return Path(os.path.realpath(path))
 
 
 def sha256(path: Path, most_bytes: int | None = None) -> str:
@@ -46,19 +65,28 @@ def open_regular(path: Path, most_bytes: int | None = SANE_BYTES) -> Iterator[Bi
     `InputError` where it cannot be read, is no regular file (a folder, a device, a FIFO, which
     never end), or is larger than `most_bytes` (None: of any size).
     """
-    try:
+    path = as_path(path)
+    with _reading(path):
         # Without waiting for the other end of a FIFO.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"cannot read {path} ({reason}); give another file") from error
     try:
         _check_regular(path, os.fstat(descriptor), most_bytes)
     except InputError:
         os.close(descriptor)
         raise
-    with open(descriptor, "rb") as file:
+    with open(descriptor, "rb") as file, _reading(path):
         yield file
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+        if isinstance(error, InputError):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot read {path} ({reason}); give another file") from error
 
 
 def _check_regular(path: Path, status: os.stat_result, most_bytes: int | None) -> None:

@@ -7,15 +7,16 @@ import struct
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
+from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 
-from aliked.errors import InputError
+from aliked.errors import InputError, shown
 from aliked.features import MIN_SIDE
-from aliked.files import open_regular, read_file
+from aliked.files import as_path, open_regular, read_file
 
 MOST_BYTES = 2**31  # of an image file
 # Formats of images that are not read: files of these are named when they are passed over.
@@ -29,13 +30,14 @@ def list_images(folder: Path) -> list[Path]:
     Hidden files and sub-folders are left out. `InputError` when there is no such folder or no
     image in it.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     try:
         with os.scandir(folder) as entries:
             files = [entry.name for entry in entries if not entry.is_dir()]
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+        reason = getattr(error, "strerror", None) or error
         raise InputError(
-            f"cannot list the images of {folder} ({error.strerror}); {_cure(folder)}"
+            f"cannot list the images of {folder} ({reason}); {_cure(folder)}"
         ) from error
     names = [name for name in files if _named_as_image(name)]
     _name_others(folder, files)
@@ -50,7 +52,7 @@ def find_images(folder: Path) -> list[str]:
     Paths relative to `folder`, with forward slashes, in natural order; what is hidden is left out.
     `InputError` when there is no such folder or no image in it.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     list_error: list[OSError] = []
     names = []
     for parent, folders, files in os.walk(folder, onerror=list_error.append):
@@ -62,6 +64,7 @@ def find_images(folder: Path) -> list[str]:
             f"cannot list the images of {error.filename} ({error.strerror}); give a folder of "
             "images that can be read"
         ) from error
+    _name_others(folder, names)
     names = [name for name in names if _named_as_image(name.rpartition("/")[2])]
     if not names:
         raise InputError(
@@ -119,7 +122,11 @@ def _full_header(path: Path) -> Header:
     from PIL import Image  # here: photographs are decoded without it
 
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+        with (
+            warnings.catch_warnings(action="ignore"),
+            open_regular(path, MOST_BYTES) as file,
+            Image.open(file) as image,
+        ):
             orientation = image.getexif().get(ORIENTATION, 1)
             # Pillow gives the size of a TIFF as it is turned.
             tags = getattr(image, "tag_v2", {})
@@ -140,6 +147,10 @@ def load_image(path: Path, stored: int | None = None, max_size: int | None = Non
     floating-point or other pixels, colours that are easily mistaken, or is smaller than 5x5. An
     image whose longer side is above `max_size` is reduced to it.
     """
+    for name, value, least in (("stored", stored, 1), ("max_size", max_size, MIN_SIDE)):
+        whole = isinstance(value, Integral) and not isinstance(value, bool)
+        if value is not None and (not whole or value < least):
+            raise InputError(f"{name} is {shown(value)}; give a whole number from {least} on")
     data = np.frombuffer(read_file(path, MOST_BYTES), np.uint8)
     return reduced(decode_image(data, str(path), stored), max_size)
 
@@ -151,6 +162,30 @@ def reduced(image: np.ndarray, max_size: int | None) -> np.ndarray:
     scale = max_size / max(image.shape[:2])
     size = [max(MIN_SIDE, round(side * scale)) for side in image.shape[1::-1]]
     return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+
+
+def load_readable(
+    paths: Iterable[Path], max_size: int | None = None
+) -> Iterator[tuple[Path, np.ndarray]]:
+    """Load images one at a time; those that `load_image` refuses are named, counted, passed over.
+
+    `InputError` at the end where there was none that it takes.
+    """
+    bad: list[InputError] = []
+    good = 0
+    for path in paths:
+        try:
+            image = load_image(path, max_size=max_size)
+        except InputError as error:
+            bad.append(error)
+            print(f"skipped: {error}", file=sys.stderr)
+            continue
+        good += 1
+        yield path, image
+    if bad and not good:
+        raise InputError(f"no image could be read, of {len(bad)}: {bad[0]}") from bad[0]
+    if bad:
+        print(f"{len(bad)} of {len(bad) + good} images skipped", file=sys.stderr)
 
 
 def decode_image(data: np.ndarray, path: str, stored: int | None = None) -> np.ndarray:
@@ -218,7 +253,8 @@ def _cure(folder: Path) -> str:
 
 def _name_others(folder: Path, files: list[str]) -> None:
     """Say which files are images that are not read."""
-    others = sorted(n for n in files if not n.startswith(".") and n.lower().endswith(OTHERS))
+    visible = (name for name in files if not name.rpartition("/")[2].startswith("."))
+    others = sorted(name for name in visible if name.lower().endswith(OTHERS))
     if others:
         count = f"{len(others)} files" if len(others) > 1 else "a file"
         print(

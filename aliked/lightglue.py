@@ -8,6 +8,7 @@ linear layers and norms see the whole, attention sees each image by itself (self
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from aliked.errors import InputError
+from aliked.errors import InputError, first_line, shown
 from aliked.features import Features
 from aliked.matching import LIGHTGLUE_DIM, NO_MATCHES, Matcher, Matches, Size, check_matchable
 from aliked.model import PRECISIONS
-from aliked.weights import LIGHTGLUE, load_state_dict
+from aliked.transfer import choose_device
+from aliked.weights import LIGHTGLUE, find_weights, load_state_dict
 
 PADDED = -3e4  # added to the logits of rows that are no keypoints: exp is 0, and float16 holds it
 
@@ -292,9 +294,20 @@ class LightGlue(nn.Module, Matcher):
         cache and the download in turn. `options` are those of the class. Raises `InputError` where
         the weights are missing or others.
         """
+        device = choose_device(device)
         with torch.device("meta"):  # random weights would only be thrown away
             model = cls(**options)
-        model.load_state_dict(load_state_dict(LIGHTGLUE, weights), assign=True)
+        state = load_state_dict(LIGHTGLUE, weights)
+        try:
+            if not all(rows.is_floating_point() for rows in state.values()):
+                raise TypeError("they are no floats")
+            model.load_state_dict({k: rows.float() for k, rows in state.items()}, assign=True)
+        except (RuntimeError, KeyError, IndexError, TypeError) as error:
+            # `_take_published_names` finds what is not there, PyTorch what has another shape.
+            raise InputError(
+                f"{find_weights(LIGHTGLUE, weights)} does not hold LightGlue's weights "
+                f"({first_line(error)}); give {LIGHTGLUE}.pth"
+            ) from error
         return model.eval().requires_grad_(False).set_precision(precision).to(device)
 
     def set_precision(self, precision: str) -> "LightGlue":
@@ -302,8 +315,10 @@ class LightGlue(nn.Module, Matcher):
 
         Positions, sums, every softmax and the scores stay float32.
         """
-        if precision not in PRECISIONS:
-            raise InputError(f"unknown precision {precision!r}; choose {' or '.join(PRECISIONS)}")
+        if not isinstance(precision, str) or precision not in PRECISIONS:
+            raise InputError(
+                f"unknown precision {shown(precision)}; choose {' or '.join(PRECISIONS)}"
+            )
         self.precision = precision
         for part in (self.input_proj, self.layers, self.log_assignment):
             part.to(PRECISIONS[precision])
@@ -449,8 +464,9 @@ class LightGlue(nn.Module, Matcher):
 
 
 def _check_share(name: str, value: float | None) -> None:
-    if value is not None and not 0 <= value <= 1:
-        raise InputError(f"{name} is {value}; it must be between 0 and 1")
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if value is not None and not (number and 0 <= value <= 1):
+        raise InputError(f"{name} is {shown(value)}; it must be between 0 and 1")
 
 
 def _no_partners(keypoints: torch.Tensor) -> Output:

@@ -4,13 +4,14 @@ import abc
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
 
 from aliked.configs import CONFIGS, OFFICIAL
-from aliked.errors import InputError
-from aliked.features import Features
+from aliked.errors import InputError, shown
+from aliked.features import Features, check_features_type
 
 BLOCK = 2**22  # affinities held at a time: all of 20000 x 20000 would be 1.6 GB or more
 MIN_SIMILARITY = 0.75  # of mutual nearest neighbours, unless said otherwise
@@ -127,14 +128,18 @@ class MutualMatcher(Matcher):
 
     def __init__(self, min_similarity: float = MIN_SIMILARITY, device: str = "cpu") -> None:
         """`device` is "cpu", "cuda", "cuda:N", or "auto": a GPU where PyTorch sees one."""
-        if device == "auto":
-            import torch
+        check_similarity(min_similarity)
+        if not isinstance(device, str):
+            raise InputError(f"the device is {shown(device)}; give auto, cpu, cuda or cuda:N")
+        if device != "cpu":
+            from aliked.transfer import choose_device  # it loads PyTorch
 
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+            device = str(choose_device(device))
         self.min_similarity, self.device = min_similarity, device
 
     def prepare(self, features: Features, size: Size | None = None) -> Any:
         """The descriptors, on the device; the size makes no difference."""
+        check_features_type(features)
         if self.device == "cpu":
             return features.descriptors
         import torch
@@ -161,8 +166,7 @@ def match_mutual(
     index into each, ascending in the first. Arrays give an array; tensors give a tensor on their
     device, where the work is done. `InputError` where they are no such arrays or tensors.
     """
-    if not min_similarity >= -1:  # NaN too
-        raise InputError(f"min_similarity is {min_similarity}; give a cosine, -1 to 1")
+    check_similarity(min_similarity)
     torch = sys.modules.get("torch")  # who gives a tensor has it; nobody else waits for it
     if torch and isinstance(descriptors0, torch.Tensor):
         index, _ = nearest_on_device(descriptors0, descriptors1, min_similarity)
@@ -177,6 +181,13 @@ def match_mutual(
     )
     kept = similarity >= min_similarity
     return np.stack([i[kept], j[kept]], axis=1)
+
+
+def check_similarity(limit: float) -> None:
+    """Raise `InputError` unless `limit` is a number from -1 on; above 1 nothing matches."""
+    number = isinstance(limit, Real) and not isinstance(limit, bool)
+    if not number or not limit >= -1:  # NaN too
+        raise InputError(f"min_similarity is {shown(limit)}; give a cosine, -1 to 1")
 
 
 def check_lengths(descriptors0: np.ndarray, descriptors1: np.ndarray, cure: str) -> None:
@@ -306,6 +317,7 @@ def check_matchable(features: Features, size: Size, dim: int) -> None:
 
     Keypoints and descriptors must be finite, and `size` the image's width and height.
     """
+    check_features_type(features)
     check_descriptor_length(features.descriptors.shape[1], dim)
     if not (np.isfinite(features.keypoints).all() and np.isfinite(features.descriptors).all()):
         raise InputError("the features hold NaN or infinity; extract them again")
@@ -324,13 +336,13 @@ def check_descriptor_length(length: int, dim: int) -> None:
 
 def check_size(size: Size) -> None:
     """Raise `InputError` unless `size` is two finite, positive numbers."""
-    numbers = np.asarray(size, dtype=object).ravel()
     try:
+        numbers = np.asarray(size, dtype=object).ravel()
         right = len(numbers) == 2 and all(0 < float(number) < np.inf for number in numbers)
-    except TypeError:  # None, for example
+    except (TypeError, ValueError, OverflowError):  # None, for example
         right = False
     if not right:
-        raise InputError(f"the image size is {size}; give (width, height) in pixels")
+        raise InputError(f"the image size is {shown(size)}; give (width, height) in pixels")
 
 
 MATCHERS = ("mutual", "lightglue")

@@ -21,12 +21,12 @@ from aliked.backbone import (
 from aliked.configs import STRIDE, Form, Selection, get_config
 from aliked.descriptors import SDDH
 from aliked.detection import Detections, detect
-from aliked.errors import InputError
+from aliked.errors import InputError, shown
 from aliked.features import MIN_SIDE, Features, check_image, check_memory, drop_fill_ins
 from aliked.files import sha256
 from aliked.patches import is_traced
 from aliked.pyramid import Frame, Maps, Pyramid, unit_length
-from aliked.transfer import download, upload
+from aliked.transfer import choose_device, download, upload
 from aliked.weights import find_weights, load_state_dict
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
@@ -119,8 +119,8 @@ class ALIKED(nn.Module):
     """One ALIKED variant with its selection rule.
 
     `top_k` > 0: the best `top_k` keypoints. `top_k` <= 0: those with a detection score above
-    `scores_th`, at most `n_limit`; where none passes, those above the image's mean score, as in the
-    official code, so that a threshold that nobody meets gives more keypoints than a low one.
+    `scores_th`, at most `n_limit`. Where none passes, there is none; with `strict` False, as in the
+    official code, those above the image's mean score, more than a low threshold gives.
     """
 
     def __init__(
@@ -129,12 +129,14 @@ class ALIKED(nn.Module):
         top_k: int = Selection.top_k,
         scores_th: float = Selection.scores_th,
         n_limit: int = Selection.n_limit,
+        strict: bool = Selection.strict,
     ) -> None:
         super().__init__()
         config = get_config(name)
-        Selection(top_k, scores_th, n_limit).check()
+        Selection(top_k, scores_th, n_limit, strict).check()
         self.name, self.dim, self.precision = name, config.dim, "fp32"
         self.top_k, self.scores_th, self.n_limit = top_k, scores_th, n_limit
+        self.strict = strict
         self.form, self.weights_sha256 = Form(), None
         c1, c2, c3, c4 = config.channels
         self.block1 = ConvBlock(3, c1)
@@ -166,6 +168,7 @@ class ALIKED(nn.Module):
         weights: str | Path | None = None,
         device: str | torch.device = "cpu",
         precision: str = "fp32",
+        strict: bool = Selection.strict,
     ) -> "ALIKED":
         """The variant `name` with its weights, ready for inference on `device`.
 
@@ -173,7 +176,8 @@ class ALIKED(nn.Module):
         `$ALIKED_WEIGHTS_DIR`, the user cache and the download in turn. Raises `InputError` where
         the weights are missing or are not `name`'s.
         """
-        model = cls(name, top_k, scores_th, n_limit)
+        device = choose_device(device)
+        model = cls(name, top_k, scores_th, n_limit, strict)
         # Not strict, as a file may lack how many batches its norms have seen.
         model.load_state_dict(load_state_dict(name, weights, model.state_dict()), strict=False)
         model.weights_sha256 = sha256(find_weights(name, weights))
@@ -191,8 +195,10 @@ class ALIKED(nn.Module):
 
         Inputs, outputs, coordinates, sampling, the soft-argmax and the score map stay float32.
         """
-        if precision not in PRECISIONS:
-            raise InputError(f"unknown precision {precision!r}; choose {' or '.join(PRECISIONS)}")
+        if not isinstance(precision, str) or precision not in PRECISIONS:
+            raise InputError(
+                f"unknown precision {shown(precision)}; choose {' or '.join(PRECISIONS)}"
+            )
         self.precision = precision
         self.to(PRECISIONS[precision])
         for module in self.modules():
@@ -252,7 +258,8 @@ class ALIKED(nn.Module):
     def detect(self, score_map: torch.Tensor) -> Detections:
         """Keypoints of a score map [B, 1, H, W] by this model's selection rule."""
         with without_autocast(score_map.device):
-            return detect(score_map, self.top_k, self.scores_th, self.n_limit, self.form)
+            selection = self.top_k, self.scores_th, self.n_limit
+            return detect(score_map, *selection, self.form, self.strict)
 
     def forward(self, images: torch.Tensor) -> Output:
         """RGB float [B, 3, H, W] in [0, 1], H and W at least 5, to `Output`.

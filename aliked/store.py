@@ -16,6 +16,7 @@ import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
+from numbers import Integral
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple
@@ -23,9 +24,9 @@ from typing import Any, BinaryIO, NamedTuple
 import h5py
 import numpy as np
 
-from aliked.errors import InputError
-from aliked.features import Features
-from aliked.files import whole_file, writable_folder
+from aliked.errors import InputError, shown
+from aliked.features import Features, check_features_type
+from aliked.files import as_path, open_regular, whole_file, writable_folder
 
 FORMAT = "aliked features 1"  # raised when the layout changes
 PART_BYTES = 64 * 2**20  # features held in memory before they go into a file: what a kill can lose
@@ -57,7 +58,9 @@ class FeatureStore:
 
     def __init__(self, path: Path, key: dict, compression: str | None = None) -> None:
         """See `open`."""
-        self.path, self.key, self.compression = Path(path), _canonical(key), compression
+        self.path, self.key, self.compression = as_path(path), _canonical(key), compression
+        if not self.path.name:
+            raise InputError(f"{self.path} is a folder; give a file of features")
         self.parts = self.path.with_name(f"{self.path.name}.parts")
         self._pending: dict[str, tuple[Features, Size]] = {}
         self._pending_bytes, self._pending_since = 0, time.monotonic()
@@ -95,6 +98,7 @@ class FeatureStore:
         of float16 are kept as such.
         """
         _check_name(name)
+        _check_entry(features, size)
         if not self._pending:
             self._pending_since = time.monotonic()
         old = self._pending.pop(name, None)
@@ -528,7 +532,8 @@ def _hdf5(path: Path) -> Iterator[tuple[h5py.File, BinaryIO]]:
 def _names(path: Path, key: str) -> list[str]:
     """The images in a file of features; `InputError` where it has another key."""
     found: list[str] = []
-    with _sentence(path), h5py.File(path, "r") as file:
+    # First as a file: FIFOs and devices never end.
+    with _sentence(path), open_regular(path, most_bytes=None), h5py.File(path, "r") as file:
         kind, own_key = file.attrs.get("format"), file.attrs.get("key")
         file.visit(found.append)  # which follows no link to another file
     _check_key(path, kind, own_key, key)
@@ -569,18 +574,40 @@ def _checked(name: str, arrays: list[np.ndarray]) -> list[np.ndarray]:
     return arrays
 
 
+# What h5py, NumPy and JSON raise about a file that is not what it claims to be.
+DAMAGED = (
+    OSError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    ArithmeticError,
+)
+
+
 @contextlib.contextmanager
 def _sentence(path: Path) -> Iterator[None]:
-    """Turn what h5py raises about a file into an `InputError`."""
+    """Turn what is raised about a file into an `InputError`."""
     try:
         yield
-    except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+    except DAMAGED as error:
         raise InputError(
-            f"cannot read the features in {path} ({error}); remove it, and extract them again"
+            f"cannot read the features in {path} ({str(error)[:300]}); remove it, and extract them "
+            "again"
         ) from error
 
 
+def _check_entry(features: Features, size: tuple[int, int]) -> None:
+    check_features_type(features)
+    whole = isinstance(size, tuple | list) and all(isinstance(side, Integral) for side in size)
+    if not whole or len(size) != 2:
+        raise InputError(f"the image size is {shown(size)}; give (width, height) in pixels")
+
+
 def _check_name(name: str) -> None:
+    if not isinstance(name, str):
+        raise InputError(f"{shown(name)} is no name of an image; give a relative path as text")
     odd = "\0" in name or any(part in ("", ".", "..") for part in name.split("/"))
     if odd or name.encode(errors="replace").decode() != name:
         raise InputError(
@@ -598,7 +625,7 @@ def _difference(found: str, wanted: str) -> str:
         own, other = json.loads(found), json.loads(wanted)
         names = [name for name in sorted({*own, *other}) if own.get(name) != other.get(name)]
         return ", ".join(f"{n} ({own.get(n)}, not {other.get(n)})"[:200] for n in names[:3])
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         return "key"
 
 

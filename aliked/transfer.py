@@ -14,13 +14,38 @@ import numpy as np
 import torch
 
 from aliked import gpu
-from aliked.errors import InputError
+from aliked.errors import InputError, shown
 from aliked.threads import copied_parts, each, in_parts
 
 
 def page_locked(tensor: torch.Tensor) -> torch.Tensor:
     """An empty tensor of the same shape and type in page-locked host memory."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+
+
+def choose_device(device: str | torch.device, only: str | None = None) -> torch.device:
+    """Return the device of that name: "auto" is the first CUDA device, or else the CPU.
+
+    `InputError` where it does not exist on this machine, or is of another type than `only`.
+    """
+    if not isinstance(device, str | torch.device):
+        raise InputError(f"the device is {shown(device)}; give auto, cpu, cuda or cuda:N")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"unknown device {device!r}; give auto, cpu, cuda or cuda:N") from error
+    if chosen.type not in ("cpu", "cuda"):
+        raise InputError(f"this project does not run on {chosen}; give auto, cpu, cuda or cuda:N")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"device {device} was asked for, but PyTorch sees {torch.cuda.device_count()} CUDA "
+            "devices; pass --device cpu, or install a CUDA build of PyTorch and a driver"
+        )
+    if only not in (None, chosen.type):
+        raise InputError(f"this backend cannot run on {chosen}; pass --device {only}")
+    return chosen
 
 
 def upload(

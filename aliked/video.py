@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 
 from aliked.errors import InputError
+from aliked.files import as_path
 from aliked.images import quiet_opencv
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
@@ -52,6 +53,8 @@ def frames(
     can read. A camera goes on until `limit` or an interrupt.
     """
     camera = str(source).isdigit()
+    if not camera:
+        source = as_path(source)
     if not camera and not Path(source).is_file():
         raise InputError(f"there is no video {source}; give a file, or the number of a camera")
     with quiet_opencv():

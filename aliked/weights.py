@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from aliked.configs import get_config
 from aliked.download import FileSet, RemoteFile, fetch
-from aliked.errors import InputError
-from aliked.files import read_file, sha256
+from aliked.errors import InputError, first_line
+from aliked.files import as_path, read_file, sha256
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,6 +63,7 @@ LIGHTGLUE_WEIGHTS = FileSet(
 
 
 MOST_BYTES = 2**28  # of a file of weights; the largest model has 4 MB
+SAFETENSORS = ".safetensors"  # files that hold no code; others are PyTorch's
 # What a training may put around the weights, and in front of their names.
 WRAPPERS = ("state_dict", "model_state_dict", "model")
 PREFIXES = ("module.", "extractor.", "model.")
@@ -103,18 +104,24 @@ def files_of(name: str) -> FileSet:
 def find_weights(name: str, path: str | Path | None = None) -> Path:
     """The file with the weights of model `name`.
 
-    `path` is a file, which is taken at its word unless it is another official model's, or a folder
-    that holds the file. Without it: of a model that the project trained itself, the shipped file;
-    of an official one the first that exists, with its SHA-256 checked, in `path`, the folder
-    `$ALIKED_WEIGHTS_DIR` and the user cache, into which it is downloaded where there is none.
+    `path` is a file, of PyTorch or safetensors, which is taken at its word unless it is another
+    official model's, or a folder that holds the file. Without it: of a model that the project
+    trained itself, the shipped file; of an official one the first that exists, with its SHA-256
+    checked, in `path`, the folder `$ALIKED_WEIGHTS_DIR` and the user cache, into which it is
+    downloaded where there is none.
     Raises `InputError` where `path` does not exist, the content is not that of model `name`, or the
     download fails.
     """
+    if not isinstance(name, str) or name != LIGHTGLUE:
+        get_config(name)
     if path is not None:
-        path = _expanded(Path(path))
+        path = _expanded(as_path(path))
         if not path.is_dir():
             return _not_of_another(name, path)
+        saved = path / f"{name}{SAFETENSORS}"
         path = path / f"{name}.pth"
+        if saved.is_file() and not path.exists():
+            return _not_of_another(name, saved)
     if name != LIGHTGLUE and get_config(name).shipped:
         return _not_of_another(name, path or SHIPPED / f"{name}.pth")
     files = files_of(name)
@@ -183,6 +190,8 @@ def _load(name: str, path: Path) -> object:
     import torch  # here, because downloading weights needs no PyTorch
 
     data, size = read_file(path, MOST_BYTES), 0
+    if path.suffix == SAFETENSORS:
+        return _load_safetensors(name, path, data)
     try:
         if zipfile.is_zipfile(io.BytesIO(data)):
             with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -194,6 +203,19 @@ def _load(name: str, path: Path) -> object:
             f"{path} holds no weights of {name}: PyTorch cannot load it; give the weights of {name}"
         ) from error
     raise InputError(f"{path} would take {size} bytes; give the weights of {name}")
+
+
+def _load_safetensors(name: str, path: Path, data: bytes) -> dict[str, "Tensor"]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        return load(data)
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise InputError(
+            f"{path} holds no weights of {name}: it is no whole file of safetensors "
+            f"({first_line(error)}); give the weights of {name}"
+        ) from error
 
 
 def _unwrapped(state: object) -> dict[str, "Tensor"]:
@@ -218,9 +240,11 @@ def _check_values(path: Path, key: str, tensor: "Tensor") -> None:
 
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
         raise InputError(f"{path} holds {key} without its values in order; save it as float32")
-    if not torch.isfinite(tensor).all():
+    # Types of eight bits have no `isfinite`, and what float32 does not hold is infinite there.
+    values = tensor.float() if tensor.is_floating_point() else tensor
+    if not torch.isfinite(values).all():
         raise InputError(f"{path} holds NaN or infinity in {key}; give weights of finite numbers")
-    if key.endswith("running_var") and (tensor < 0).any():
+    if key.endswith("running_var") and (values < 0).any():
         raise InputError(f"{path} holds a negative variance in {key}; give other weights")
 
 

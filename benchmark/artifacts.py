@@ -21,7 +21,7 @@ from aliked.errors import InputError
 from aliked.export.build import build_lightglue_file, build_model_file
 from aliked.export.engine import read_source
 from aliked.features import Features
-from aliked.files import code_digest, open_regular, sha256, whole_file, write_json
+from aliked.files import code_digest, open_regular, read_text, sha256, whole_file, write_json
 from aliked.images import load_image
 from aliked.lightglue import LightGlue
 from aliked.matching import Matches, matcher_inputs
@@ -158,7 +158,7 @@ def facts_of(path: Path) -> dict[str, Any]:
     return {
         "model": export.model,
         "precision": str(precision).lower(),
-        "selection": Selection(export.top_k, export.scores_th, export.n_limit),
+        "selection": Selection(export.top_k, export.scores_th, export.n_limit, export.strict),
         "batch, height and width": shape,
         "weights": weights.get("sha256") if isinstance(weights, dict) else None,
     }
@@ -171,13 +171,14 @@ class Exported(msgspec.Struct):
     top_k: int
     scores_th: float
     n_limit: int
+    strict: bool = False  # which older files do not say
 
 
 def _beside(path: Path) -> dict:
     """The manifest that the export wrote beside a file; empty where there is none."""
     try:
-        manifest = json.loads(path.with_name(f"{path.name}.json").read_text())
-    except (OSError, ValueError):
+        manifest = json.loads(read_text(path.with_name(f"{path.name}.json")))
+    except (ValueError, RecursionError):
         return {}
     return manifest if isinstance(manifest, dict) else {}
 

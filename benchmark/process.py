@@ -139,7 +139,10 @@ def _run(task: Task, channel: Connection, environment: dict[str, str], errors: P
     """In the new process: do the task; what libraries print, from C++ too, goes to a file."""
     os.environ.clear()
     os.environ.update(environment)
-    file = os.open(errors, os.O_WRONLY | os.O_CREAT)
+    try:
+        file = os.open(errors, os.O_WRONLY | os.O_CREAT)
+    except FileNotFoundError:  # who started this process was stopped, and has removed the folder
+        return
     os.dup2(file, 1)
     os.dup2(file, 2)
     # Where a runtime crashes, its caller in Python is in the file.

@@ -14,8 +14,8 @@ from msgspec import Meta
 from aliked.backends import Spec, get_backend
 from aliked.configs import PRECISIONS, Selection, get_config
 from aliked.errors import InputError
-from aliked.files import sha256
-from aliked.images import list_images, load_image
+from aliked.files import real_path, sha256
+from aliked.images import list_images, load_image, load_readable
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,11 @@ class ImageSet:
 def load_image_sets(sources: list[Path], max_size: int | None = None) -> list[ImageSet]:
     """Return a set for every image size of each folder, and of all single files together.
 
-    `InputError` where an image cannot be read, or two sets could not be told apart.
+    Images that cannot be read are passed over. `InputError` where a folder has no other, or two
+    sets could not be told apart.
     """
     files = [path for path in sources if path.is_file()]
-    folders = {path.resolve(): path for path in sources if path not in files}
+    folders = {real_path(path): path for path in sources if path not in files}
     names = [path.name for path in folders]
     if len(set(names)) < len(names):
         raise InputError(f"two of the folders have the same name ({', '.join(names)}); rename one")
@@ -59,8 +60,8 @@ def load_image_sets(sources: list[Path], max_size: int | None = None) -> list[Im
 
 def _sets_by_size(name: str, paths: list[Path], max_size: int | None) -> Iterator[ImageSet]:
     by_size: dict[tuple[int, int], list[Path]] = {}
-    for path in paths:
-        height, width = load_image(path, max_size=max_size).shape[:2]
+    for path, image in load_readable(paths, max_size):
+        height, width = image.shape[:2]
         by_size.setdefault((width, height), []).append(path)
     for size, own in by_size.items():
         if len({path.name for path in own}) < len(own):

@@ -49,6 +49,7 @@ from evaluation.systems import (
     System,
     SystemFeatures,
     backends_of,
+    check_precisions,
     features_key,
     open_matchers,
     open_system,
@@ -226,7 +227,9 @@ def survey(args: argparse.Namespace, selection: Selection) -> tuple[Machine, lis
         args.matcher_weights,
     )
     texts = args.systems or SYSTEMS[machine.device.partition(":")[0]]
-    return machine, systems_from(texts, models, machine.device, selection, args.matchers)
+    systems = systems_from(texts, models, machine.device, selection, args.matchers)
+    check_precisions(systems, machine)
+    return machine, systems
 
 
 def common_fields(seed: int, selection: Selection, task: Task, machine: Machine) -> dict:
@@ -234,7 +237,10 @@ def common_fields(seed: int, selection: Selection, task: Task, machine: Machine)
     images = task.dataset.images
     digests = "".join(f"{image.name} {image.sha256}\n" for image in images)
     sizes = Counter(f"{image.size[0]}x{image.size[1]}" for image in images)
-    kept = asdict(selection) | ({} if selection.by_threshold else {"scores_th": None})
+    kept = asdict(selection)
+    if not selection.by_threshold:
+        kept |= {"scores_th": None}
+        del kept["strict"]
     return {
         "schema": SCHEMA,
         "task": task.name,

@@ -14,6 +14,7 @@ from aliked.download import offer_download
 from aliked.drawing import draw_matches
 from aliked.errors import InputError
 from aliked.features import Features
+from aliked.files import real_path
 from aliked.images import list_images, load_image
 from aliked.matching import Matcher
 from evaluation.estimators import EPIPOLAR_PX, epipolar_inliers
@@ -62,7 +63,7 @@ def sequence(folder: Path) -> list[Image]:
     paths = list_images(folder)
     if len(paths) < 2:
         raise InputError(f"{folder} has one image; give a folder with at least two")
-    place = folder.resolve().name
+    place = real_path(folder).name
     return [Image(f"{place}/{path.name}", functools.partial(load_image, path)) for path in paths]
 
 
@@ -108,7 +109,7 @@ class Sequences(Task):
         self, folders: Sequence[Path], intrinsics: np.ndarray | None, seed: int, repeats: int
     ) -> None:
         """`intrinsics` [3, 3] of all images, if known; `InputError` for a folder that is none."""
-        names = [folder.resolve().name for folder in folders]
+        names = [real_path(folder).name for folder in folders]
         if len(set(names)) < len(names):
             raise InputError(f"two of the folders have one name ({', '.join(names)}); rename one")
         self.intrinsics, self.seed, self.repeats = intrinsics, seed, repeats

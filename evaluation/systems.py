@@ -20,7 +20,7 @@ from aliked.lightglue import LightGlue
 from aliked.matching import LIGHTGLUE_DIM, Matcher, check_descriptor_length
 from aliked.store import FeatureStore
 from aliked.weights import find_weights
-from benchmark.artifacts import BuildFile, build_files, cached_path
+from benchmark.artifacts import BuildFile, build_files, cached_path, facts_of
 from benchmark.process import TaskFailed
 from benchmark.rows import Row, device_of
 from evaluation.pairs import MUTUAL, Image, RatioMatcher
@@ -217,6 +217,18 @@ def given_file(system: System, machine: Machine) -> Path | None:
         return None
     suffix = get_backend(system.backend).suffix
     return machine.model_path if machine.model_path.suffix == suffix else None
+
+
+def check_precisions(systems: Sequence[System], machine: Machine) -> None:
+    """Raise `InputError` where the user's model file has another precision than its system."""
+    for system in systems:
+        path = given_file(system, machine)
+        own = path and facts_of(path).get("precision")
+        if own and own != system.precision:
+            raise InputError(
+                f"{path} is {own}, and the system is {system}; pass --systems "
+                f"{system.backend}:{own}, or another file"
+            )
 
 
 def open_system(system: System, machine: Machine) -> Extract:

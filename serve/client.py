@@ -19,14 +19,15 @@ import numpy as np
 from aliked import cli
 from aliked.errors import InputError, how_to_install
 from aliked.features import Features
-from aliked.images import list_images
+from aliked.files import read_file
+from aliked.images import MOST_BYTES, list_images
 
 
 def triton_client() -> Any:
     """The gRPC part of tritonclient; `InputError` where it is missing."""
     try:
         import tritonclient.grpc as client
-    except ModuleNotFoundError as error:
+    except (ModuleNotFoundError, RuntimeError) as error:  # RuntimeError: without gRPC
         raise InputError(
             f"the client needs tritonclient with gRPC ({error}); {how_to_install('tritonclient')}"
         ) from error
@@ -144,16 +145,22 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("url", metavar="HOST:PORT", help="of the server's gRPC")
     parser.add_argument("images", type=Path, metavar="FOLDER", help="folder of images")
     parser.add_argument(
-        "--load", type=int, nargs="+", metavar="N", help="numbers of clients at a time to measure"
+        "--load",
+        type=cli.whole(1),
+        nargs="+",
+        metavar="N",
+        help="numbers of clients at a time to measure",
     )
-    parser.add_argument("--seconds", type=float, default=10, help="for each (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=cli.positive, default=10, help="for each (default: %(default)s)"
+    )
     parser.add_argument("--pairs", action="store_true", help="load the model of two images")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
     """Print what the server finds in the images, or how fast it is."""
-    files = [path.read_bytes() for path in list_images(args.images)]
+    files = [read_file(path, MOST_BYTES) for path in list_images(args.images)]
     if args.load:
         print(HEADER)
         for concurrency in args.load:

@@ -134,28 +134,27 @@ def padded(answer: list[Any]) -> list[Any]:
 
 def matching(settings: dict) -> Callable[[list[Any]], list[Any]]:
     """Requests of two images' descriptors to responses of their matches."""
+    from aliked.errors import InputError
     from aliked.matching import match_mutual
 
     limit = settings["min_similarity"]
 
-    def serve(requests: list[Any]) -> list[Any]:
-        responses = []
-        for request in requests:
-            first, second = (
-                pb_utils.get_input_tensor_by_name(request, name).as_numpy()[0]
-                for name in ("descriptors0", "descriptors1")
-            )
+    def answer(request: Any) -> Any:
+        first, second = (
+            pb_utils.get_input_tensor_by_name(request, name).as_numpy()[0]
+            for name in ("descriptors0", "descriptors1")
+        )
+        try:
             matches = match_mutual(first, second, limit)
-            similarity = np.einsum("pd,pd->p", first[matches[:, 0]], second[matches[:, 1]])
-            tensors = {"matches": matches.astype(np.int32), "similarity": similarity}
-            responses.append(
-                pb_utils.InferenceResponse(
-                    [pb_utils.Tensor(name, values[None]) for name, values in tensors.items()]
-                )
-            )
-        return responses
+        except InputError as error:
+            return refusal(str(error))
+        similarity = np.einsum("pd,pd->p", first[matches[:, 0]], second[matches[:, 1]])
+        tensors = {"matches": matches.astype(np.int32), "similarity": similarity}
+        return pb_utils.InferenceResponse(
+            [pb_utils.Tensor(name, values[None]) for name, values in tensors.items()]
+        )
 
-    return serve
+    return lambda requests: [answer(request) for request in requests]
 
 
 def refusal(sentence: str) -> Any:

@@ -7,7 +7,9 @@ network alone, in Triton's own runtimes.
 
 import argparse
 import json
+import os
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,13 +18,17 @@ from aliked.cli import (
     add_device_option,
     add_model_options,
     add_selection_options,
+    cosine,
     extractor_spec,
+    whole,
 )
 from aliked.configs import get_config
 from aliked.errors import InputError
-from aliked.files import writable_folder
+from aliked.files import open_regular, read_file, real_path, writable_folder
+from aliked.weights import find_weights
 
 ROOT = Path(__file__).resolve().parents[1]
+MOST_ONNX_BYTES = 2**31  # protobuf's limit
 FEATURES = (("keypoints", [-1, 2]), ("scores", [-1]), ("descriptors", [-1, None]))
 
 
@@ -72,7 +78,7 @@ def python_rest(settings: dict, environment: Path | None) -> str:
     """What a Python model is told."""
     parameters = {"settings": json.dumps(settings)}
     if environment is not None:
-        parameters["EXECUTION_ENV_PATH"] = str(environment.resolve())
+        parameters["EXECUTION_ENV_PATH"] = str(real_path(environment))
     return "".join(
         f"parameters {{ key: {json.dumps(key)} value {{ string_value: {json.dumps(value)} }} }}\n"
         for key, value in parameters.items()
@@ -126,8 +132,9 @@ def network_tensors(path: Path) -> tuple[Tensor, list[Tensor], bool]:
     """The input and outputs of an exported ONNX file, and whether its batch size is free."""
     import onnx
 
+    content = read_file(path, MOST_ONNX_BYTES)
     try:
-        graph = onnx.load(path, load_external_data=False).graph
+        graph = onnx.load_from_string(content).graph
     except Exception as error:  # of protobuf, which has many
         raise InputError(f"{path} cannot be read as an ONNX file; export it again") from error
     kinds = {onnx.TensorProto.FLOAT: "FP32", onnx.TensorProto.UINT8: "UINT8"}
@@ -182,16 +189,18 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--model_path", type=Path, metavar="FILE", help="of a backend that runs one")
     add_device_option(group)
     add_selection_options(group)
-    group.add_argument("--min_similarity", type=float, default=0.75, metavar="COSINE")
+    group.add_argument("--min_similarity", type=cosine, default=0.75, metavar="COSINE")
     group = parser.add_argument_group("Triton")
     group.add_argument("--onnx", type=Path, metavar="FILE", help="serve it by ONNX Runtime")
     group.add_argument(
         "--engine", type=Path, metavar="FILE", help="serve it by TensorRT, built from --onnx"
     )
-    group.add_argument("--max_batch", type=int, default=16, metavar="N")
-    group.add_argument("--delay_us", type=int, default=500, metavar="US", help="wait for a batch")
-    group.add_argument("--instances", type=int, default=1, metavar="N", help="of each model")
-    group.add_argument("--threads", type=int, default=4, metavar="N", help="that decode, each")
+    group.add_argument("--max_batch", type=whole(1), default=16, metavar="N")
+    group.add_argument(
+        "--delay_us", type=whole(0), default=500, metavar="US", help="wait for a batch"
+    )
+    group.add_argument("--instances", type=whole(1), default=1, metavar="N", help="of each model")
+    group.add_argument("--threads", type=whole(1), default=4, metavar="N", help="that decode, each")
     group.add_argument(
         "--environment", type=Path, metavar="DIR", help="virtual environment of the Python models"
     )
@@ -204,6 +213,11 @@ def main(args: argparse.Namespace) -> None:
         raise InputError("the tensors of an engine are those of its ONNX file; pass --onnx as well")
     if args.repository.exists() and any(args.repository.iterdir()):
         raise InputError(f"{args.repository} is not empty; name a new folder")
+    if args.weights is not None:
+        find_weights(args.model, args.weights)
+    if args.model_path is not None:
+        with open_regular(args.model_path, most_bytes=None):
+            pass
     models = python_models(args)
     if args.onnx is not None:
         runtime = 'backend: "onnxruntime"'
@@ -217,8 +231,13 @@ def main(args: argparse.Namespace) -> None:
             network_config("aliked_tensorrt", runtime, args.onnx, args),
             {"model.plan": args.engine},
         )
-    for name, (text, files) in models.items():
-        write_model(args.repository / name, text, files)
+    parent = writable_folder(args.repository.absolute().parent)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=".repository-") as folder:
+        draft = Path(folder) / "models"
+        for name, (text, files) in models.items():
+            write_model(draft / name, text, files)
+        os.replace(draft, args.repository)
+    for name in models:
         print(args.repository / name)
 
 
@@ -227,7 +246,7 @@ def python_models(args: argparse.Namespace) -> dict[str, tuple[str, dict[str, Pa
     dim = get_config(args.model).dim
     common = {"project": str(ROOT)}
     spec = vars(extractor_spec(args))
-    spec = {name: str(v.resolve()) if isinstance(v, Path) else v for name, v in spec.items()}
+    spec = {name: str(real_path(v)) if isinstance(v, Path) else v for name, v in spec.items()}
     extract = common | {"role": "extract", "backend": args.backend, "spec": spec}
     match = common | {"role": "match", "min_similarity": args.min_similarity}
     images = [

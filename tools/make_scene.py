@@ -88,10 +88,10 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     p.add_argument("--output", type=Path, default=PROJECT / "assets/scene_640x480", help="folder")
-    p.add_argument("--views", type=int, default=24, metavar="N", help="number of views")
-    p.add_argument("--seed", type=int, default=0, help="of the poses, the light and the noise")
+    p.add_argument("--views", type=cli.whole(2), default=24, metavar="N", help="number of views")
+    p.add_argument("--seed", type=cli.seed, default=0, help="of the poses, the light and the noise")
     p.add_argument(
-        "--size", type=int, nargs=2, default=(640, 480), metavar=("W", "H"), help="pixels"
+        "--size", type=cli.whole(5), nargs=2, default=(640, 480), metavar=("W", "H"), help="pixels"
     )
     return p
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from aliked.configs import PRECISIONS, Spec
-from aliked.errors import InputError, missing_package
+from aliked.errors import InputError, missing_package, shown
 from aliked.features import Extractor
 from aliked.matching import PairRuntime
 
@@ -104,7 +104,7 @@ BACKENDS = {
 def get_backend(name: str) -> Backend:
     """Return the backend `name`; `InputError` when there is no such backend."""
     if not isinstance(name, str) or name not in BACKENDS:
-        raise InputError(f"unknown backend {name!r}; choose one of {', '.join(BACKENDS)}")
+        raise InputError(f"unknown backend {shown(name)}; choose one of {', '.join(BACKENDS)}")
     return BACKENDS[name]
 
 

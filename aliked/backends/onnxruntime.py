@@ -18,16 +18,17 @@ import numpy as np
 from aliked import gpu
 from aliked.backends import Spec
 from aliked.backends.tensorrt_library import HOPPER, numbers, settle_tf32
-from aliked.errors import InputError, how_to_install
+from aliked.errors import InputError, first_line, how_to_install, shown
 from aliked.features import (
     OUTPUTS,
     Extractor,
     Features,
     check_features,
     check_images,
+    check_memory,
     features_of_batch,
 )
-from aliked.files import sha256
+from aliked.files import as_path, sha256
 from aliked.weights import find_weights
 
 METADATA = "aliked."  # before the names of what an export says about itself
@@ -81,6 +82,8 @@ def cuda_provider(device: str) -> tuple[str, dict[str, str]]:
 
 def choose_providers(device: str) -> Providers:
     """The provider for `device`: "auto" takes CUDA's where it is there."""
+    if not isinstance(device, str):
+        raise InputError(f"the device is {shown(device)}; give auto, cpu, cuda or cuda:N")
     missing = provider_missing(CUDA)
     if device == "cpu" or (device == "auto" and missing):
         return [(CPU, {})]
@@ -123,7 +126,7 @@ def open_session(path: Path, provider: str, options: dict[str, str], others: Pro
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 3  # errors only
     settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    if not Path(path).is_file():
+    if not as_path(path).is_file():
         raise InputError(f"{path} does not exist; export it with convert_pytorch_to_onnx.py")
     if provider != CPU:
         load_cuda_libraries()
@@ -140,7 +143,7 @@ def open_session(path: Path, provider: str, options: dict[str, str], others: Pro
                 "--deform_conv native"
             ) from error
         raise InputError(
-            f"{path} cannot be loaded by ONNX Runtime ({str(error).strip().splitlines()[0]}); "
+            f"{path} cannot be loaded by ONNX Runtime ({first_line(error)}); "
             "export it again with convert_pytorch_to_onnx.py"
         ) from error
     loaded = session.get_providers()[0]
@@ -273,7 +276,7 @@ def read_metadata(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     facts = {key: text for key, text in metadata.items() if key.startswith(METADATA)}
     try:
         return {key.removeprefix(METADATA): json.loads(text) for key, text in facts.items()}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(
             f"{path} holds metadata that is not JSON ({error}); export the model again"
         ) from error
@@ -370,8 +373,10 @@ class ONNXRuntimeExtractor(Extractor):
         if spec.top_k > 0 and not by_threshold:
             return self._check_top_k(spec.top_k)
         facts = {"scores_th": spec.scores_th, "n_limit": spec.n_limit}
+        strict = self.export.get("strict", False) is spec.strict  # older files do not say
         wanted = {"top_k": spec.top_k} if spec.top_k > 0 else {"top_k": 0, **facts}
-        if spec.top_k > 0 or not by_threshold or any(self.export.get(n) != facts[n] for n in facts):
+        same = strict and all(self.export.get(name) == facts[name] for name in facts)
+        if spec.top_k > 0 or not by_threshold or not same:
             options = " ".join(f"--{name} {value}" for name, value in wanted.items())
             raise InputError(
                 f"{self.path} was not exported for {options}; export it again with these options, "
@@ -416,6 +421,8 @@ class ONNXRuntimeExtractor(Extractor):
         """uint8 [B, H, W, 3] to what the file's input takes."""
         check_images(images)
         self._check_size(images)
+        if self.device == "cpu":
+            check_memory(*images.shape[1:3], len(images))
         if self.input.type == "tensor(uint8)":
             return np.ascontiguousarray(images)
         return np.ascontiguousarray(images.transpose(0, 3, 1, 2), np.float32) / np.float32(255)
@@ -427,7 +434,7 @@ class ONNXRuntimeExtractor(Extractor):
             rows = self.session.run(OUTPUTS, {"image": prepared})
         except Exception as error:  # ONNX Runtime raises a class of its own for every status code
             raise InputError(
-                f"ONNX Runtime cannot run {self.path} ({str(error).strip().splitlines()[0]}); "
+                f"ONNX Runtime cannot run {self.path} ({first_line(error)}); "
                 "export it again with convert_pytorch_to_onnx.py"
             ) from error
         count = rows[0].shape[1:2]

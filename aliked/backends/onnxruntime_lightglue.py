@@ -18,6 +18,7 @@ from aliked.backends.onnxruntime import (
 )
 from aliked.errors import InputError
 from aliked.features import Features, check_image
+from aliked.files import as_path
 from aliked.matching import (
     NO_MATCHES,
     Arrays,
@@ -44,7 +45,7 @@ class MatcherSession(Matcher):
 
     def __init__(self, path: str | Path, device: str = "auto"):
         (provider, options), *others = choose_providers(device)
-        self.path = Path(path)
+        self.path = as_path(path)
         self.session = open_session(self.path, provider, options, others)
         self.shapes = {tensor.name: tensor.shape for tensor in self.session.get_inputs()}
         wanted = {f"{name}{side}" for name in self.features for side in (0, 1)}
@@ -124,7 +125,7 @@ class ONNXRuntimePair:
 
     def __init__(self, path: str | Path, device: str = "auto"):
         (provider, options), *others = choose_providers(device)
-        self.path = Path(path)
+        self.path = as_path(path)
         self.session = open_session(self.path, provider, options, others)
         self.inputs = {tensor.name: tensor for tensor in self.session.get_inputs()}
         if set(self.inputs) != {"image0", "image1"}:

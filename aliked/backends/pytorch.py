@@ -16,35 +16,19 @@ import torch
 from aliked.backends import Spec
 from aliked.backends.tensorrt_library import RTX, TENSORRT, numbers, settle_tf32
 from aliked.errors import InputError
-from aliked.features import OUTPUTS, Extractor, Features, check_images, features_of_batch
+from aliked.features import (
+    OUTPUTS,
+    Extractor,
+    Features,
+    check_images,
+    check_memory,
+    features_of_batch,
+)
 from aliked.model import ALIKED, Output, plain_float32, to_tensor
 from aliked.ties import Expected, expect
-from aliked.transfer import download, upload
+from aliked.transfer import choose_device, download, upload
 
 Forward = Callable[[torch.Tensor], dict[str, torch.Tensor]]
-
-
-def choose_device(device: str, only: str | None = None) -> torch.device:
-    """Return the device of that name: "auto" is the first CUDA device, or else the CPU.
-
-    `InputError` where it does not exist on this machine, or is of another type than `only`.
-    """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise InputError(f"unknown device {device!r}; give auto, cpu, cuda or cuda:N") from error
-    if chosen.type not in ("cpu", "cuda"):
-        raise InputError(f"this project does not run on {chosen}; give auto, cpu, cuda or cuda:N")
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise InputError(
-            f"device {device} was asked for, but PyTorch sees {torch.cuda.device_count()} CUDA "
-            "devices; pass --device cpu, or install a CUDA build of PyTorch and a driver"
-        )
-    if only not in (None, chosen.type):
-        raise InputError(f"this backend cannot run on {chosen}; pass --device {only}")
-    return chosen
 
 
 def no_cuda() -> str | None:
@@ -61,6 +45,7 @@ def load_model(spec: Spec, device: torch.device) -> ALIKED:
         top_k=spec.top_k,
         scores_th=spec.scores_th,
         n_limit=spec.n_limit,
+        strict=spec.strict,
         weights=spec.weights,
         device=device,
         precision=spec.precision,
@@ -103,6 +88,8 @@ class ForwardExtractor(Extractor):
     def to_device(self, images: np.ndarray) -> torch.Tensor:
         """Return uint8 [B, H, W, 3] RGB as float32 [B, 3, H, W] in [0, 1] on the device."""
         check_images(images)
+        if self.torch_device.type == "cpu":
+            check_memory(*images.shape[1:3], len(images))
         return to_tensor(upload(images, self.torch_device))
 
     @torch.inference_mode()

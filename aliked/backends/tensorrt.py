@@ -35,8 +35,9 @@ from aliked.backends.tensorrt_library import (
 )
 from aliked.errors import InputError, how_to_install
 from aliked.features import OUTPUTS, Extractor, Features, check_images, features_of_batch
-from aliked.files import sha256, whole_file
+from aliked.files import read_text, sha256, whole_file
 from aliked.threads import copied_parts
+from aliked.weights import find_weights
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -75,14 +76,14 @@ def read_manifest(engine: Path) -> dict:
     if not engine.is_file():
         raise InputError(f"{engine} does not exist; build it with convert_onnx_to_trt.py")
     path = manifest_path(engine)
-    try:
-        manifest = json.loads(path.read_text())
-    except FileNotFoundError as error:
+    if not path.exists():
         raise InputError(
             f"{path} is missing, and without it nobody knows for which GPU and TensorRT version "
             f"{engine.name} is; copy it there, or build the engine with convert_onnx_to_trt.py"
-        ) from error
-    except (OSError, ValueError, RecursionError) as error:
+        )
+    try:
+        manifest = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({error}); build the engine again") from error
     if not _is_manifest(manifest):
         raise InputError(
@@ -91,7 +92,13 @@ def read_manifest(engine: Path) -> dict:
     return manifest
 
 
-EXPORT_TYPES = {"model": str, "top_k": int, "scores_th": (int, float), "n_limit": int}
+EXPORT_TYPES = {
+    "model": str,
+    "top_k": int,
+    "scores_th": (int, float),
+    "n_limit": int,
+    "strict": bool,
+}
 
 
 def is_export(export: Any) -> bool:
@@ -353,6 +360,10 @@ class TensorRTExtractor(Extractor):
             )
         manifest = read_manifest(Path(spec.model_path))
         _check_export(spec, manifest["source"]["export"])
+        if spec.precision == "fp16" and manifest["precision"] == "FP32":
+            raise InputError(
+                f"{spec.model_path} is float32; ask for fp32, or build it of an FP16 file"
+            )
         return cls(
             spec.model_path, spec.top_k, spec.device, name=name, manifest=manifest, **options
         )
@@ -640,8 +651,15 @@ def _check_export(spec: Spec, export: dict) -> None:
     model = export.get("model", spec.model)
     if model != spec.model:
         raise InputError(f"{spec.model_path} holds {model}, not {spec.model}; pass --model {model}")
+    weights = export.get("weights_sha256")
+    if spec.weights and weights and weights != sha256(find_weights(spec.model, spec.weights)):
+        raise InputError(
+            f"{spec.model_path} was made of other weights than {spec.weights}; export and build it "
+            "again, or leave --weights out"
+        )
     by_threshold = export.get("top_k", 0) <= 0
-    if spec.top_k <= 0 and not (by_threshold and export.get("scores_th") == spec.scores_th):
+    same = export.get("scores_th") == spec.scores_th and export.get("strict", False) is spec.strict
+    if spec.top_k <= 0 and not (by_threshold and same):
         raise InputError(
             f"{spec.model_path} was not exported for --top_k 0 --scores_th {spec.scores_th}; "
             "export and build it again with these options, since what it selects is part of it"

@@ -8,10 +8,11 @@ import argparse
 from pathlib import Path
 
 from aliked.backends.tensorrt_library import BUILDERS, LIBRARIES, SEVERITIES, Library
+from aliked.cli import whole
 from aliked.errors import InputError
 from aliked.export.builder import COMPUTE_CAPABILITIES, BuildOptions, Shape, parse_file
 from aliked.export.engine import Request, convert, verify
-from aliked.export.onnx_checks import check_file
+from aliked.export.onnx_checks import NOT_VALID, check_file
 from aliked.export.onnx_graph import Target
 
 
@@ -21,13 +22,6 @@ def shape(text: str) -> Shape:
     if min(sizes) < 1:
         raise ValueError(text)
     return sizes
-
-
-def positive(text: str) -> int:
-    """A whole number above zero."""
-    if int(text) < 1:
-        raise ValueError(text)
-    return int(text)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -98,7 +92,7 @@ def add_build_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--max_workspace_size",
-        type=positive,
+        type=whole(1),
         metavar="MiB",
         help="device memory that one layer may use as scratch space (default: no limit)",
     )
@@ -127,7 +121,7 @@ def add_build_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--max_aux_streams",
-        type=int,
+        type=whole(0),
         metavar="N",
         help="streams beside the main one; 0 takes less memory (default: TensorRT's choice)",
     )
@@ -155,7 +149,7 @@ def add_verification_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--num_images",
-        type=positive,
+        type=whole(1),
         default=10,
         metavar="N",
         help="how many of the folder to compare on (default: %(default)s)",
@@ -184,6 +178,8 @@ def check(path: Path, args: argparse.Namespace) -> int:
         print(finding)
     errors = sum(finding.severity == "error" for finding in findings)
     print(f"{path}: {errors} errors, {len(findings) - errors} warnings")
+    if any(finding.node == NOT_VALID for finding in findings):
+        return 1  # some parsers end the process over such a file
     verdicts = [parser_verdict(library, path) for library in libraries]
     return 1 if errors or not all(verdicts) else 0
 

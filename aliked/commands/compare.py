@@ -47,7 +47,7 @@ from aliked.files import (
     writable_folder,
     write_json,
 )
-from aliked.images import list_images, load_image
+from aliked.images import list_images, load_readable
 from aliked.matching import Matcher
 from aliked.parity import RADIUS_PX
 from aliked.weights import find_weights
@@ -132,9 +132,9 @@ def compare(
     radius: float,
     max_size: int | None = None,
 ) -> Iterator[tuple[np.ndarray, ImageComparison]]:
-    """Each image with what both runtimes find in it, when its turn comes."""
-    for path in tqdm(paths, unit="image", disable=None):  # no bar where nobody looks
-        image = load_image(path, max_size=max_size)
+    """Each image that can be read with what both runtimes find in it, when its turn comes."""
+    bar = tqdm(paths, unit="image", disable=None)  # no bar where nobody looks
+    for path, image in load_readable(bar, max_size):
         yield (
             image,
             compare_image(path.name, reference(image), other(image), radius, image.shape[1::-1]),

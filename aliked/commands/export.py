@@ -16,6 +16,7 @@ from aliked.cli import (
     add_selection_options,
     check_selection,
     command_line,
+    whole,
 )
 from aliked.configs import Form
 from aliked.doctor import installed_versions
@@ -23,14 +24,13 @@ from aliked.download import offer_download
 from aliked.errors import InputError
 from aliked.export.onnx_export import CONTRACTS, ExportOptions, export_onnx
 from aliked.export.verify import verify_onnx
-from aliked.files import scratch_file, sha256, writable_folder, write_json
+from aliked.files import MOST_NAME_BYTES, scratch_file, sha256, writable_folder, write_json
 from aliked.images import list_images, load_image, require_same_size
 from aliked.model import ALIKED, PRECISIONS
 from aliked.parity import Verdict
 from aliked.sampling import SAMPLERS
 from aliked.weights import describe_weights, find_weights
 
-MOST_NAME_BYTES = 255  # of file systems
 # What decides the content of the file and the verdict.
 PACKAGES = ("torch", "torchvision", "onnx", "onnxscript", "onnxruntime", "numpy")
 
@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--num_images",
-        type=int,
+        type=whole(1),
         default=10,
         metavar="N",
         help="check on the first N images of the folder (default: %(default)s)",
@@ -184,7 +184,7 @@ def settle(args: argparse.Namespace, option: str, usual: str, switch: str, meant
 def load_check_images(args: argparse.Namespace) -> list[tuple[str, np.ndarray]]:
     """The images to check on, by name; of one size where the file will be static."""
     offer_download(args.images)
-    paths = list_images(args.images)[: max(args.num_images, 1)]
+    paths = list_images(args.images)[: args.num_images]
     images = ((path, load_image(path)) for path in paths)
     if not args.dynamic and args.io != "colmap":
         images = require_same_size(images)

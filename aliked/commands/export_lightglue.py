@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from aliked.cli import add_matcher_weights, add_model_options, command_line
+from aliked.cli import add_matcher_weights, add_model_options, command_line, whole
 from aliked.configs import Form
 from aliked.doctor import installed_versions
 from aliked.download import offer_download
@@ -74,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--num_pairs",
-        type=int,
+        type=whole(1),
         default=3,
         metavar="N",
         help="check on the first N pairs of the folder (default: %(default)s)",
@@ -90,7 +90,7 @@ def add_graph_options(group: argparse._ArgumentGroup) -> None:
     """How the file is written."""
     group.add_argument(
         "--top_k",
-        type=int,
+        type=whole(1),
         default=1000,
         metavar="K",
         help="keypoints per image that the file is made for (default: %(default)s)",
@@ -115,25 +115,25 @@ def add_graph_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--deform_conv",
         choices=("gridsample", "gather"),
-        default="gridsample",
-        help="pair: how standard operators express deformable convolution (default: %(default)s)",
+        help="pair: how standard operators express deformable convolution (default: gridsample)",
     )
     group.add_argument(
         "--sampling",
         choices=tuple(SAMPLERS),
-        default="gridsample",
-        help="pair: how scores and features are sampled (default: %(default)s)",
+        help="pair: how scores and features are sampled (default: gridsample)",
     )
 
 
 def check_options(args: argparse.Namespace) -> None:
     """Raise `InputError` for options that the chosen graph does not have."""
-    if args.top_k < 1:
-        raise InputError(f"--top_k is {args.top_k}; give at least 1")
     if args.graph == "pair" and args.io == "colmap":
         raise InputError("COLMAP runs the matcher alone; leave out --graph pair with --io colmap")
     if args.graph == "matcher" and args.uint8_input:
         raise InputError("a matcher takes no image; pass --graph pair with --uint8_input")
+    for name in ("deform_conv", "sampling"):
+        if args.graph == "matcher" and getattr(args, name):
+            raise InputError(f"a matcher samples nothing; pass --graph pair with --{name}")
+        setattr(args, name, getattr(args, name) or "gridsample")
 
 
 def output_path(args: argparse.Namespace) -> Path:
@@ -152,7 +152,7 @@ def output_path(args: argparse.Namespace) -> Path:
 def load_pairs(args: argparse.Namespace) -> list[Images]:
     """The first pairs of neighbours in the folder."""
     offer_download(args.images)
-    paths = list_images(args.images)[: max(args.num_pairs, 1) + 1]
+    paths = list_images(args.images)[: args.num_pairs + 1]
     if len(paths) < 2:
         raise InputError(f"{args.images} holds {len(paths)} image; the check needs two")
     images = [(path.name, load_image(path)) for path in paths]

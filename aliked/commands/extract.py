@@ -25,7 +25,7 @@ from aliked.colmap import (
     write_matches,
 )
 from aliked.errors import InputError
-from aliked.extraction import DECODERS, Job, Report, Tally, extract
+from aliked.extraction import DECODERS, Job, Report, Tally, available_cores, extract
 from aliked.files import writable_folder
 from aliked.images import find_images
 from aliked.matching import Matcher
@@ -35,6 +35,7 @@ from aliked.video import add_video_options, check_video_options, is_video
 from aliked.workers import CORES, devices_of, extract_in_processes, extract_with_ray
 
 OVERLAP = 10  # images that each is matched with in a sequence, as in COLMAP
+MOST_PROCESSES = 4  # for each core
 TWO_LANES = ("fused", "tensorrt", "tensorrt-cudagraph")  # keep a GPU busier than one extractor
 
 
@@ -177,6 +178,9 @@ def check_options(args: argparse.Namespace) -> None:
     """Raise `InputError` where options are missing, or would be without effect."""
     if args.output is None and args.colmap is None:
         raise InputError("there is nothing to write; pass --output FILE.h5 or --colmap DATABASE")
+    for path in filter(None, (args.output, args.colmap)):
+        if not path.name or path.is_dir():
+            raise InputError(f"{path} is a folder; give the name of a file")
     order = args.match[0] if args.match else None
     video = is_video(args.images)
     check_video_options(args)
@@ -259,6 +263,11 @@ def run(
     keep_freed_memory()
     if args.ray is not None:
         return extract_with_ray(job, store, args.ray, args.processes, report)
+    most = MOST_PROCESSES * available_cores()
+    if args.processes and args.processes > most:
+        raise InputError(
+            f"--processes {args.processes} would only be in each other's way; give at most {most}"
+        )
     devices = [job.spec.device]
     if not is_video(job.images):
         devices = devices_of(job, images, args.processes)

@@ -34,7 +34,7 @@ from aliked.drawing import (
 from aliked.errors import InputError
 from aliked.features import Extractor, Features
 from aliked.files import check_writable, remove_files, writable_folder
-from aliked.images import list_images, load_image, reduced
+from aliked.images import list_images, load_readable, reduced
 from aliked.matching import Matcher
 from aliked.video import add_video_options, check_video_options, frames, is_video
 from aliked.weights import describe_weights
@@ -189,7 +189,8 @@ def main(args: argparse.Namespace) -> None:
         if not view.present(pair):
             break
     if not count:
-        raise InputError(f"{args.images} has one frame; give a video with at least two")
+        only = "frame; give a video" if is_video(args.images) else "readable image; give a folder"
+        raise InputError(f"{args.images} has only one {only} with at least two")
     print(f"in total: {count} pairs, {matches_text(matches, displacement)}")
     view.close()
 
@@ -203,7 +204,7 @@ def open_images(args: argparse.Namespace) -> tuple[Iterator[tuple[str, np.ndarra
     paths = list_images(args.images)
     if len(paths) < 2:
         raise InputError(f"{args.images} has one image; give a folder with at least two")
-    images = ((path.name, load_image(path, max_size=args.max_size)) for path in paths)
+    images = ((path.name, image) for path, image in load_readable(paths, args.max_size))
     return images, f"{len(paths)} images"
 
 

@@ -24,7 +24,7 @@ from aliked.backends.tensorrt_library import (
 from aliked.errors import InputError
 from aliked.export.onnx_graph import load_model
 from aliked.export.rtx_graph import for_rtx
-from aliked.files import whole_file
+from aliked.files import read_file, whole_file
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -273,7 +273,7 @@ def add_profile(
 
 def load_timing_cache(config: "trt.IBuilderConfig", path: Path) -> None:
     """Use the kernel timings of earlier builds, where the file exists."""
-    data = path.read_bytes() if path.exists() else b""
+    data = read_file(path) if path.exists() else b""
     cache = config.create_timing_cache(data)
     if cache is None or not config.set_timing_cache(cache, False):
         raise InputError(

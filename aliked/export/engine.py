@@ -45,7 +45,7 @@ from aliked.export.builder import (
 from aliked.export.onnx_checks import check_model
 from aliked.export.onnx_graph import Target, graph_precision, load_model
 from aliked.features import OUTPUTS
-from aliked.files import sha256, writable_folder, write_json
+from aliked.files import read_text, sha256, writable_folder, write_json
 from aliked.parity import TOLERANCES
 
 if TYPE_CHECKING:
@@ -67,9 +67,9 @@ class Source:
     def images(self) -> Path | None:
         """The folder of images that the export was checked on, where its manifest says."""
         try:
-            named = json.loads(manifest_path(self.path).read_text())["images"]
+            named = json.loads(read_text(manifest_path(self.path)))["images"]
             return Path(named)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return None
 
     @property
@@ -152,7 +152,7 @@ def export_command(source: Source, precision: str) -> str:
     words = ["python convert_pytorch_to_onnx.py IMAGES", f"--model {made.get('model', 'MODEL')}"]
     if made.get("top_k", 0) > 0:
         words.append(f"--top_k {made['top_k']}")
-    elif made:
+    elif {"scores_th", "n_limit"} <= made.keys():
         words.append(f"--scores_th {made['scores_th']} --n_limit {made['n_limit']}")
     else:
         words.append("--top_k K")

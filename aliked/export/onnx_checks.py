@@ -45,8 +45,8 @@ def check_model(model: onnx.ModelProto, target: Target | None = None) -> list[Fi
         inlined = onnx.inliner.inline_local_functions(model) if model.functions else model
         typed = onnx.shape_inference.infer_shapes(inlined, data_prop=True)
     except INVALID as problem:
-        reason = " ".join(str(problem).split("==>")[0].split()) or "no reason given"
-        return [Finding("error", "(model)", f"not valid ONNX: {reason}", "export it again")]
+        reason = " ".join(str(problem).split("==>")[0].split())[:300] or "no reason given"
+        return [Finding("error", NOT_VALID, f"not valid ONNX: {reason}", "export it again")]
     findings: list[Finding] = []
     for graph in graphs(typed):
         findings += infinite_constants(graph)
@@ -57,6 +57,7 @@ def check_model(model: onnx.ModelProto, target: Target | None = None) -> list[Fi
     return sorted(findings, key=lambda finding: finding.severity != "error")
 
 
+NOT_VALID = "(model)"  # where a file is no ONNX that a library could read
 INVALID = (  # what ONNX's own tools raise for a file that is not valid
     onnx.checker.ValidationError,
     onnx.shape_inference.InferenceError,

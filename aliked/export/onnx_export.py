@@ -404,6 +404,7 @@ def describe(model: ALIKED, options: ExportOptions) -> dict[str, str]:
         "top_k": model.top_k,
         "scores_th": model.scores_th,
         "n_limit": model.n_limit,
+        "strict": model.strict,
         "weights_sha256": model.weights_sha256,
         **asdict(options),
     }

@@ -13,6 +13,7 @@ from onnx.reference import ReferenceEvaluator
 
 from aliked.backends.tensorrt_library import TENSORRT
 from aliked.errors import InputError
+from aliked.files import open_regular
 
 HALF_TYPES = {TensorProto.FLOAT16, TensorProto.BFLOAT16}
 INTEGER_TYPES = {TensorProto.INT8, TensorProto.INT32, TensorProto.INT64, TensorProto.UINT8}
@@ -26,7 +27,11 @@ def type_name(dtype: int) -> str:
 def load_model(path: Path) -> onnx.ModelProto:
     """Read an ONNX file with its external weights; `InputError` where it is not a whole one."""
     try:
+        with open_regular(path, most_bytes=None):  # no FIFO nor device, which never end
+            pass
         model = onnx.load(path)
+    except InputError:
+        raise
     except OSError as error:
         raise InputError(
             f"cannot read {path} ({error.strerror or error}); give an ONNX file that exists, with "

@@ -135,6 +135,7 @@ def open_exported(
             top_k=reference.top_k,
             scores_th=reference.scores_th,
             n_limit=reference.n_limit,
+            strict=reference.strict,
             device="cpu",
             model_path=path,
         )
@@ -163,7 +164,7 @@ def verify_onnx(
     if parities and not telling:
         raise InputError(
             f"no keypoint of the {len(parities)} images scores {FAINT:g} or more, so that they "
-            "prove nothing about the file; give photographs"
+            "prove nothing about the file; give photographs, or a lower threshold"
         )
     return judge(parities, TOLERANCES[precision])
 
@@ -178,7 +179,8 @@ def create_reference(path: Path, export: dict, weights: Path | None) -> PyTorchE
     """
     try:
         names = ("model", "top_k", "scores_th", "n_limit")
-        spec = Spec(**{name: export[name] for name in names}, weights=weights)
+        strict = export.get("strict", False)  # which older files do not say
+        spec = Spec(**{name: export[name] for name in names}, weights=weights, strict=strict)
     except KeyError as error:
         raise InputError(
             f"{path} does not say which {error} it was exported with, so there is nothing "

@@ -18,9 +18,10 @@ import torch
 from aliked import cli
 from aliked.configs import CONFIGS, get_config
 from aliked.errors import InputError
+from aliked.files import sha256, whole_file
 from aliked.fused.weights import Weights, pack
 from aliked.model import ALIKED
-from aliked.weights import find_weights
+from aliked.weights import SAFETENSORS, find_weights
 
 FORMAT = "aliked-fused"
 FORMAT_VERSION = 1  # ALIKED_FORMAT_VERSION in aliked.h: what the kernels read has changed with it
@@ -83,21 +84,16 @@ def packed_file(model: ALIKED, source_sha256: str = "") -> bytes:
 def write_packed(model: str, output: Path, weights: Path | None = None) -> None:
     """Write the file for the variant `model`; `weights` as in `ALIKED.from_pretrained`."""
     network = ALIKED.from_pretrained(model, weights=weights)
-    source = hashlib.sha256(find_weights(model, weights).read_bytes()).hexdigest()
-    content = packed_file(network, source)
-    partial = output.with_name(output.name + ".partial")
-    try:
+    content = packed_file(network, sha256(find_weights(model, weights)))
+    with whole_file(output) as partial:
         partial.write_bytes(content)
-        partial.replace(output)
-    except OSError as error:
-        raise InputError(f"cannot write {output}: {error.strerror}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def main(args: argparse.Namespace) -> None:
     """Write the file and say where it is."""
-    output = args.output or Path(f"{args.model}.safetensors")
+    output = args.output or Path(f"{args.model}{SAFETENSORS}")
+    if output.suffix != SAFETENSORS or output.is_dir():
+        raise InputError(f"--output {output} is not the name of a {SAFETENSORS} file; give one")
     write_packed(args.model, output, args.weights)
     print(f"{output}: {args.model}, format version {FORMAT_VERSION}, {output.stat().st_size} bytes")
 

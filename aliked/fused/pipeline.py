@@ -53,9 +53,17 @@ def detect(
     keys = ops.find_maxima(scores, tally)
     height, width = scores.shape[1:]
     k = selection.rows(height, width)
-    means = scores.mean(dim=(1, 2)) if selection.by_threshold else None
+    means = _means(scores, selection) if selection.by_threshold else None
     chosen = ops.select(keys, tally, means, k, selection.scores_th)
     return ops.refine(chosen, tally, scores, k)
+
+
+def _means(scores: torch.Tensor, selection: Selection) -> torch.Tensor:
+    """What `select` takes in the threshold's place where no score is above that, or it is 0."""
+    if not selection.strict:
+        return scores.mean(dim=(1, 2))
+    # No score is above 1, and each maximum is above 0.
+    return scores.new_full(scores.shape[:1], 1.0 if selection.scores_th > 0 else 0.0)
 
 
 def describe(

@@ -57,7 +57,8 @@ typedef struct aliked_options {
   size_t size;       /* sizeof(aliked_options) */
   int device;        /* number of the GPU */
   int top_k;         /* the best so many keypoints; 0 or less: those above `scores_th` */
-  float scores_th;   /* detection score in [0, 1]; where none passes, the image's mean score */
+  float scores_th;   /* detection score in [0, 1]; where none passes, the image's mean score, as
+                        in the official code (in Python strict=False) */
   int n_limit;       /* most keypoints of an image above `scores_th`; not used with top_k */
   int max_plans;     /* image sizes whose buffers are kept; the one unused for longest goes */
   const char *model; /* the model that the file must be of, or null */

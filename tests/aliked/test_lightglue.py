@@ -385,6 +385,25 @@ def test_weights_of_an_extractor_are_refused(weights_dir):
         LightGlue.from_pretrained(weights_dir / "aliked-t16.pth")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state.pop("input_proj.weight"),
+        lambda state: state.pop("transformers.3.cross_attn.to_v.bias"),
+        lambda state: state.pop("transformers.0.self_attn.ffn.0.weight"),
+        lambda state: state.update({"posenc.Wr.weight": torch.zeros(3, 2)}),
+        lambda state: state.update({"input_proj.bias": torch.zeros(256, dtype=torch.int64)}),
+    ],
+)
+def test_weights_with_a_wrong_tensor_are_one_sentence(matcher, weights_dir, tmp_path, change):
+    state = torch.load(weights_dir / f"{LIGHTGLUE}.pth", weights_only=True)
+    change(state)
+    torch.save(state, tmp_path / "wrong.pth")
+    with pytest.raises(InputError, match=r"wrong.pth does not hold LightGlue's weights") as refusal:
+        LightGlue.from_pretrained(tmp_path / "wrong.pth")
+    assert len(str(refusal.value)) < 600
+
+
 def test_weights_are_looked_up_like_the_others(weights_dir, cache, monkeypatch):
     monkeypatch.setenv("ALIKED_WEIGHTS_DIR", str(weights_dir))
     if not (weights_dir / f"{LIGHTGLUE}.pth").is_file():

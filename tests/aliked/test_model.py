@@ -146,6 +146,23 @@ def test_threshold_falls_back_to_the_mean_score_for_each_image_alone():
     assert (found.nms_scores > 0).sum(dim=1).tolist() == [1, 2]
 
 
+def test_a_strict_threshold_that_nothing_passes_gives_no_keypoint():
+    weak = spikes(20, 20, {(5, 5): 0.1, (12, 12): 0.15})
+    for form in (Form(), Form(exported=True)):
+        found = detect(weak, -1, 0.2, 10, form, strict=True)
+        assert (found.nms_scores == 0).all()
+        assert (found.scores == 0).all()
+    lowest = detect(weak, -1, 0.0, 10, Form(), strict=True)  # every maximum is above 0
+    assert (lowest.nms_scores > 0.09).sum() == 2
+
+
+def test_features_follow_the_threshold_or_where_asked_for_the_official_rule():
+    image = texture(48, 64)
+    official = random_model(scores_th=1.0, n_limit=40, top_k=0, strict=False)
+    assert len(official(image)) == 40
+    assert len(random_model(scores_th=1.0, n_limit=40, top_k=0)(image)) == 0
+
+
 def test_keypoints_of_the_outer_two_pixels_are_dropped():
     found = detect(spikes(20, 20, {(1, 9): 0.9, (18, 3): 0.9, (2, 14): 0.8}), 1, 0.0, 0, Form())
     torch.testing.assert_close(found.nms_scores, torch.tensor([[0.8]]))

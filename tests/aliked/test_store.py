@@ -321,3 +321,18 @@ def test_what_a_kill_left_half_written_is_no_part_and_goes(tmp_path):
         store.write("0.jpg", features(0), SIZE)
     assert FeatureStore.open(path, KEY).names() == ["0.jpg"]
     assert [file.name for file in parts.iterdir()] == [f".{os.getpid()}-12ab.u2xn.partial.part"]
+
+
+def test_a_part_that_points_nowhere_is_refused(path):
+    store = FeatureStore.open(path, KEY)
+    store.write("a.jpg", features(0), (64, 48))
+    store.flush()
+    (part,) = path.with_name(f"{path.name}.parts").glob("*.part")
+    raw = part.read_bytes()
+    at = len(raw) - 8 - int.from_bytes(raw[-8:], "little")
+    index = json.loads(raw[at:-8])
+    index["images"]["a.jpg"][0] = 2**70
+    text = json.dumps(index).encode()
+    part.write_bytes(raw[:at] + text + len(text).to_bytes(8, "little"))
+    with pytest.raises(InputError, match="cannot read the features in"):
+        FeatureStore.open(path, KEY).read("a.jpg")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from aliked import weights
 from aliked.configs import CONFIGS, OFFICIAL
@@ -187,6 +188,34 @@ def test_what_a_training_wraps_weights_in_is_unwrapped(tmp_path, wrap, zipped):
     expected = ALIKED.from_pretrained(SHIPPED).state_dict()
     for key, tensor in expected.items():
         assert torch.allclose(found[key], tensor, atol=2e-3, rtol=2e-2), key
+
+
+def test_safetensors_are_read_and_found_in_a_folder(tmp_path):
+    state = {name: rows.contiguous() for name, rows in load_state_dict(SHIPPED).items()}
+    path = tmp_path / f"{SHIPPED}.safetensors"
+    save_file(state, path)
+    found = load_state_dict(SHIPPED, tmp_path)
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], rows) for name, rows in state.items())
+    ALIKED.from_pretrained(SHIPPED, weights=path)
+
+
+@pytest.mark.parametrize("cut", [0, 4, 300, -1])
+def test_safetensors_that_are_not_whole_are_refused(tmp_path, cut):
+    path = tmp_path / "mine.safetensors"
+    save_file({"block1.conv1.weight": torch.ones(8, 3, 3, 3)}, path)
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(InputError, match="is no whole file of safetensors"):
+        ALIKED.from_pretrained(SHIPPED, weights=path)
+
+
+def test_a_type_of_eight_bits_is_judged_like_the_others(tmp_path):
+    state = load_state_dict(SHIPPED)
+    state["conv1.weight"] = torch.full_like(state["conv1.weight"], float("nan"))
+    state["conv1.weight"] = state["conv1.weight"].to(torch.float8_e4m3fn)
+    path = saved(tmp_path / "eight.pth", state)
+    with pytest.raises(InputError, match=r"holds NaN or infinity in conv1\.weight"):
+        ALIKED.from_pretrained(SHIPPED, weights=path)
 
 
 def test_a_file_is_taken_at_its_word_whatever_its_checksum(weights_dir, tmp_path):

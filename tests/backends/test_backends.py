@@ -22,12 +22,19 @@ from aliked import gpu
 from aliked.backends import BACKENDS, Spec, aotinductor, create_extractor, get_backend
 from aliked.backends import onnxruntime as onnxruntime_backend
 from aliked.backends import pytorch as pytorch_backend
+from aliked.configs import DEFAULT_MODEL
+from aliked.drawing import draw_matches
 from aliked.errors import InputError
 from aliked.export.build import build_model_file
-from aliked.features import drop_fill_ins
+from aliked.features import Features, drop_fill_ins
 from aliked.files import sha256
+from aliked.images import find_images, list_images, load_image
+from aliked.lightglue import LightGlue
+from aliked.matching import MutualMatcher, check_matchable, match_mutual
+from aliked.model import ALIKED
 from aliked.parity import FP16, FP32, compare_features, judge
-from aliked.weights import SHIPPED
+from aliked.store import FeatureStore
+from aliked.weights import SHIPPED, find_weights
 from tests.helpers.fake_tensorrt import Machine
 from tests.helpers.small_models import write_small_model
 
@@ -316,6 +323,70 @@ def test_create_extractor_takes_only_names_and_specs():
         create_extractor(None, SPEC)
     with pytest.raises(InputError, match="give a Spec"):
         create_extractor("pytorch", {"top_k": 5})
+
+
+WRONG = (
+    None,
+    True,
+    3.5,
+    b"bytes",
+    [1],
+    object(),
+    np.zeros((4, 4)),
+    torch.zeros(2, 2).to_sparse(),
+)
+ROWS = np.eye(1, 128, dtype=np.float32)
+FEATURES = Features(np.zeros((1, 2), np.float32), np.ones(1, np.float32), ROWS)
+IMAGE = np.zeros((9, 9, 3), np.uint8)
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: type(wrong).__name__)
+def test_an_argument_of_another_type_is_one_sentence(wrong, tmp_path):
+    store = FeatureStore.open(tmp_path / "a.h5", {})
+    calls = [
+        lambda: ALIKED.from_pretrained(wrong),
+        lambda: ALIKED.from_pretrained(DEFAULT_MODEL, device=wrong),
+        lambda: ALIKED.from_pretrained(DEFAULT_MODEL, precision=wrong),
+        lambda: ALIKED.from_pretrained(DEFAULT_MODEL, top_k=[wrong]),
+        lambda: LightGlue(filter_threshold=[wrong]),
+        lambda: LightGlue.from_pretrained(device=wrong),
+        lambda: create_extractor(wrong, SPEC),
+        lambda: replace(SPEC, precision=wrong).check(),
+        lambda: load_image(wrong),
+        lambda: load_image(tmp_path, max_size=[wrong]),
+        lambda: list_images(wrong),
+        lambda: find_images(wrong),
+        lambda: match_mutual(ROWS, ROWS, [wrong]),
+        lambda: match_mutual(wrong, ROWS),
+        lambda: MutualMatcher(0.5, wrong),
+        lambda: MutualMatcher().match(FEATURES, wrong, (9, 9), (9, 9)),
+        lambda: check_matchable(FEATURES, wrong, 128),
+        lambda: check_matchable(wrong, (9, 9), 128),
+        lambda: FeatureStore.open(wrong, {}),
+        lambda: store.write(wrong, FEATURES, (9, 9)),
+        lambda: store.write("a", wrong, (9, 9)),
+        lambda: store.write("a", FEATURES, wrong),
+        lambda: draw_matches([wrong], FEATURES, IMAGE, FEATURES, np.zeros((0, 2), int), ""),
+        lambda: draw_matches(IMAGE, FEATURES, IMAGE, FEATURES, wrong, ""),
+        lambda: find_weights(wrong),
+    ]
+    for call in calls:
+        with pytest.raises(InputError) as refusal:
+            call()
+        assert len(str(refusal.value)) < 500
+
+
+@pytest.mark.parametrize("name", ["pytorch", "onnxruntime-cpu"])
+def test_a_batch_that_memory_cannot_hold_is_refused(name, photographs, tmp_path, monkeypatch):
+    monkeypatch.setattr("aliked.features.available_memory", lambda: 2**20)
+    monkeypatch.setattr("aliked.features.SMALL", 0)
+    path = None
+    if name != "pytorch":
+        path = write_small_model(tmp_path / "small.onnx", dynamic=True)
+    model = "aliked-t16" if path else DEFAULT_MODEL
+    extractor = create_extractor(name, Spec(model, top_k=20, model_path=path))
+    with pytest.raises(InputError, match=r"a batch of 2 images .* needs about .* GiB"):
+        extractor.extract_batch(np.zeros((2, 480, 640, 3), np.uint8))
 
 
 def test_the_eager_model_takes_batches(photographs, reference, weights_dir):

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from aliked.backends import BACKENDS, Spec, create_extractor
 from aliked.backends.cuda_memory import TorchMemory
@@ -17,6 +19,8 @@ from aliked.backends.onnxruntime import ONNXRuntimeExtractor
 from aliked.backends.tensorrt import (
     MANIFEST_TYPES,
     TensorRTExtractor,
+    manifest_path,
+    mismatch,
     read_manifest,
     runtime_config,
 )
@@ -31,6 +35,8 @@ from aliked.errors import InputError
 from aliked.export.builder import BuildOptions
 from aliked.export.engine import Request, convert
 from aliked.files import sha256
+from aliked.gpu import Device
+from tests.helpers.damage import HOW, JSON, QUICKLY, changed, places
 from tests.helpers.fake_tensorrt import RTX_VERSION, VERSIONS, Machine
 from tests.helpers.fake_tensorrt.builder import pack
 from tests.helpers.fake_tensorrt.installed import install
@@ -689,6 +695,43 @@ def test_a_manifest_with_a_wrong_field_is_no_manifest(rtx, tmp_path, field, wron
     manifest.write_text(json.dumps(read_manifest(engine) | {field: wrong}))
     with pytest.raises(InputError, match="is not the manifest of an engine"):
         open_rtx(engine)
+
+
+def test_an_engine_of_other_weights_or_precision_is_refused(rtx, tmp_path):
+    rtx()
+    _, engine = write_rtx_engine(tmp_path)
+    read = read_manifest(engine)
+    read["source"]["export"]["weights_sha256"] = "0" * 64
+    manifest_path(engine).write_text(json.dumps(read))
+    spec = Spec("aliked-t16", top_k=20, model_path=engine)
+    mine = tmp_path / "mine.pth"
+    mine.write_bytes(b"weights")
+    with pytest.raises(InputError, match="was made of other weights than"):
+        create_extractor("tensorrt-rtx", replace(spec, weights=mine))
+    with pytest.raises(InputError, match="is float32; ask for fp32"):
+        create_extractor("tensorrt-rtx", replace(spec, precision="fp16"))
+
+
+@pytest.fixture(scope="module")
+def small_engine(tmp_path_factory):
+    """An engine and its manifest, for what looks at the manifest alone."""
+    _, engine = write_rtx_engine(tmp_path_factory.mktemp("engine"))
+    return engine, read_manifest(engine)
+
+
+@QUICKLY
+@given(st.data())
+def test_a_changed_manifest_is_read_or_refused(small_engine, data):
+    engine, manifest = small_engine
+    place, how = data.draw(st.sampled_from(places(manifest))), data.draw(HOW)
+    text = json.dumps(changed(manifest, place, how, data.draw(JSON)))
+    manifest_path(engine).write_text(text)
+    try:
+        read = read_manifest(engine)
+    except InputError as error:
+        assert manifest_path(engine).name in str(error)
+        return
+    assert mismatch(read, LEAN, Device("GPU", "8.9", 2**33))  # which runs no engine of RTX
 
 
 @pytest.mark.parametrize("field", MANIFEST_TYPES)

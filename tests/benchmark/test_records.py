@@ -1,12 +1,11 @@
 """Files of records: what is read of them, whatever is in them, and what resuming keeps."""
 
-import copy
 import json
 import random
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import json as strict_json
 from msgspec.structs import replace
@@ -23,6 +22,7 @@ from benchmark.records import (
     resume,
 )
 from benchmark.report import report_text
+from tests.helpers.damage import HOW, JSON, QUICKLY, changed, places
 from tests.helpers.timing_records import CONFIGURATION, ROW, measured, outcome, write_records
 
 
@@ -167,44 +167,14 @@ def test_what_earlier_versions_wrote_is_read():
 
 ROOT = Path(__file__).resolve().parents[2]
 VALID = measured(ROW, 3.0)
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
-    max_leaves=6,
-)
-QUICKLY = settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-
-
-def places(record: dict) -> list[tuple[str, ...]]:
-    """Every field of a record, those of its parts included."""
-    return [
-        (name, *rest)
-        for name, value in record.items()
-        for rest in [(), *(places(value) if isinstance(value, dict) else [])]
-    ]
-
-
-def changed(place: tuple[str, ...], how: str, value: object) -> dict:
-    """A record with one field removed, replaced or joined by another."""
-    record = copy.deepcopy(VALID)
-    part = record
-    for name in place[:-1]:
-        part = part[name]
-    if how == "remove":
-        del part[place[-1]]
-    else:
-        part[place[-1] + ("" if how == "replace" else "_")] = value
-    return record
 
 
 @QUICKLY
-@given(st.sampled_from(places(VALID)), st.sampled_from(["remove", "replace", "add"]), JSON)
+@given(st.sampled_from(places(VALID)), HOW, JSON)
 def test_a_changed_record_is_read_or_named_and_its_neighbours_are_kept(tmp_path, place, how, value):
     path = tmp_path / "records.jsonl"
     others = [json.dumps(measured(replace(ROW, top_k=k), 2.0)) for k in (10, 20)]
-    path.write_text(f"{others[0]}\n{json.dumps(changed(place, how, value))}\n{others[1]}\n")
+    path.write_text(f"{others[0]}\n{json.dumps(changed(VALID, place, how, value))}\n{others[1]}\n")
     records, damaged = read_lines(path, AnyRecord)
     assert {1, 3} <= records.keys() and records.keys() | damaged.keys() == {1, 2, 3}
     before, rows = path.read_bytes(), [records[1].row, ROW, records[3].row]
@@ -238,7 +208,7 @@ def test_bytes_are_read_or_named_and_their_neighbours_are_kept(tmp_path, junk):
 @given(st.sampled_from(places(VALID)), JSON)
 def test_a_record_is_checked_as_it_is_written(place, value):
     """What is not read back the same is not written."""
-    fields = changed(place, "replace", value)
+    fields = changed(VALID, place, "replace", value)
     try:
         record = make_record(fields)
     except ValueError:

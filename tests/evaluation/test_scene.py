@@ -3,15 +3,19 @@
 import json
 import os
 import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from aliked.errors import InputError
 from evaluation.scene import FILE, Faces, Scene, read_scene
+from tests.helpers import damage
 from tools import make_scene, scene_contents
 from tools.scene_rendering import pyramid, render
 
@@ -256,3 +260,22 @@ def test_two_views_of_one_place_have_no_direction_between_them(copy):
     (copy / FILE).write_text(json.dumps(data | {"pairs": [[0, 1]]}))
     with pytest.raises(InputError, match="views 0 and 1, which have one place"):
         read_scene(copy)
+
+
+DESCRIPTION = json.loads((FOLDER / FILE).read_text())
+
+
+@damage.QUICKLY
+@given(st.sampled_from(damage.places(DESCRIPTION)), damage.HOW, damage.JSON)
+def test_a_changed_description_is_read_or_refused(place, how, value):
+    with tempfile.TemporaryDirectory() as folder:
+        for name in (view["file"] for view in DESCRIPTION["views"]):
+            (Path(folder) / name).symlink_to(FOLDER / name)
+        data = damage.changed(DESCRIPTION, place, how, value)
+        (Path(folder) / FILE).write_text(json.dumps(data))
+        try:
+            scene = read_scene(Path(folder))
+        except InputError as error:
+            assert FILE in str(error) or "lacks" in str(error)
+            return
+    assert np.isfinite(scene.poses).all() and np.isfinite(scene.intrinsics).all()

@@ -3,17 +3,23 @@
 And beside the real parser of TensorRT for RTX: what it refuses itself has no rule.
 """
 
+import functools
 import itertools
+import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from aliked.backends.tensorrt_library import RTX
+from aliked.commands import build
 from aliked.errors import InputError
 from aliked.export.builder import BuildOptions, build_plan
 from aliked.export.onnx_checks import check_file, check_model
@@ -207,6 +213,65 @@ def test_long_rows_of_nodes_are_followed():
     nodes = [helper.make_node("Identity", [a], [b]) for a, b in itertools.pairwise(names)]
     nodes[-1] = helper.make_node("Cast", [names[-2]], ["y"], to=HALF)
     assert findings(model(nodes, [value("x", INT64, [1])])) == []
+
+
+@functools.cache
+def exported():
+    with tempfile.TemporaryDirectory() as folder:
+        write_small_model(Path(folder) / "model.onnx")
+        return onnx.load(Path(folder) / "model.onnx")
+
+
+def other_names(draw, made):
+    one = draw(st.sampled_from([n for n in made.graph.node if n.input]))
+    one.input[0] = draw(
+        st.sampled_from(["", "nobody", one.output[0], made.graph.node[-1].output[0]])
+    )
+
+
+def other_attribute(draw, made):
+    holders = [n for n in made.graph.node if n.attribute]
+    attribute = draw(st.sampled_from(draw(st.sampled_from(holders)).attribute))
+    attribute.type = draw(st.integers(0, 20))
+    attribute.i = draw(st.integers(-(2**63), 2**63 - 1))
+
+
+def other_constant(draw, made):
+    tensor = draw(st.sampled_from(made.graph.initializer))
+    tensor.data_type = draw(st.sampled_from([tensor.data_type, 0, 1, 7, 8, 10, 16, 99]))
+    tensor.dims[:] = draw(st.lists(st.sampled_from([-1, 0, 1, 3, 2**40, 2**62]), max_size=4))
+
+
+def other_operator(draw, made):
+    one = draw(st.sampled_from(made.graph.node))
+    one.op_type = draw(st.sampled_from(["", "TopK", "GridSample", "Cast", "Loop", "Floor"]))
+
+
+def other_opset(draw, made):
+    made.opset_import[0].version = draw(st.sampled_from([-1, 0, 1, 9, 18, 21, 2**62]))
+
+
+def longer(draw, made):
+    last = made.graph.node[-1].output[0]
+    names = [last, *(f"n{i}" for i in range(draw(st.sampled_from([1, 2000]))))]
+    made.graph.node.extend(
+        helper.make_node("Identity", [a], [b]) for a, b in itertools.pairwise(names)
+    )
+
+
+CHANGES = (other_names, other_attribute, other_constant, other_operator, other_opset, longer)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_whatever_a_graph_holds_findings_are_sentences(data):
+    made = onnx.ModelProto()
+    made.CopyFrom(exported())
+    for change in data.draw(st.lists(st.sampled_from(CHANGES), min_size=1, max_size=3)):
+        change(data.draw, made)
+    for finding in check_model(made):
+        assert finding.severity in ("error", "warning")
+        assert "\n" not in str(finding) and len(str(finding)) < 1000
 
 
 # DeformConv
@@ -568,6 +633,22 @@ def test_check_only_asks_the_installed_parser_too(tmp_path):
 def test_check_only_knows_what_the_engine_is_for(tmp_path):
     path = write_small_model(tmp_path / "model.onnx", deform=True)
     assert check_only(path, "--builder", "tensorrt", "--version_compatible").returncode == 1
+
+
+def test_what_never_ends_is_no_onnx(tmp_path):
+    os.mkfifo(tmp_path / "fifo.onnx")
+    for path in (tmp_path / "fifo.onnx", Path("/dev/zero")):
+        with pytest.raises(InputError, match="no regular file"):
+            check_file(path)
+
+
+def test_a_parser_is_not_given_what_is_no_valid_onnx(tmp_path, monkeypatch, capsys):
+    """Some of them end the process over it."""
+    monkeypatch.setattr(build, "parser_verdict", lambda library, path: pytest.fail("was asked"))
+    onnx.save(MALFORMED["cycle"], tmp_path / "cycle.onnx")
+    options = build.parser().parse_args(["--check_only", str(tmp_path / "cycle.onnx")])
+    assert build.main(options) == 1
+    assert "not valid ONNX" in capsys.readouterr().out
 
 
 def test_check_only_refuses_options_that_it_does_not_use(tmp_path):

@@ -1,6 +1,12 @@
 """What COLMAP finds in a database of ours: compared with its own rules, and mapped."""
 
+import contextlib
 import json
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +31,8 @@ from aliked.store import FeatureStore
 from tests.helpers.photos import noise, write_photo
 
 pycolmap = pytest.importorskip("pycolmap", reason="pycolmap is not installed")
-SCENE = Path(__file__).resolve().parents[2] / "assets/scene_640x480"
+ROOT = Path(__file__).resolve().parents[2]
+SCENE = ROOT / "assets/scene_640x480"
 KEY = {"model": "a"}
 PHONE = {"t0x10f": "Maker", "t0x110": "Phone", "t0x920a": 4.0, "t0xa405": 28}
 
@@ -236,6 +243,35 @@ def test_pairs_of_every_order(tmp_path, monkeypatch):
             read_pairs(path, names)
     with pytest.raises(InputError, match="cannot read the pairs"):
         read_pairs(tmp_path / "nowhere.txt", names)
+
+
+def test_a_database_in_use_is_refused_before_colmap_aborts(database, photos):
+    with contextlib.closing(sqlite3.connect(database)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(InputError, match=r"cannot be opened as a COLMAP database .*locked"):
+            write_features(database, stored(photos, NAMES), photos, "aliked-n16rot", Cameras())
+
+
+def test_colmap_leaves_the_signal_that_stops_a_script_alone():
+    code = """
+import os, signal
+from aliked import cli, colmap
+def main(args):
+    colmap.Cameras()
+    os.kill(os.getpid(), signal.SIGTERM)
+cli.run(main, cli.Parser(), [])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGTERM, "")
+
+
+def test_a_full_disk_is_found_before_a_transaction(database, photos, monkeypatch):
+    before = read_all(database)
+    free = shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: free)
+    with pytest.raises(InputError, match="has 0 MiB left, and the next rows need 1; make room"):
+        write_matches(database, stored(photos, NAMES), exhaustive_pairs(NAMES), MutualMatcher(-1))
+    assert read_all(database) == before
 
 
 @pytest.mark.parametrize("counts", [(200, 150), (0, 5), (5, 0), (1, 1)])

@@ -323,3 +323,15 @@ def test_a_video_becomes_a_database_too(tmp_path, extractor):
         names = [image.name for image in db.read_all_images()]
         assert names == [f"clip.avi/{i:06}" for i in (0, 2, 4)]
         assert len(db.read_all_cameras()) == 1 and len(db.read_all_matches()[0]) == 2
+
+
+def test_more_processes_than_cores_can_serve_are_refused(photos, tmp_path):
+    with pytest.raises(InputError, match="--processes 100000 would only be in each other's way"):
+        extract(photos, "--output", tmp_path / "f.h5", "--processes", 100_000)
+    assert not (tmp_path / "f.h5").exists()
+
+
+def test_images_that_are_not_read_are_named(photos, tmp_path, extractor, capsys):
+    (photos / "a" / "clip.gif").touch()
+    extract(photos, "--output", tmp_path / "f.h5")
+    assert "a file passed over (a/clip.gif)" in capsys.readouterr().err

@@ -430,7 +430,7 @@ def test_folders_without_images_are_refused(run, tmp_path):
         assert status == 2 and says in err
 
 
-def test_a_damaged_image_ends_the_run_by_name_without_a_report(run, folder, models, tmp_path):
+def test_a_damaged_image_is_named_and_passed_over(run, folder, models, tmp_path):
     images = tmp_path / "images"
     images.mkdir()
     (images / "0.png").write_bytes((folder / "0.png").read_bytes())
@@ -440,5 +440,6 @@ def test_a_damaged_image_ends_the_run_by_name_without_a_report(run, folder, mode
         images, "--reference_model_path", path, "--other_model_path", path, "--top_k", 20,
         "--output", tmp_path / "out",
     )  # fmt: skip
-    assert status == 2 and "1.png is truncated" in err
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["keypoints_0001.png"]
+    assert status == 0 and "1.png is truncated" in err and "1 of 2 images skipped" in err
+    numbers = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert [image["image"] for image in numbers["images"]] == ["0.png"]

@@ -244,13 +244,20 @@ def test_an_output_folder_that_cannot_be_made_is_refused_first(
     assert (status, out) == (2, "") and "cannot write into" in err
 
 
-def test_a_truncated_image_ends_the_run_by_name(sequence, refused, tmp_path):
+def test_a_truncated_image_is_named_and_passed_over(sequence, run, tmp_path):
     for path in sequence.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "2.jpg").write_bytes(cv2.imencode(".jpg", data.coffee())[1].tobytes()[:5000])
     (tmp_path / "2.png").unlink()
-    assert "2.jpg is truncated" in refused(tmp_path, "--top_k", 50, "--output", tmp_path / "out")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["pair_0001.jpg"]
+    status, out, err = run(tmp_path, "--top_k", 50, "--output", tmp_path / "out")
+    assert status == 0 and "in total: 1 pairs" in out
+    assert "2.jpg is truncated" in err and "1 of 3 images skipped" in err
+    (tmp_path / "1.png").write_bytes(b"")
+    status, _, err = run(tmp_path, "--top_k", 50, "--output", tmp_path / "out")
+    assert status == 2 and "has only one readable image" in err
+    (tmp_path / "0.png").write_bytes(b"")
+    status, _, err = run(tmp_path, "--top_k", 50, "--output", tmp_path / "out")
+    assert status == 2 and "no image could be read, of 3" in err
 
 
 def test_a_missing_window_is_explained(monkeypatch):
