@@ -28,7 +28,7 @@ from aliked.cli import (
     share,
     whole,
 )
-from aliked.configs import CONFIGS, get_config
+from aliked.configs import CONFIGS, PRECISIONS, get_config
 from aliked.download import offer_download
 from aliked.errors import InputError
 from aliked.files import real_path, writable_folder
@@ -103,8 +103,9 @@ def add_grid_options(group: argparse._ArgumentGroup) -> None:
         "--precisions",
         "--precision",
         nargs="+",
-        choices=("fp32", "fp16"),
-        help="of the model (default: fp32; of a backend that has no other fp16)",
+        choices=PRECISIONS,
+        help="of the model (default: fp32; of a backend that has no other fp16); tf32 is float32 "
+        "that TensorRT multiplies in TF32",
     )
     group.add_argument(
         "--batch",

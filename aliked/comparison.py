@@ -10,15 +10,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from aliked.backends import Spec, create_extractor, get_backend
-from aliked.backends.tensorrt import read_manifest
+from aliked.backends.tensorrt import precision_of, read_manifest
 from aliked.cli import markdown
+from aliked.configs import PRECISIONS
 from aliked.errors import InputError
 from aliked.features import Extractor, Features
 from aliked.files import whole_file
 from aliked.matching import Matcher, Size
 from aliked.parity import FeaturePairs, count_not_finite, pair_features
 
-PRECISIONS = ("fp32", "fp16")
 ENGINES = (".trt", ".rtx")  # whose manifest says which backend runs them
 
 
@@ -34,8 +34,7 @@ class Side:
 
     def label(self, extractor: Extractor) -> str:
         """Return the side in words: the runtime, where it runs, and the precision."""
-        runtime, device = extractor.name, getattr(extractor, "device", "")
-        kind = str(device).partition(":")[0]
+        runtime, kind = extractor.name, extractor.device.partition(":")[0]
         if len(get_backend(self.backend).devices) > 1 and not runtime.endswith(kind):
             runtime += f"-{kind}"
         return f"{runtime} {self.precision}" + (f" ({self.path.name})" if self.path else "")
@@ -55,7 +54,8 @@ def choose_side(role: str, text: str | None, path: Path | None, usual: str) -> S
         )
     backend, _, asked = (text or _runner(role, path)).partition(":")
     if asked not in ("", *PRECISIONS):
-        raise InputError(f"unknown precision {asked!r} of --{role} {text}; give fp32 or fp16")
+        names = ", ".join(PRECISIONS)
+        raise InputError(f"unknown precision {asked!r} of --{role} {text}; give one of {names}")
     _check_file(role, backend, path)
     if path is None:
         return Side(role, backend, asked or usual, None, {})
@@ -124,7 +124,7 @@ def _read_file(backend: str, path: Path) -> tuple[dict, str | None]:
     """What a file was exported with, and its precision; what it does not say is missing."""
     if backend.startswith("tensorrt"):
         manifest = read_manifest(path)
-        return manifest["source"]["export"], manifest["precision"].lower()
+        return manifest["source"]["export"], precision_of(manifest)
     if backend.startswith("onnxruntime"):
         from aliked.export.engine import read_source
 

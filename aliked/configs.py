@@ -1,7 +1,7 @@
 """The ALIKED variants as one table (arXiv 2304.03608, table I), and what can be asked of them."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from pathlib import Path
 
@@ -91,6 +91,11 @@ class Selection:
         return f"score > {self.scores_th:g}{rule} (max {self.n_limit})"
 
 
+# tf32, which only TensorRT's backends have, is float32 that is multiplied with the 11 significant
+# bits of half precision.
+PRECISIONS = ("fp32", "tf32", "fp16")
+
+
 @dataclass(frozen=True)
 class Spec:
     """What to run. A backend that runs a file (`model_path`) takes the rest from that file."""
@@ -99,7 +104,7 @@ class Spec:
     top_k: int = Selection.top_k  # <= 0: threshold mode
     scores_th: float = Selection.scores_th
     n_limit: int = Selection.n_limit
-    precision: str = "fp32"  # or "fp16"
+    precision: str = "fp32"  # of PRECISIONS
     device: str = "auto"  # "auto", "cpu", "cuda" or "cuda:N"
     weights: Path | None = None
     model_path: Path | None = None
@@ -110,8 +115,9 @@ class Spec:
         """Raise `InputError` for a field of another type or value than it can have."""
         get_config(self.model)
         self.selection.check()
-        if not isinstance(self.precision, str) or self.precision not in ("fp32", "fp16"):
-            raise InputError(f"unknown precision {shown(self.precision)}; choose fp32 or fp16")
+        if not isinstance(self.precision, str) or self.precision not in PRECISIONS:
+            names = ", ".join(PRECISIONS)
+            raise InputError(f"unknown precision {shown(self.precision)}; choose one of {names}")
         for name in ("weights", "model_path"):
             path = getattr(self, name)
             if path is not None and not isinstance(path, str | os.PathLike):
@@ -126,6 +132,15 @@ class Spec:
     def selection(self) -> Selection:
         """Which keypoints are kept."""
         return Selection(self.top_k, self.scores_th, self.n_limit, self.strict)
+
+    @property
+    def tf32(self) -> bool:
+        """Whether float32 may be multiplied in TF32, where a model of half precision has it."""
+        return self.precision != "fp32"
+
+    def in_its_types(self) -> "Spec":
+        """The same with the precision of its numbers, for what writes or converts the model."""
+        return replace(self, precision="fp32") if self.precision == "tf32" else self
 
 
 @dataclass(frozen=True)

@@ -163,6 +163,7 @@ class Extractor(abc.ABC):
     """One runtime holding one model; `aliked.backends` has a table of them."""
 
     name: str  # as the command line has it, for example "onnxruntime-cpu"
+    device: str  # where it runs: "cpu", "cuda" or "cuda:N"
 
     @classmethod
     def unavailable(cls) -> str | None:

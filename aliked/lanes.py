@@ -22,11 +22,10 @@ class Lane:
     def __init__(self, extractor: Extractor, half: bool = False):
         self.extractor, self.half = extractor, half
         self._stream = contextlib.nullcontext
-        device = str(getattr(extractor, "device", "cpu"))
-        if device.startswith("cuda"):
+        if extractor.device != "cpu":
             import torch
 
-            stream = torch.cuda.Stream(device)
+            stream = torch.cuda.Stream(extractor.device)
             self._stream = lambda: torch.cuda.stream(stream)
 
     def buffer(self, shape: tuple[int, ...]) -> np.ndarray:
@@ -64,7 +63,7 @@ class FusedLane(Lane):
         """Page-locked memory for the pixels of a batch, uint8 [B, H, W, 3]."""
         import torch
 
-        with torch.cuda.device(self.extractor.device):
+        with torch.cuda.device(self.extractor.torch_device):
             return torch.empty(shape, dtype=torch.uint8, pin_memory=True).numpy()
 
     def _features(self, pixels: Any) -> list[Features]:
@@ -98,7 +97,7 @@ class DecodingLane(FusedLane):
             nvimgcodec.Backend(kind, load_hint=1.0, load_hint_policy=fixed)
             for kind in (kinds.HW_GPU_ONLY, kinds.GPU_ONLY, kinds.HYBRID_CPU_GPU)
         ]
-        device = extractor.device.index or 0
+        device = extractor.torch_device.index or 0
         self._decoder = nvimgcodec.Decoder(device, max_num_cpu_threads=1, backends=backends)
         self._stream_of = nvimgcodec.CodeStream
         self._params = nvimgcodec.DecodeParams(
@@ -112,14 +111,14 @@ class DecodingLane(FusedLane):
         streams = [self._code(data) for data in files]
         given = [stream for stream in streams if stream is not None]
         with self._stream():
-            queue = torch.cuda.current_stream(self.extractor.device).cuda_stream
+            queue = torch.cuda.current_stream(self.extractor.torch_device).cuda_stream
             decoded = self._decoder.decode(given, params=self._params, cuda_stream=queue)
             images = iter(decoded)
             found = [None if stream is None else next(images) for stream in streams]
             return [
                 None
                 if image is None or tuple(image.shape) != shape
-                else torch.as_tensor(image, device=self.extractor.device)
+                else torch.as_tensor(image, device=self.extractor.torch_device)
                 for image, shape in zip(found, shapes, strict=True)
             ]
 
@@ -135,7 +134,7 @@ class DecodingLane(FusedLane):
         import torch
 
         with self._stream():
-            return torch.as_tensor(pixels).to(self.extractor.device)
+            return torch.as_tensor(pixels).to(self.extractor.torch_device)
 
     def stack(self, images: Iterable[tuple[Any, int]]) -> Any:
         """uint8 [B, H, W, 3] of images and the quarter turns that make them upright."""

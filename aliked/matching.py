@@ -77,6 +77,7 @@ class PairRuntime(abc.ABC):
     """
 
     name: str  # as the command line has it
+    device: str  # where it runs: "cpu", "cuda" or "cuda:N"
 
     @abc.abstractmethod
     def __call__(self, inputs: Arrays) -> Arrays:

@@ -1,7 +1,7 @@
 """Are two runtimes the same model? What one finds and matches beside the other, and judged."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -93,6 +93,12 @@ FP16 = Tolerance(
     min_cosine_at_edge=-1.0,
     max_score_difference=1.0,
 )
+
+# TF32 multiplies with the 11 significant bits of FP16, so what may use it cannot be held to the
+# tolerance of float32.
+TF32 = replace(FP16, name="TF32")
+
+TOLERANCES = {"fp32": FP32, "tf32": TF32, "fp16": FP16}  # by precision
 
 
 @dataclass(frozen=True)
@@ -341,6 +347,15 @@ PAIR_FP16 = MatchTolerance(
     max_score_difference=1.0,
     mean_score_difference=0.01,
 )
+
+MATCH_TOLERANCES = {  # by graph and precision
+    ("matcher", "fp32"): MATCH_FP32,
+    ("matcher", "tf32"): replace(MATCH_FP16, name="TF32"),
+    ("matcher", "fp16"): MATCH_FP16,
+    ("pair", "fp32"): PAIR_FP32,
+    ("pair", "tf32"): replace(PAIR_FP16, name="TF32 pair"),
+    ("pair", "fp16"): PAIR_FP16,
+}
 
 
 def compare_matches(reference: Matches, other: Matches) -> MatchParity:

@@ -15,7 +15,7 @@ import torch
 
 from aliked.backends import Spec, create_extractor, create_pair_runtime
 from aliked.backends.pytorch import PyTorchExtractor
-from aliked.backends.tensorrt import read_manifest
+from aliked.backends.tensorrt import precision_of, read_manifest
 from aliked.configs import Selection, get_config
 from aliked.errors import InputError
 from aliked.export.build import build_lightglue_file, build_model_file
@@ -146,7 +146,7 @@ def facts_of(path: Path) -> dict[str, Any]:
         weights = manifest.get("weights") if manifest.get("sha256") == sha256(path) else None
     else:
         engine = read_manifest(path)
-        export, precision = engine["source"]["export"], engine["precision"]
+        export, precision = engine["source"]["export"], precision_of(engine)
         shape = weights = None
     try:
         export = msgspec.convert(export, Exported)

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from aliked import gpu
 from aliked.backends import Spec, create_extractor, create_pair_runtime
 from aliked.errors import InputError
 from aliked.features import OUTPUTS, Extractor, Features, features_of_batch
@@ -27,12 +26,8 @@ from aliked.matching import (
     matches_of_rows,
 )
 from aliked.parity import (
-    FP16,
-    FP32,
-    MATCH_FP16,
-    MATCH_FP32,
-    PAIR_FP16,
-    PAIR_FP32,
+    MATCH_TOLERANCES,
+    TOLERANCES,
     Parity,
     Verdict,
     compare_features,
@@ -134,10 +129,9 @@ class Subject(abc.ABC):
         """The mean number of matches of an image with the next, where that is asked for."""
 
     def _check_device(self) -> None:
-        device = getattr(self.runtime, "device", self.row.device)
-        device = "cuda" if isinstance(device, gpu.Device) else str(device)
-        if not device.startswith(self.row.device):
-            raise WrongAnswer(f"it runs on {device}, but this row is to run on {self.row.device}")
+        device, wanted = self.runtime.device, self.row.device
+        if device.partition(":")[0] != wanted:
+            raise WrongAnswer(f"it runs on {device}, but this row is to run on {wanted}")
 
 
 class ExtractorSubject(Subject):
@@ -340,13 +334,6 @@ def _to_host(values: Any) -> np.ndarray:
     return np.asarray(values.cpu() if hasattr(values, "cpu") else values.numpy())
 
 
-TOLERANCES = {"fp32": FP32, "fp16": FP16}
-MATCH_TOLERANCES = {
-    ("matcher", "fp32"): MATCH_FP32,
-    ("matcher", "fp16"): MATCH_FP16,
-    ("pair", "fp32"): PAIR_FP32,
-    ("pair", "fp16"): PAIR_FP16,
-}
 CLOCKS_EVERY = 20  # runs between two readings of the GPU's clocks
 # A GPU runtime that leaves one of these to the processor is another runtime.
 HEAVY_OPERATORS = {"Conv", "DeformConv", "GridSample", "MatMul", "Gemm", "MaxPool", "TopK"}
@@ -463,9 +450,8 @@ def monitored(run: TimedRun, monitor: Monitor) -> TimedRun:
 
 def allocator_of(runtime: Extractor | PairRuntime) -> AllocatorPeak | None:
     """Return PyTorch's allocator where it is what the runtime allocates through."""
-    device = getattr(runtime, "device", None)
-    on_gpu = isinstance(device, torch.device) and device.type == "cuda"
-    return AllocatorPeak(device) if on_gpu else None
+    device = getattr(runtime, "torch_device", None)
+    return AllocatorPeak(device) if device and device.type == "cuda" else None
 
 
 def read_memory(monitor: Monitor, allocator: AllocatorPeak | None) -> dict:

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -17,8 +18,8 @@ from benchmark.records import AnyRecord, Measured, runtime_order, sections
 from benchmark.report import milliseconds
 from benchmark.rows import Row
 
-MARKERS = {"fp32": "o", "fp16": "s"}
-LINES = {"fp32": "-", "fp16": "--"}
+MARKERS = {"fp32": "o", "tf32": "D", "fp16": "s"}
+LINES = {"fp32": "-", "tf32": "-.", "fp16": "--"}
 FADED = 0.35  # opacity of what is not ranked
 # One colour per backend, in every plot: those that are usually drawn together are far apart.
 COLOURS = {
@@ -47,15 +48,19 @@ OTHERS = "#7f7f7f"  # backends that have no colour of their own yet
 def draw_all(records: list[AnyRecord], folder: Path) -> list[Path]:
     """Draw every plot that the records have the data for, section by section; the paths written.
 
-    GPU and CPU are drawn apart: on one axis the slower would leave nothing of the other.
+    GPU and CPU are drawn apart: on one axis the slower would leave nothing of the other. Where a
+    device has several sections, the plots of all but the first are numbered.
     """
-    written = []
+    written, drawn = [], Counter()
     for section, (kind, name) in itertools.product(
         sections(records), (("cuda", "gpu"), ("cpu", "cpu"))
     ):
         own = [r for r in section if r.measured and r.row.device == kind and _is_drawn(r.row)]
         if own:
             device = str(own[0].configuration.machine[name])
+            drawn[device] += 1
+            if drawn[device] > 1:
+                device += f" ({drawn[device]})"
             written += [
                 save_figure(figure, folder, f"{device} {what}")
                 for what, figure in draw(own, device)
@@ -283,7 +288,7 @@ def _finish(figure: Figure, axes, order: list[str], title: str) -> None:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             if label not in entries or _alpha(handle) > _alpha(entries[label]):
                 entries[label] = handle
-    names = [name + suffix for name in order for suffix in ("", " fp32", " fp16")]
+    names = [name + suffix for name in order for suffix in ("", *(f" {p}" for p in MARKERS))]
     labels = sorted(entries, key=names.index)
     figure.legend(
         [entries[label] for label in labels],

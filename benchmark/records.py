@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Meta, structs
 
 from aliked.backends import BACKENDS
-from aliked.configs import CONFIGS
+from aliked.configs import CONFIGS, PRECISIONS
 from aliked.errors import InputError
 from aliked.files import locked, read_file, whole_file
 from benchmark.rows import SUBJECTS, Row
@@ -473,9 +473,10 @@ def section_key(record: AnyRecord) -> tuple[str, str]:
 
 
 def sections(records: list[AnyRecord]) -> list[list[AnyRecord]]:
-    """Return records by `section_key`, in order."""
+    """Return records by `section_key`; of one device the section with most records comes first."""
     ordered = sorted(records, key=section_key)
-    return [list(group) for _, group in itertools.groupby(ordered, section_key)]
+    groups = [list(group) for _, group in itertools.groupby(ordered, section_key)]
+    return sorted(groups, key=lambda own: (own[0].device_name, -len(own)))
 
 
 def case(row: Row) -> tuple:
@@ -496,7 +497,7 @@ def table_order(record: AnyRecord) -> tuple:
         row.image_set,
         row.top_k,
         row.batch,
-        row.precision != "fp32",
+        PRECISIONS.index(row.precision),
         *runtime_order(row),
     )
 

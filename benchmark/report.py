@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from aliked.backends.tensorrt_library import HOPPER, numbers
 from aliked.cli import markdown
 from benchmark.records import (
     CLOCKS,
@@ -225,8 +226,18 @@ def describe_section(records: list[AnyRecord]) -> str:
         f"Median of {count} runs over the images in turn. Compute: device tensors to device "
         f"tensors, by {_distinct((r.clock for r in measured), ' and ')}. End to end: uint8 image "
         f"in host memory to NumPy arrays, decoding excluded. MiB: {'; '.join(memory)}. "
-        f"Bold: fastest of its line."
+        f"Bold: fastest of its line.{_unsupported(records)}"
     )
+
+
+def _unsupported(records: list[AnyRecord]) -> str:
+    """What is to be said of rows on a GPU that their library does not support."""
+    on_hopper = any(
+        numbers(str(r.configuration.machine.get("compute_capability"))) == HOPPER
+        for r in records
+        if r.measured and "tensorrt-rtx" in r.runtime
+    )
+    return " This GPU is outside NVIDIA's support list of TensorRT for RTX." if on_hopper else ""
 
 
 def _hardware(machine: dict) -> str:

@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from aliked.backends import Spec, get_backend
-from aliked.configs import Selection, get_config
+from aliked.configs import PRECISIONS, Selection, get_config
 from aliked.errors import InputError
 from aliked.files import real_path, sha256
 from aliked.images import list_images, load_image, load_readable
@@ -92,7 +92,7 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     image_set: str
     width: Count
     height: Count
-    precision: Literal["fp32", "fp16"]
+    precision: Literal[PRECISIONS]
     batch: Count
     compile_mode: str | None  # of backend pytorch-compile
     # One image to features, two images to LightGlue's matches, or these of given features.

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from aliked.backends.tensorrt_library import TF32_OVERRIDE, tf32_settled
 from tests.helpers import file_server
 
 
@@ -43,6 +44,16 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("ALIKED_WEIGHTS_DIR", raising=False)
     return tmp_path / "cache" / "aliked"
+
+
+@pytest.fixture(autouse=True)
+def tf32_not_settled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing settled about TF32, as in a new process, and nothing left behind."""
+    monkeypatch.setenv(TF32_OVERRIDE, "1")
+    monkeypatch.delenv(TF32_OVERRIDE)
+    tf32_settled.cache_clear()
+    yield
+    tf32_settled.cache_clear()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -1,135 +1,113 @@
 """Export the whole grid of graphs and build each with the installed TensorRT; a JSON line each.
 
-    python -m tools.build_grid --output results/engines/builds.jsonl
+    python -m tools.build_grid --output results/tensorrt/builds.jsonl
 
-Parser and builder of TensorRT for RTX need no GPU, so this says what builds, not how fast it runs.
+TensorRT for RTX builds without a GPU, so this says what builds, not how fast it runs. Weights are
+random, which build as trained ones do.
 """
 
 import argparse
-import importlib
-import importlib.util
 import itertools
 import json
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import torch
 
+from aliked import cli
 from aliked.configs import OFFICIAL
-from aliked.export.builder import set_compute_capabilities
+from aliked.errors import InputError
+from aliked.export.builder import COMPUTE_CAPABILITIES, BuildOptions, Shape, build_plan
+from aliked.export.engine import choose_library
 from aliked.export.onnx_export import OPSETS, ExportOptions, export_onnx
 from aliked.model import ALIKED
+from benchmark.environment import git_commit
 
-LIBRARIES = ("tensorrt", "tensorrt_rtx")
 # Batch, height and width of a dynamic engine: least, most usual, largest.
 PROFILE = ((1, 96, 128), (1, 480, 640), (4, 512, 1248))
+AXES = {
+    "mode": ("top_k", "threshold"),
+    "precision": ("fp32", "fp16"),
+    "dynamic": (False, True),
+    "uint8_input": (False, True),
+    "opset": OPSETS,
+}
 
 
-def library() -> ModuleType | None:
-    """The installed TensorRT, else TensorRT for RTX, else None."""
-    for name in LIBRARIES:
-        if importlib.util.find_spec(name):
-            return importlib.import_module(name)
-    return None
-
-
-def make_logger(trt: ModuleType):
-    """A logger of the library that keeps the error messages in `errors`."""
-
-    class Logger(trt.ILogger):
-        def __init__(self):
-            super().__init__()
-            self.errors: list[str] = []
-
-        def log(self, severity, message):
-            if severity <= trt.ILogger.Severity.ERROR:
-                self.errors.append(message)
-
-    return Logger()
-
-
-def add_profile(trt: ModuleType, builder, network, config) -> None:
-    """Give a network of symbolic sizes the bounds of `PROFILE`."""
-    image = network.get_input(0)
-    if -1 not in tuple(image.shape):
-        return
-    channels_last = image.shape[-1] == 3
-    shapes = [(b, h, w, 3) if channels_last else (b, 3, h, w) for b, h, w in PROFILE]
-    profile = builder.create_optimization_profile()
-    profile.set_shape(image.name, *shapes)
-    config.add_optimization_profile(profile)
-
-
-def build(path: Path, capabilities: tuple[str, ...] = ()) -> dict:
-    """Parse and build one file; returns the outcome, the seconds and the MiB of the engine.
-
-    `capabilities` are the GPUs to build for by TensorRT for RTX; (): its default.
-    """
-    trt = library()
-    logger = make_logger(trt)
-    builder = trt.Builder(logger)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, logger)
-    outcome = {"library": trt.__name__, "version": trt.__version__, "built": False, "reason": None}
-    if not parser.parse(path.read_bytes()):
-        return outcome | {"reason": f"parse: {parser.get_error(0).desc()}"}
-    config = builder.create_builder_config()
-    config.clear_flag(trt.BuilderFlag.TF32)
-    if capabilities:
-        set_compute_capabilities(trt, config, capabilities)
-    add_profile(trt, builder, network, config)
-    start = time.perf_counter()
-    engine = builder.build_serialized_network(network, config)
-    outcome["seconds"] = round(time.perf_counter() - start, 1)
-    if engine is None:
-        return outcome | {"reason": f"build: {(logger.errors or ['no message'])[0][:500]}"}
-    return outcome | {"built": True, "mib": round(engine.nbytes / 2**20, 1)}
-
-
-def grid(names: list[str]):
+def grid(models: list[str]) -> Iterator[dict]:
     """Every model, selection, precision, form of sizes, input type and opset, one after another."""
-    return itertools.product(
-        names, ("top_k", "threshold"), ("fp32", "fp16"), (False, True), (False, True), OPSETS
-    )
+    for values in itertools.product(models, *AXES.values()):
+        yield dict(zip(("model", *AXES), values, strict=True))
 
 
-def run_one(row: tuple, folder: Path, height: int, width: int) -> dict:
-    """Export one combination with random weights, which build as trained ones do, and build it."""
-    name, mode, precision, dynamic, uint8_input, opset = row
-    facts = dict(
-        zip(("model", "mode", "precision", "dynamic", "uint8_input", "opset"), row, strict=True)
-    )
+def export(row: dict, path: Path, height: int, width: int) -> None:
+    """Write the file of one combination."""
     torch.manual_seed(0)
-    selection = {"top_k": 1000} if mode == "top_k" else {"scores_th": 0.2, "n_limit": 1000}
-    model = ALIKED(name, **selection).eval().fold_batch_norm().set_precision(precision)
-    path = folder / "model.onnx"
-    options = ExportOptions(
-        height, width, opset, "gridsample", dynamic=dynamic, uint8_input=uint8_input
-    )
-    export_onnx(model, path, options)
-    return facts | build(path)
+    selection = {"top_k": 1000} if row["mode"] == "top_k" else {"scores_th": 0.2, "n_limit": 1000}
+    model = ALIKED(row["model"], **selection).eval().fold_batch_norm()
+    forms = {name: row[name] for name in ("opset", "dynamic", "uint8_input")}
+    export_onnx(model.set_precision(row["precision"]), path, ExportOptions(height, width, **forms))
 
 
-def main() -> None:
-    """Build the grid and append to the output as it goes."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def shapes(row: dict) -> tuple[Shape, ...] | None:
+    """The profile of a file of symbolic sizes."""
+    if not row["dynamic"]:
+        return None
+    return tuple((b, h, w, 3) if row["uint8_input"] else (b, 3, h, w) for b, h, w in PROFILE)
+
+
+def build(path: Path, options: BuildOptions) -> dict:
+    """Build one file by the library that `convert_onnx_to_trt.py` takes; what came of it."""
+    library, _ = choose_library(None)
+    facts = {
+        "library": library.name,
+        "version": library.version,
+        "compute_capabilities": list(options.compute_capabilities),
+    }
+    start = time.perf_counter()
+    try:
+        plan = build_plan(library, path, options)
+    except InputError as refusal:
+        return facts | {"built": False, "reason": str(refusal).replace(str(path), path.name)}
+    seconds = round(time.perf_counter() - start, 1)
+    return facts | {"built": True, "seconds": seconds, "mib": round(len(plan) / 2**20, 1)}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = cli.Parser(prog="python -m tools.build_grid", description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=list(OFFICIAL), choices=OFFICIAL)
-    parser.add_argument("--output", type=Path, default=Path("results/engines/builds.jsonl"))
-    parser.add_argument("--height", type=int, default=480)
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="to append to")
+    parser.add_argument("--height", type=int, default=480, help="of the images, pixels")
     parser.add_argument("--width", type=int, default=640)
-    args = parser.parse_args()
-    if library() is None:
-        raise SystemExit(f"none of {', '.join(LIBRARIES)} is installed; pip install tensorrt_rtx")
+    parser.add_argument(
+        "--compute_capability",
+        nargs="+",
+        choices=COMPUTE_CAPABILITIES,
+        default=[],
+        help="GPUs of an engine by TensorRT for RTX (default: Ampere and later)",
+    )
+    return parser
+
+
+def main(args: argparse.Namespace) -> int:
+    """Build the grid, a line of the output each as it goes; 1 where one was refused."""
+    refused, common = 0, {"height": args.height, "width": args.width, "commit": git_commit()}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, args.output.open("a") as output:
+        path = Path(folder) / "model.onnx"
         for row in grid(args.models):
-            outcome = run_one(row, Path(folder), args.height, args.width)
-            print(*row, "built" if outcome["built"] else outcome["reason"], flush=True)
+            export(row, path, args.height, args.width)
+            options = BuildOptions(tuple(args.compute_capability), shapes=shapes(row))
+            outcome = row | common | build(path, options)
+            refused += not outcome["built"]
+            print(*row.values(), outcome.get("reason", "built"), flush=True)
             output.write(json.dumps(outcome) + "\n")
             output.flush()
+    return int(refused > 0)
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main, parser())

@@ -1,12 +1,13 @@
 """Every runtime by name. A runtime's own library is imported only when it is chosen."""
 
+import functools
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from aliked.configs import Spec
+from aliked.configs import PRECISIONS, Spec
 from aliked.errors import InputError, missing_package, shown
 from aliked.features import Extractor
 from aliked.matching import PairRuntime
@@ -38,6 +39,7 @@ class Backend:
 
 
 ANYWHERE = ("cpu", "cuda")
+with_tf32 = functools.partial(Backend, precisions=PRECISIONS)
 BACKENDS = {
     "pytorch": Backend("pytorch", "PyTorchExtractor", devices=ANYWHERE, lightglue=True),
     "pytorch-amp": Backend("pytorch", "AutocastExtractor", devices=ANYWHERE, precisions=("fp16",)),
@@ -64,37 +66,37 @@ BACKENDS = {
         suffix=".onnx",
         lightglue=True,
     ),
-    "onnxruntime-tensorrt": Backend(
+    "onnxruntime-tensorrt": with_tf32(
         "onnxruntime", "ONNXRuntimeExtractor", {"provider": "tensorrt"}, suffix=".onnx"
     ),
-    "onnxruntime-tensorrt-rtx": Backend(
+    "onnxruntime-tensorrt-rtx": with_tf32(
         "onnxruntime", "ONNXRuntimeExtractor", {"provider": "tensorrt-rtx"}, suffix=".onnx"
     ),
-    "tensorrt": Backend("tensorrt", "TensorRTExtractor", {"library": "tensorrt"}, suffix=".trt"),
-    "tensorrt-cudagraph": Backend(
+    "tensorrt": with_tf32("tensorrt", "TensorRTExtractor", {"library": "tensorrt"}, suffix=".trt"),
+    "tensorrt-cudagraph": with_tf32(
         "tensorrt", "TensorRTExtractor", {"library": "tensorrt", "cuda_graph": True}, suffix=".trt"
     ),
-    "tensorrt-pycuda": Backend(
+    "tensorrt-pycuda": with_tf32(
         "tensorrt", "TensorRTExtractor", {"library": "tensorrt", "memory": "pycuda"}, suffix=".trt"
     ),
-    "tensorrt-lean": Backend(
+    "tensorrt-lean": with_tf32(
         "tensorrt", "TensorRTExtractor", {"library": "tensorrt-lean"}, suffix=".trt"
     ),
-    "tensorrt-rtx": Backend(
+    "tensorrt-rtx": with_tf32(
         "tensorrt",
         "TensorRTExtractor",
         {"library": "tensorrt-rtx"},
         suffix=".rtx",
         lightglue=True,
     ),
-    "tensorrt-rtx-cudagraph": Backend(
+    "tensorrt-rtx-cudagraph": with_tf32(
         "tensorrt",
         "TensorRTExtractor",
         {"library": "tensorrt-rtx", "cuda_graph": True},
         suffix=".rtx",
         lightglue=True,
     ),
-    "torch-tensorrt": Backend("pytorch", "TorchTensorRTExtractor"),
+    "torch-tensorrt": with_tf32("pytorch", "TorchTensorRTExtractor"),
     "fused": Backend("fused", "FusedExtractor", compiles=True, lightglue=True),
 }
 

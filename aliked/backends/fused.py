@@ -60,14 +60,15 @@ class FusedExtractor(Extractor):
         self.name = name
         chosen = choose_device(spec.device, "cuda")
         index = torch.cuda.current_device() if chosen.index is None else chosen.index
-        self.device = torch.device("cuda", index)
+        self.torch_device = torch.device("cuda", index)
+        self.device = str(self.torch_device)
         if spec.precision not in PRECISIONS:
             choices = " or ".join(PRECISIONS)
             raise InputError(f"unknown precision {spec.precision!r}; choose {choices}")
         selection = spec.selection
         model = load_model(replace(spec, precision="fp32"), torch.device("cpu"))
-        with torch.cuda.device(self.device):
-            packed = weights.pack(model, PRECISIONS[spec.precision], self.device)
+        with torch.cuda.device(self.torch_device):
+            packed = weights.pack(model, PRECISIONS[spec.precision], self.torch_device)
             self.context = gpu.Context()
         self.run = functools.partial(
             pipeline.extract, weights=packed, selection=selection, ops=kernels
@@ -89,7 +90,7 @@ class FusedExtractor(Extractor):
     def to_device(self, images: np.ndarray) -> torch.Tensor:
         """Return uint8 [B, H, W, 3] RGB on the device."""
         check_images(images)
-        return upload(images, self.device)
+        return upload(images, self.torch_device)
 
     def infer(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return `keypoints`, `descriptors` and `scores` of uint8 [B, H, W, 3], wherever it is.
@@ -101,7 +102,7 @@ class FusedExtractor(Extractor):
             raise self._refused(batch)
         with self.context:
             plan = self._plan(batch)
-            if batch.device == self.device and batch.is_contiguous():
+            if batch.device == self.torch_device and batch.is_contiguous():
                 gpu.copy_async(plan.images.data_ptr(), batch.data_ptr(), batch.nbytes, plan.stream)
             else:
                 plan.images.copy_(batch, non_blocking=True)
@@ -115,14 +116,14 @@ class FusedExtractor(Extractor):
 
     def synchronize(self) -> None:
         """Wait for the device."""
-        torch.cuda.synchronize(self.device)
+        torch.cuda.synchronize(self.torch_device)
 
     def _plan(self, batch: np.ndarray | torch.Tensor) -> Plan:
         """Return the plan for a batch's shape on the current stream, captured when it is new."""
         if batch.ndim != 4 or batch.shape[3] != 3:
             raise self._refused(batch)
         # Not public; the public way makes an object first, which takes longer than the launch.
-        stream = torch._C._cuda_getCurrentRawStream(self.device.index)
+        stream = torch._C._cuda_getCurrentRawStream(self.torch_device.index)
         key = (tuple(batch.shape), stream)
         if key not in self.plans:
             self._make_room()
@@ -139,7 +140,7 @@ class FusedExtractor(Extractor):
     @torch.no_grad()  # inference mode would bind every call: it alone may write to its tensors
     def _capture(self, shape: tuple, stream: int) -> Plan:
         """Run once, which compiles the kernels, then capture the same run as a graph."""
-        images = torch.zeros(shape, dtype=torch.uint8, device=self.device)
+        images = torch.zeros(shape, dtype=torch.uint8, device=self.torch_device)
         self.run(images)
         graph = torch.cuda.CUDAGraph()
         # Other threads may allocate meanwhile.

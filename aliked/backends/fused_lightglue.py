@@ -87,7 +87,7 @@ class Plan:
     """Captured runs for two sizes of images: replaying reads `images` and overwrites `packed`."""
 
     def __init__(self, pair: "FusedPair", shapes: Sequence[tuple[int, ...]]) -> None:
-        device = pair.device
+        device = pair.torch_device
         together = shapes[0] == shapes[1]
         batches = [(2, *shapes[0])] if together else [(1, *shape) for shape in shapes]
         self.batches = [torch.zeros(shape, dtype=torch.uint8, device=device) for shape in batches]
@@ -135,8 +135,8 @@ class FusedPair:
 
     def __init__(self, spec: Spec, matcher_weights: str | Path | None = None) -> None:
         extractor = FusedExtractor(spec)
-        self.device, self.extract = extractor.device, extractor.run
-        self.matcher = open_matcher(spec.precision, matcher_weights, self.device)
+        self.torch_device, self.extract = extractor.torch_device, extractor.run
+        self.matcher = open_matcher(spec.precision, matcher_weights, self.torch_device)
         if get_config(spec.model).dim != self.matcher.descriptor_dim:
             raise InputError(
                 f"LightGlue matches descriptors of length {self.matcher.descriptor_dim}, which "
@@ -159,10 +159,10 @@ class FusedPair:
         """
         for image in (image0, image1):
             check_image(image)
-        with torch.cuda.device(self.device):
+        with torch.cuda.device(self.torch_device):
             plan = self.plan(image0.shape, image1.shape)
             for image, buffer in zip((image0, image1), plan.images, strict=True):
-                upload(image[None], self.device, out=buffer)
+                upload(image[None], self.torch_device, out=buffer)
             plan.graph.replay()
             rows = unpack(*download([plan.packed]), plan.counts)
             if rows.has_fill_ins:
@@ -183,19 +183,20 @@ class FusedPairRuntime(PairRuntime):
     """`FusedPair` for images of one size; `infer` takes every row for a keypoint."""
 
     def __init__(self, pair: FusedPair, size: tuple[int, int]) -> None:
-        self.name, self.pair, self.device = "fused", pair, pair.device
+        self.name, self.pair, self.torch_device = "fused", pair, pair.torch_device
+        self.device = str(self.torch_device)
         shape = (*size[::-1], 3)
-        with torch.cuda.device(self.device):
+        with torch.cuda.device(self.torch_device):
             self.plan = pair.plan(shape, shape)
 
     def to_device(self, inputs: Arrays) -> torch.Tensor:
         """Both images, uint8 [2, H, W, 3]."""
-        return upload(np.concatenate([inputs["image0"], inputs["image1"]]), self.device)
+        return upload(np.concatenate([inputs["image0"], inputs["image1"]]), self.torch_device)
 
     def infer(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
         """The outputs by name; the next call overwrites them."""
         plan = self.plan
-        with torch.cuda.device(self.device):
+        with torch.cuda.device(self.torch_device):
             plan.batches[0].copy_(batch)
             plan.graph.replay()
         keypoints0, keypoints1 = plan.found.keypoints
@@ -213,7 +214,7 @@ class FusedPairRuntime(PairRuntime):
 
     def synchronize(self) -> None:
         """Wait for the device."""
-        torch.cuda.synchronize(self.device)
+        torch.cuda.synchronize(self.torch_device)
 
 
 def open_runtime(

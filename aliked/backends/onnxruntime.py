@@ -17,7 +17,7 @@ import numpy as np
 
 from aliked import gpu
 from aliked.backends import Spec
-from aliked.backends.tensorrt_library import HOPPER, numbers
+from aliked.backends.tensorrt_library import HOPPER, numbers, settle_tf32
 from aliked.errors import InputError, first_line, how_to_install, shown
 from aliked.features import (
     OUTPUTS,
@@ -91,6 +91,16 @@ def choose_providers(device: str) -> Providers:
     if missing:
         raise InputError(f"device {device} was asked for, but {missing}, or pass --device cpu")
     return [chosen]
+
+
+def place_of(provider: str, options: Mapping[str, str]) -> tuple[str, int]:
+    """Where a provider keeps its tensors: "cpu" or "cuda", and which of them."""
+    return ("cpu", 0) if provider == CPU else ("cuda", int(options["device_id"]))
+
+
+def device_of(kind: str, index: int) -> str:
+    """The device of a place, as `Extractor.device` names it."""
+    return kind if kind == "cpu" else f"{kind}:{index}"
 
 
 def load_cuda_libraries() -> None:
@@ -294,10 +304,12 @@ class ONNXRuntimeExtractor(Extractor):
         self.path = Path(spec.model_path)
         self._arguments = spec, name, provider
         (chosen, options), *others = PROVIDERS[provider][1](spec)
+        if chosen == TENSORRT_RTX:
+            settle_tf32(spec.tf32)
         self.session = open_session(self.path, chosen, options, others)
-        self.device = "cpu" if chosen == CPU else "cuda"
-        self.name = name if provider else f"{name}-{self.device}"
-        self.device_id = int(options.get("device_id", 0))
+        self._place = place_of(chosen, options)
+        self.device = device_of(*self._place)
+        self.name = name if provider else f"{name}-{self._place[0]}"
         self.shapes = {tensor.name: tensor.shape for tensor in self.session.get_outputs()}
         self.export = read_metadata(self.path, self.session.get_modelmeta().custom_metadata_map)
         self.input = self._check_contract()
@@ -442,14 +454,14 @@ class ONNXRuntimeExtractor(Extractor):
         import onnxruntime
 
         prepared = self._prepare(images)
-        return onnxruntime.OrtValue.ortvalue_from_numpy(prepared, self.device, self.device_id)
+        return onnxruntime.OrtValue.ortvalue_from_numpy(prepared, *self._place)
 
     def infer(self, batch) -> dict:
         """The session's input to its outputs, all `OrtValue`s on its device."""
         binding = self.session.io_binding()
         binding.bind_ortvalue_input("image", batch)
         for name in OUTPUTS:
-            binding.bind_output(name, self.device, self.device_id)
+            binding.bind_output(name, *self._place)
         self.session.run_with_iobinding(binding)
         return dict(zip(OUTPUTS, binding.get_outputs(), strict=True))
 

@@ -8,7 +8,14 @@ import numpy as np
 from onnxruntime import OrtValue
 
 from aliked.backends import Spec
-from aliked.backends.onnxruntime import CPU, PROVIDERS, Providers, choose_providers, open_session
+from aliked.backends.onnxruntime import (
+    PROVIDERS,
+    Providers,
+    choose_providers,
+    device_of,
+    open_session,
+    place_of,
+)
 from aliked.errors import InputError
 from aliked.features import Features, check_image
 from aliked.files import as_path
@@ -157,8 +164,8 @@ class ONNXRuntimePairRuntime(PairRuntime):
     def __init__(self, name: str, path: Path, providers: Providers) -> None:
         (provider, options), *others = providers
         self.session = open_session(path, provider, options, others)
-        self.device = "cpu" if provider == CPU else "cuda"
-        self.name, self.device_id = name, int(options.get("device_id", 0))
+        self.name, self._place = name, place_of(provider, options)
+        self.device = device_of(*self._place)
         self.outputs = [tensor.name for tensor in self.session.get_outputs()]
 
     def __call__(self, inputs: Arrays) -> Arrays:
@@ -169,10 +176,10 @@ class ONNXRuntimePairRuntime(PairRuntime):
         """A binding with the inputs, and room for the outputs, on the device."""
         binding = self.session.io_binding()
         for name, rows in inputs.items():
-            value = OrtValue.ortvalue_from_numpy(rows, self.device, self.device_id)
+            value = OrtValue.ortvalue_from_numpy(rows, *self._place)
             binding.bind_ortvalue_input(name, value)
         for name in self.outputs:
-            binding.bind_output(name, self.device, self.device_id)
+            binding.bind_output(name, *self._place)
         return binding
 
     def infer(self, batch: Any) -> dict[str, Any]:

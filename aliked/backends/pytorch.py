@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 
 from aliked.backends import Spec
-from aliked.backends.tensorrt_library import RTX, TENSORRT, numbers
+from aliked.backends.tensorrt_library import RTX, TENSORRT, numbers, settle_tf32
 from aliked.errors import InputError
 from aliked.features import (
     OUTPUTS,
@@ -77,7 +78,8 @@ class ForwardExtractor(Extractor):
     """A forward pass, float [B, 3, H, W] to `named` outputs, run by PyTorch on one device."""
 
     def __init__(self, name: str, device: torch.device, forward: Forward):
-        self.name, self.device, self.forward = name, device, forward
+        self.name, self.device, self.forward = name, str(device), forward
+        self.torch_device = device
 
     def extract_batch(self, images: np.ndarray) -> list[Features]:
         """Return each image's `Features` of uint8 [B, H, W, 3] RGB, copies included."""
@@ -86,9 +88,9 @@ class ForwardExtractor(Extractor):
     def to_device(self, images: np.ndarray) -> torch.Tensor:
         """Return uint8 [B, H, W, 3] RGB as float32 [B, 3, H, W] in [0, 1] on the device."""
         check_images(images)
-        if self.device.type == "cpu":
+        if self.torch_device.type == "cpu":
             check_memory(*images.shape[1:3], len(images))
-        return to_tensor(upload(images, self.device))
+        return to_tensor(upload(images, self.torch_device))
 
     @torch.inference_mode()
     def infer(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -98,8 +100,8 @@ class ForwardExtractor(Extractor):
 
     def synchronize(self) -> None:
         """Wait for the device."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self.torch_device.type == "cuda":
+            torch.cuda.synchronize(self.torch_device)
 
 
 class PyTorchExtractor(ForwardExtractor):
@@ -133,6 +135,8 @@ class AutocastExtractor(ForwardExtractor):
             with torch.autocast(device.type, torch.float16):
                 return named(model(batch))
 
+        if _installed("torch-tensorrt-rtx"):
+            settle_tf32(forward.tf32)
         super().__init__(name, device, forward)
 
 
@@ -233,12 +237,17 @@ class CapturedExtractor(ForwardExtractor):
         super().__init__(name, device, CapturedForward(load_model(spec, device), device))
 
 
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def torch_tensorrt_refuses() -> str | None:
     """Return why the installed Torch-TensorRT does not go with this PyTorch or GPU, or None."""
     for package, library in (("torch-tensorrt-rtx", RTX), ("torch-tensorrt", TENSORRT)):
-        try:
-            installed = version(package)
-        except PackageNotFoundError:
+        if not (installed := _installed(package)):
             continue
         ours = torch.__version__.split("+")[0]
         if numbers(installed)[:2] != numbers(ours)[:2]:
@@ -253,11 +262,8 @@ def torch_tensorrt_refuses() -> str | None:
 
 def import_torch_tensorrt() -> ModuleType:
     """Return Torch-TensorRT's module; `InputError` where it does not load."""
-    if importlib.util.find_spec("tensorrt_rtx") is not None:
-        # Torch-TensorRT-RTX 2.11 names this class in an annotation; version 1.5 dropped it.
-        library = RTX.load()
-        if not hasattr(library, "IAlgorithmSelector"):
-            library.IAlgorithmSelector = object
+    if _installed("torch-tensorrt-rtx"):
+        _restore(RTX.load())
     try:
         return importlib.import_module("torch_tensorrt")
     except Exception as error:  # it raises Exception itself where its library is missing
@@ -267,11 +273,22 @@ def import_torch_tensorrt() -> ModuleType:
         ) from error
 
 
+def _restore(rtx: ModuleType) -> None:
+    """Give TensorRT for RTX back what Torch-TensorRT-RTX 2.11 takes for granted, as 1.4 had it."""
+    if not hasattr(rtx, "IAlgorithmSelector"):  # named in an annotation
+        rtx.IAlgorithmSelector = object
+    types = rtx.ITensor.dtype
+    if types.fset is None:  # it sets what an output is anyway
+        rtx.ITensor.dtype = types.setter(lambda tensor, dtype: None)
+    # It looks for plugins, whose module is in the wheel but cannot be imported.
+    sys.modules["tensorrt.plugin"] = None
+
+
 class EngineForward:
     """The forward pass, compiled at the first call of each input shape."""
 
-    def __init__(self, model: torch.nn.Module):
-        self.model = NamedOutputs(model)
+    def __init__(self, model: torch.nn.Module, tf32: bool):
+        self.model, self.tf32 = NamedOutputs(model), tf32
         self.compiled: dict[torch.Size, torch.nn.Module] = {}
 
     def __call__(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -283,9 +300,9 @@ class EngineForward:
     def _compile(self, batch: torch.Tensor) -> torch.nn.Module:
         torch_tensorrt = import_torch_tensorrt()
         program = torch.export.export(self.model, (batch,))
-        # The model's own types are the precision, as in the other runtimes; TF32 is neither.
+        # The model's own types are the precision, as in the other runtimes.
         return torch_tensorrt.dynamo.compile(
-            program, arg_inputs=[batch], use_explicit_typing=True, disable_tf32=True
+            program, arg_inputs=[batch], use_explicit_typing=True, disable_tf32=not self.tf32
         )
 
 
@@ -305,4 +322,7 @@ class TorchTensorRTExtractor(ForwardExtractor):
     def __init__(self, spec: Spec, name: str = "torch-tensorrt"):
         """Raise `InputError` on another device than CUDA."""
         device = choose_device(spec.device, "cuda")
-        super().__init__(name, device, EngineForward(load_model(spec, device)))
+        forward = EngineForward(load_model(spec.in_its_types(), device), spec.tf32)
+        if _installed("torch-tensorrt-rtx"):
+            settle_tf32(forward.tf32)
+        super().__init__(name, device, forward)

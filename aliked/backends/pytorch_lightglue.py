@@ -127,14 +127,15 @@ class TorchPairRuntime(PairRuntime):
         self, name: str, device: torch.device, network: nn.Module, forward: Forward
     ) -> None:
         """`forward` is what runs the network: itself, or in one of `FORMS`."""
-        self.name, self.device, self.network, self.forward = name, device, network, forward
+        self.name, self.device, self.torch_device = name, str(device), device
+        self.network, self.forward = network, forward
 
     def to_device(self, inputs: Arrays) -> list[torch.Tensor | None]:
         """The inputs in the network's order; masks that hide nothing are left out."""
         arrays = [inputs[name] for name in self.network.input_names]
         whole = all(rows.all() for rows in arrays if rows.dtype == bool)
         return [
-            None if whole and rows.dtype == bool else torch.from_numpy(rows).to(self.device)
+            None if whole and rows.dtype == bool else torch.from_numpy(rows).to(self.torch_device)
             for rows in arrays
         ]
 
@@ -152,8 +153,8 @@ class TorchPairRuntime(PairRuntime):
 
     def synchronize(self) -> None:
         """Wait for the device."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self.torch_device.type == "cuda":
+            torch.cuda.synchronize(self.torch_device)
 
 
 def open_runtime(

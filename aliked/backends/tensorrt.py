@@ -31,6 +31,7 @@ from aliked.backends.tensorrt_library import (
     logger,
     numbers,
     register_plugins,
+    settle_tf32,
 )
 from aliked.errors import InputError, how_to_install
 from aliked.features import OUTPUTS, Extractor, Features, check_images, features_of_batch
@@ -131,6 +132,12 @@ def _has_known_parts(manifest: dict) -> bool:
     return named and spelled and found
 
 
+def precision_of(manifest: dict) -> str:
+    """Return the precision of an engine: "fp16", "fp32", or "tf32" where float32 may be that."""
+    precision = manifest["precision"].lower()
+    return "tf32" if precision == "fp32" and manifest["tf32"] else precision
+
+
 def mismatch(manifest: dict, library: Library, device: gpu.Device) -> str | None:
     """Return why the engine of this manifest cannot run in `library` on `device`, or None."""
     built, portable = LIBRARIES[manifest["library"]], manifest["version_compatible"]
@@ -225,6 +232,8 @@ def open_engine(
             f"{path} is truncated or not the file that {manifest_path(path).name} describes; "
             "copy both again, or build the engine again"
         )
+    if library is RTX:
+        settle_tf32(manifest["tf32"])
     if manifest["verified"] is None and manifest.get("verify_with"):
         _say_unverified(path, manifest["verify_with"])
     return deserialize(path, manifest["version_compatible"], library)
@@ -380,7 +389,8 @@ class TensorRTExtractor(Extractor):
         self.name, self.path, self.cuda_graph = name, Path(path), cuda_graph
         self.manifest = manifest or read_manifest(self.path)
         self.library = LIBRARIES[library or self.manifest["library"]]
-        index, self.device = gpu.device(device)  # first: without a driver the library crashes
+        index, self.gpu = gpu.device(device)  # first: without a driver the library crashes
+        self.device = f"cuda:{index}"
         reason = self.library.not_installed()
         if reason:
             raise InputError(f"{self.path} cannot run here: {reason}")
@@ -394,7 +404,7 @@ class TensorRTExtractor(Extractor):
         self._batch: Any = None
         self._graph: CudaGraph | None = None
         with self.memory.active():
-            self.engine = open_engine(self.path, self.manifest, self.library, self.device)
+            self.engine = open_engine(self.path, self.manifest, self.library, self.gpu)
             self._check_contract()
             self.context = self._create_context()
         self.dtype = self._dtype(INPUT)
@@ -420,7 +430,7 @@ class TensorRTExtractor(Extractor):
         journal().errors.clear()
         if self.library is RTX:  # compiles the engine for this GPU, or takes what was kept
             config = runtime_config(self._trt, self.engine, self.cuda_graph)
-            facts = (self.manifest["sha256"], self._trt.__version__, self.device)
+            facts = (self.manifest["sha256"], self._trt.__version__, self.gpu)
             self.cache = RuntimeCache(config, self.path, *facts)
             context = self.engine.create_execution_context(config)
         else:
@@ -539,7 +549,7 @@ class TensorRTExtractor(Extractor):
         workspace = self.manifest["max_workspace_size_mib"]
         limit = f"a workspace of {workspace} MiB" if workspace else "no limit on its workspace"
         return InputError(
-            f"out of device memory on {self.device.name} ({why}): {self.path} was built with "
+            f"out of device memory on {self.gpu.name} ({why}): {self.path} was built with "
             f"{limit} and is to run a batch of {batch or self.limits()[1][0]}; build it with a "
             "smaller --max_workspace_size or a smaller batch, or free the GPU"
         )

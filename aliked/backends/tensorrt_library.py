@@ -8,6 +8,7 @@ driver, so the driver is asked before any of them.
 import functools
 import importlib
 import importlib.util
+import os
 import sys
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -103,6 +104,39 @@ RTX_GPUS = {
     "12.1": "1.5 and later",
     "9.0": "1.5.0 and 1.6.1 run, though NVIDIA does not list it; 1.7.1 refuses it",
 }
+
+
+TF32_OVERRIDE = "NVIDIA_TF32_OVERRIDE"  # "0" forbids TF32 to all of NVIDIA's libraries
+
+
+def tf32_is_off() -> bool:
+    """Return whether the environment forbids TF32, whatever an engine allows."""
+    return os.environ.get(TF32_OVERRIDE) == "0"
+
+
+def settle_tf32(allowed: bool) -> None:
+    """Allow or forbid TF32 to TensorRT for RTX, for the rest of this process, by the environment.
+
+    It follows nothing else: with the builder's flag cleared it multiplies float32 in TF32 all the
+    same, and it refuses to load an engine that was built under another setting. `InputError` where
+    another was settled before: seen on an H100, an engine that was loaded after such a change
+    multiplied as before the change.
+    """
+    if tf32_settled().setdefault("allowed", allowed) != allowed:
+        ours, theirs = ("with", "without") if allowed else ("without", "with")
+        raise InputError(
+            f"this engine is to run {ours} TF32 and an earlier one in this process {theirs} it, "
+            "which TensorRT for RTX does not do right; run each in a process of its own"
+        )
+    os.environ.pop(TF32_OVERRIDE, None)  # any value counts as another setting
+    if not allowed:
+        os.environ[TF32_OVERRIDE] = "0"
+
+
+@functools.cache
+def tf32_settled() -> dict[str, bool]:
+    """Return what `settle_tf32` has settled in this process."""
+    return {}
 
 
 def numbers(version: str) -> tuple[int, ...]:

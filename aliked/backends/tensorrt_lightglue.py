@@ -9,7 +9,7 @@ from aliked import gpu
 from aliked.backends import Spec
 from aliked.backends.cuda_memory import CudaGraph, create_memory
 from aliked.backends.tensorrt import deserialize, runtime_config
-from aliked.backends.tensorrt_library import RTX, journal
+from aliked.backends.tensorrt_library import RTX, journal, settle_tf32
 from aliked.errors import InputError
 from aliked.matching import Arrays, PairRuntime
 
@@ -20,7 +20,8 @@ class EnginePairRuntime(PairRuntime):
     def __init__(self, name: str, path: Path, device: str, cuda_graph: bool) -> None:
         """The engine at `path`, as `build_lightglue_file` made it, for this library and GPU."""
         self.name, self.path = name, path
-        index, self.device = gpu.device(device)  # first: without a driver the library crashes
+        index, _ = gpu.device(device)  # first: without a driver the library crashes
+        self.device = f"cuda:{index}"
         self._trt, self.memory = RTX.load(), create_memory("torch", index)
         self._graph: CudaGraph | None = None
         with self.memory.active():
@@ -106,4 +107,5 @@ def open_runtime(
     cuda_graph: bool = False,
 ) -> EnginePairRuntime:
     """The engine `spec.model_path`, which holds the weights; `library` is "tensorrt-rtx"."""
+    settle_tf32(spec.tf32)
     return EnginePairRuntime(name, Path(spec.model_path), spec.device, cuda_graph)

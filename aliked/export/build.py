@@ -25,7 +25,7 @@ Shape = tuple[int, int, int]  # B, H, W
 def build_onnx(spec: Spec, shape: Shape, path: Path) -> None:
     """Export the model of `spec` for uint8 images of `shape` to `path`."""
     batch, height, width = shape
-    model = load_model(spec, choose_device("cpu"))
+    model = load_model(spec.in_its_types(), choose_device("cpu"))
     # A static file holds a batch of 1. Bytes are a quarter of the copy, converted on the device.
     options = ExportOptions(height=height, width=width, dynamic=batch > 1, uint8_input=True)
     export_onnx(model, path, options)
@@ -34,8 +34,7 @@ def build_onnx(spec: Spec, shape: Shape, path: Path) -> None:
 def build_engine(spec: Spec, shape: Shape, path: Path, builder: str = "tensorrt") -> None:
     """Export the model of `spec` for images of `shape` and build its engine by `builder`.
 
-    Without TF32 where the library can do without, and not verified: whoever times it compares
-    what it gives.
+    It is not verified: whoever times it compares what it gives.
     """
     with tempfile.TemporaryDirectory() as folder:
         onnx_path = Path(folder) / f"{path.stem}.onnx"
@@ -43,7 +42,7 @@ def build_engine(spec: Spec, shape: Shape, path: Path, builder: str = "tensorrt"
         request = Request(
             onnx_path,
             path,
-            BuildOptions(tf32=builder == "tensorrt-rtx"),
+            BuildOptions(tf32=spec.tf32),
             builder=builder,
             shapes=((*shape, 3),) * 3 if -1 in read_source(onnx_path).shape else (None,) * 3,
             verify=False,
@@ -77,13 +76,14 @@ def build_lightglue_file(
     For `spec.top_k` keypoints and images of `size`, (width, height). An engine is one of TensorRT
     for RTX, without a manifest: it is for whoever made it.
     """
-    matcher = LightGlue.from_pretrained(matcher_weights, precision=spec.precision)
+    own = spec.in_its_types()
+    matcher = LightGlue.from_pretrained(matcher_weights, precision=own.precision)
 
     def export(onnx_path: Path) -> None:
         if graph == "matcher":
             export_matcher(matcher, onnx_path, MatcherOptions(spec.top_k))
         else:
-            model, options = load_model(spec, choose_device("cpu")), PairOptions(size, size)
+            model, options = load_model(own, choose_device("cpu")), PairOptions(size, size)
             export_pair(model, matcher, onnx_path, replace(options, uint8_input=True))
 
     if path.suffix == ".onnx":
@@ -91,7 +91,7 @@ def build_lightglue_file(
     with tempfile.TemporaryDirectory() as folder, whole_file(path) as partial:
         onnx_path = Path(folder) / f"{path.stem}.onnx"
         export(onnx_path)
-        partial.write_bytes(build_plan(RTX, onnx_path, BuildOptions()))
+        partial.write_bytes(build_plan(RTX, onnx_path, BuildOptions(tf32=spec.tf32)))
 
 
 BUILDERS: dict[str, Callable[[Spec, Shape, Path], None]] = {

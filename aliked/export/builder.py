@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from aliked.backends.tensorrt_library import RTX, Library, journal, logger, register_plugins
+from aliked.backends.tensorrt_library import (
+    RTX,
+    Library,
+    journal,
+    logger,
+    register_plugins,
+    settle_tf32,
+)
 from aliked.errors import InputError
 from aliked.export.onnx_graph import load_model
 from aliked.export.rtx_graph import for_rtx
@@ -53,8 +60,6 @@ ONLY_TENSORRT: dict[str, Callable[[BuildOptions], bool]] = {
     "--timing_cache": lambda options: options.timing_cache is not None,
     "--version_compatible": lambda options: options.version_compatible,
     "--hardware_compatible": lambda options: options.hardware_compatible,
-    # Seen with 1.5.0 on an H100: products in TF32, the flag cleared or not.
-    "--no_tf32": lambda options: not options.tf32,
 }
 ONLY_RTX: dict[str, Callable[[BuildOptions], bool]] = {
     "--compute_capability": lambda options: bool(options.compute_capabilities),
@@ -113,21 +118,35 @@ def progress_monitor(trt: ModuleType, progress: Progress) -> "trt.IProgressMonit
     return Monitor()
 
 
+STOPPING = ("SIGINT", "SIGTERM", "SIGHUP")  # not every system has the last
+
+
 @contextlib.contextmanager
-def cancelled_by_ctrl_c(progress: Progress) -> Iterator[None]:
-    """Let Ctrl-C cancel the build at its next step: an exception must not pass through C++."""
+def stopped_at_a_step(progress: Progress) -> Iterator[None]:
+    """Let Ctrl-C and the like cancel the build at its next step, and take effect after it.
+
+    What their handlers raise must not pass through C++, where it would be lost.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    numbers = [getattr(signal, name) for name in STOPPING if hasattr(signal, name)]
+    handled = {n: signal.getsignal(n) for n in numbers if callable(signal.getsignal(n))}
+    received: list[int] = []
 
-    def cancel(*_: object) -> None:
+    def cancel(number: int, _: object) -> None:
         progress.cancelled = True
+        received.append(number)
 
-    before = signal.signal(signal.SIGINT, cancel)
+    for number in handled:
+        signal.signal(number, cancel)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in handled.items():
+            signal.signal(number, handler)
+    if received:
+        signal.raise_signal(received[0])
 
 
 def has_weak_fp16(trt: ModuleType) -> bool:
@@ -141,6 +160,8 @@ def build_plan(library: Library, onnx_path: Path, options: BuildOptions) -> byte
     `InputError` with the library's own words where it refuses the file or an option, or finds no
     kernel in the memory that it may use.
     """
+    if library is RTX:
+        settle_tf32(options.tf32)
     trt = library.load()
     content = for_rtx(load_model(onnx_path)).SerializeToString() if library is RTX else None
     builder, network, parser = parse_file(library, onnx_path, options, content)
@@ -152,10 +173,8 @@ def build_plan(library: Library, onnx_path: Path, options: BuildOptions) -> byte
     progress = Progress()
     monitor = progress_monitor(trt, progress)  # which must live until the build is over
     config.progress_monitor = monitor
-    with cancelled_by_ctrl_c(progress):
+    with stopped_at_a_step(progress):
         plan = builder.build_serialized_network(network, config)
-    if progress.cancelled:
-        raise KeyboardInterrupt
     if plan is None:
         raise build_failure(library, onnx_path, options, journal().last_words(library))
     if options.timing_cache:

@@ -28,9 +28,11 @@ from aliked.backends.tensorrt import (
     is_export,
     manifest_path,
     mismatch,
+    precision_of,
     read_manifest,
 )
-from aliked.backends.tensorrt_library import BUILDERS, LIBRARIES, RTX, Library
+from aliked.backends.tensorrt_library import BUILDERS, LIBRARIES, RTX, Library, tf32_is_off
+from aliked.configs import Selection
 from aliked.errors import InputError
 from aliked.export.builder import (
     BuildOptions,
@@ -44,6 +46,7 @@ from aliked.export.onnx_checks import check_model
 from aliked.export.onnx_graph import Target, graph_precision, load_model
 from aliked.features import OUTPUTS
 from aliked.files import read_text, sha256, writable_folder, write_json
+from aliked.parity import TOLERANCES
 
 if TYPE_CHECKING:
     from aliked.backends.pytorch import PyTorchExtractor
@@ -186,6 +189,7 @@ def check_shapes(source: Source, shapes: tuple[Shape | None, ...]) -> tuple[Shap
             f"--min_shape {list(smallest)}, --opt_shape {list(usual)} and --max_shape "
             f"{list(largest)} must not decrease in any place"
         )
+    _check_room(source, smallest)
     return smallest, usual, largest
 
 
@@ -198,6 +202,20 @@ def _check_fits(source: Source, shape: Shape) -> None:
             f"the shape {list(shape)} does not fit the input {list(source.shape)} of "
             f"{source.path}; give one with the same fixed sizes, such as "
             f"{'x'.join(str(size if size > 0 else 'N') for size in source.shape)}"
+        )
+
+
+def _check_room(source: Source, smallest: Shape) -> None:
+    """`InputError` where the smallest image has fewer pixels than the file gives keypoints."""
+    if not {"top_k", "n_limit"} <= source.export.keys():
+        return
+    selection = Selection(source.export["top_k"], n_limit=source.export["n_limit"])
+    height, width = smallest[1:3] if source.uint8 else smallest[2:4]
+    room = selection.rows(height, width)
+    if room < selection.limit:
+        raise InputError(
+            f"--min_shape {list(smallest)} has room for {room} keypoints and {source.path} gives "
+            f"{selection.limit}; give a larger one, or export it for fewer"
         )
 
 
@@ -288,7 +306,8 @@ def convert(request: Request) -> bool:
     if findings := check_source(source, target):
         print(findings)
     weak_fp16 = _weak_fp16(library, source, request.precision)
-    options = dataclasses.replace(request.options, shapes=shapes, weak_fp16=weak_fp16)
+    tf32 = request.options.tf32 and not tf32_is_off()
+    options = dataclasses.replace(request.options, shapes=shapes, weak_fp16=weak_fp16, tf32=tf32)
     manifest = _manifest(request, source, options, library)
     print(f"building with {library} {library.version} ({why}) for {_gpus(manifest)}")
     unverified = _unverifiable(manifest, library) if request.verify else "--no_verify"
@@ -383,10 +402,10 @@ def _judge(
     extractor: TensorRTExtractor, folder: Path, images: "NamedImages", reference: "PyTorchExtractor"
 ) -> bool:
     """Compare the engine with the reference, and write the verdict into its manifest."""
-    from aliked.export.verify import tolerance, verify_engine
+    from aliked.export.verify import verify_engine
 
     manifest = read_manifest(extractor.path)
-    limits = tolerance(manifest["precision"], manifest["tf32"])
+    limits = TOLERANCES[precision_of(manifest)]
     verdict = verify_engine(extractor, reference, images, limits)
     print(verdict.text)
     manifest["verified"] = {

@@ -1,6 +1,5 @@
 """Is an exported file, or an engine, still the model? Both run beside PyTorch in float32."""
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ from aliked.export.onnx_export import ExportOptions
 from aliked.features import OUTPUTS, Features, drop_fill_ins
 from aliked.images import list_images, load_image
 from aliked.model import ALIKED
-from aliked.parity import FAINT, FP16, FP32, Verdict, compare_features, judge
+from aliked.parity import FAINT, TOLERANCES, Verdict, compare_features, judge
 from aliked.ties import expect
 
 
@@ -167,21 +166,10 @@ def verify_onnx(
             f"no keypoint of the {len(parities)} images scores {FAINT:g} or more, so that they "
             "prove nothing about the file; give photographs, or a lower threshold"
         )
-    return judge(parities, FP16 if precision == "fp16" else FP32)
+    return judge(parities, TOLERANCES[precision])
 
 
 NamedImages = list[tuple[str, np.ndarray]]  # name, uint8 [H, W, 3] RGB
-
-# TF32 multiplies with the 11 significant bits of FP16, so an FP32 engine that may use it cannot
-# be held to the tolerance of float32.
-TF32 = dataclasses.replace(parity.FP16, name="TF32")
-
-
-def tolerance(precision: str, tf32: bool) -> parity.Tolerance:
-    """What an engine of this precision is judged by."""
-    if precision == "FP16":
-        return parity.FP16
-    return TF32 if tf32 else parity.FP32
 
 
 def create_reference(path: Path, export: dict, weights: Path | None) -> PyTorchExtractor:

@@ -113,6 +113,7 @@ def test_a_missing_extra_is_named_with_the_command_that_installs_it(
     monkeypatch.delitem(sys.modules, "aliked.commands.export", raising=False)
     for name in [name for name in sys.modules if name.startswith("aliked.export.")]:
         monkeypatch.delitem(sys.modules, name)
+        monkeypatch.delattr(name)  # of its package, which would keep the new module
     monkeypatch.setitem(sys.modules, module, None)
     assert run_command(monkeypatch, "export", str(ROOT / "assets" / "sequence_640x480")) == 2
     error = capsys.readouterr().err

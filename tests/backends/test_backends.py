@@ -631,6 +631,26 @@ def test_torch_tensorrt_of_another_pytorch_is_refused(monkeypatch, installed, sa
     assert says in pytorch_backend.torch_tensorrt_refuses()
 
 
+def test_torch_tensorrt_for_rtx_finds_what_its_library_has_dropped(monkeypatch, tmp_path):
+    """A class, the setter of a property, and plugins, whose module cannot be imported."""
+    (tmp_path / "torch_tensorrt.py").write_text(
+        "import importlib.util, tensorrt_rtx\n"
+        "named = tensorrt_rtx.IAlgorithmSelector\n"
+        "output = tensorrt_rtx.ITensor()\n"
+        "output.dtype = output.dtype\n"
+        "plugins = importlib.util.find_spec('tensorrt.plugin')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torch_tensorrt", raising=False)
+    monkeypatch.setitem(sys.modules, "tensorrt.plugin", ModuleType("tensorrt.plugin"))
+    library = ModuleType("tensorrt_rtx")
+    library.ITensor = type("ITensor", (), {"dtype": property(lambda tensor: "FLOAT")})
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", library)
+    monkeypatch.setattr(pytorch_backend, "version", {"torch-tensorrt-rtx": "2.11.0"}.get)
+    assert pytorch_backend.import_torch_tensorrt().plugins is None
+    del sys.modules["torch_tensorrt"]
+
+
 def test_torch_tensorrt_that_does_not_load_is_one_sentence(monkeypatch, tmp_path):
     (tmp_path / "torch_tensorrt.py").write_text("raise Exception('libtensorrt_rtx.so.1 is gone')")
     monkeypatch.syspath_prepend(tmp_path)

@@ -24,7 +24,13 @@ from aliked.backends.tensorrt import (
     read_manifest,
     runtime_config,
 )
-from aliked.backends.tensorrt_library import LEAN, TENSORRT
+from aliked.backends.tensorrt_library import (
+    LEAN,
+    TENSORRT,
+    TF32_OVERRIDE,
+    tf32_is_off,
+    tf32_settled,
+)
 from aliked.errors import InputError
 from aliked.export.builder import BuildOptions
 from aliked.export.engine import Request, convert
@@ -35,6 +41,7 @@ from tests.helpers.fake_tensorrt import RTX_VERSION, VERSIONS, Machine
 from tests.helpers.fake_tensorrt.builder import pack
 from tests.helpers.fake_tensorrt.installed import install
 from tests.helpers.fake_tensorrt.pycuda import make_pycuda
+from tests.helpers.fake_tensorrt.runtime import CompiledEngine
 from tests.helpers.small_models import write_small_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -455,7 +462,7 @@ def rtx(monkeypatch):
     return install_rtx
 
 
-def write_rtx_engine(folder, version=RTX_VERSION, targets=(), verified=None, **model):
+def write_rtx_engine(folder, version=RTX_VERSION, targets=(), verified=None, tf32=True, **model):
     """An engine of the stand-in with the manifest of one by TensorRT for RTX."""
     onnx_path, engine = folder / "model.onnx", folder / "model.trt"
     write_small_model(onnx_path, **model)
@@ -467,7 +474,7 @@ def write_rtx_engine(folder, version=RTX_VERSION, targets=(), verified=None, **m
         "version": version,
         "gpu": None,
         "precision": "FP32",
-        **asdict(BuildOptions(compute_capabilities=targets)),
+        **asdict(BuildOptions(compute_capabilities=targets, tf32=tf32)),
         "source": {"export": {"model": "aliked-t16", "top_k": 20}},
         "verified": verified,
         "verify_with": "python convert_onnx_to_trt.py --verify model.trt",
@@ -567,6 +574,38 @@ def test_only_graphs_wait_for_the_best_kernels_of_a_shape(rtx, tmp_path, monkeyp
     plain, graph = configured
     assert not hasattr(plain, "dynamic_shapes_kernel_specialization_strategy")
     assert graph.dynamic_shapes_kernel_specialization_strategy.name == "EAGER"
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+@pytest.mark.parametrize("outside", [None, "0", "1"])
+def test_an_engine_is_compiled_under_the_setting_of_tf32_that_it_was_built_under(
+    rtx, tmp_path, monkeypatch, tf32, outside
+):
+    rtx()
+    _, engine = write_rtx_engine(tmp_path, tf32=tf32)
+    if outside:
+        monkeypatch.setenv(TF32_OVERRIDE, outside)
+    seen, create = [], CompiledEngine.create_execution_context
+
+    def noting(*arguments):
+        seen.append(tf32_is_off())
+        return create(*arguments)
+
+    monkeypatch.setattr(CompiledEngine, "create_execution_context", noting)
+    open_rtx(engine)
+    assert seen == [not tf32]
+    assert tf32_is_off() != tf32  # also where later shapes are compiled
+
+
+def test_engines_with_and_without_tf32_do_not_share_a_process(rtx, tmp_path):
+    rtx()
+    _, engine = write_rtx_engine(tmp_path, tf32=True)
+    open_rtx(engine)
+    _, engine = write_rtx_engine(tmp_path, tf32=False)
+    with pytest.raises(InputError, match="run each in a process of its own"):
+        open_rtx(engine)
+    tf32_settled.cache_clear()
+    open_rtx(engine)
 
 
 def test_an_engine_that_nobody_compared_says_so_once(rtx, tmp_path, capsys):

@@ -202,6 +202,32 @@ def test_devices_and_versions_have_sections_of_their_own(tables):
     assert titles == ["### Some CPU", "### Some CPU", "### Some GPU"]
 
 
+def test_of_one_device_the_largest_section_comes_first_and_has_the_plain_names(tables, tmp_path):
+    versions = {"large": {"torch": "2.11.0"}, "small": {"numpy": "2.0", "torch": "2.11.0"}}
+    rows = [ON_GPU, COMPILED]
+    records = [
+        measured(replace(row, top_k=k), 3.0) | {"configuration": GPU | {"versions": versions[name]}}
+        for name, ks in (("small", [1000]), ("large", [1000, 2000]))
+        for row in rows
+        for k in ks
+    ]
+    text = tables(records)
+    assert text.index("torch 2.11.0. Code") < text.index("numpy 2.0")
+    path = tmp_path / "plots.jsonl"
+    write_records(path, records)
+    names = [plot.name for plot in plots.draw_all(load_records([path]), tmp_path / "plots")]
+    assert len(set(names)) == len(names)
+    assert sum("some_gpu_2_" in name for name in names) == 2  # of one K
+
+
+@pytest.mark.parametrize(("capability", "said"), [("9.0", True), ("8.9", False)])
+def test_a_gpu_outside_the_support_list_is_named(tables, capability, said):
+    machine = GPU["machine"] | {"compute_capability": capability}
+    row = replace(ON_GPU, backend="tensorrt-rtx")
+    text = tables([measured(row, 3.0) | {"configuration": GPU | {"machine": machine}}])
+    assert ("outside NVIDIA's support list" in text) == said
+
+
 def test_two_measurements_of_one_row_are_refused(tables):
     with pytest.raises(InputError, match=r"line 2 of .* and line 1 of .* leave one"):
         tables([measured(ROW, 3.0), measured(ROW, 4.0)])

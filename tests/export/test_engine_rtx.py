@@ -13,7 +13,8 @@ import pytest
 
 from aliked import cli, gpu
 from aliked.backends import Spec
-from aliked.backends.tensorrt import read_manifest
+from aliked.backends.tensorrt import precision_of, read_manifest
+from aliked.backends.tensorrt_library import TF32_OVERRIDE, tf32_is_off
 from aliked.export import build as build_module
 from aliked.export import builder as builder_module
 from aliked.export import engine as engine_module
@@ -148,12 +149,25 @@ def test_a_dynamic_file_is_built_with_its_shapes_and_not_without(
 
 @pytest.mark.parametrize(
     "option",
-    ["--timing_cache x", "--version_compatible", "--hardware_compatible", "--no_tf32"],
+    ["--timing_cache x", "--version_compatible", "--hardware_compatible"],
 )
 def test_options_that_it_does_not_have_are_refused(build, tmp_path, capsys, option):
     assert build(*option.split()) == 2
     assert f"TensorRT for RTX has no {option.split()[0]}" in capsys.readouterr().err
     assert files(tmp_path) == {"model.onnx"}
+
+
+@pytest.mark.parametrize(
+    ("option", "environment", "precision"),
+    [([], "1", "tf32"), (["--no_tf32"], "1", "fp32"), ([], "0", "fp32")],
+)
+def test_the_manifest_says_whether_float32_may_be_tf32(
+    build, tmp_path, monkeypatch, option, environment, precision
+):
+    monkeypatch.setenv(TF32_OVERRIDE, environment)  # the library obeys it without being told
+    assert build(*option) == 0
+    assert precision_of(read_manifest(tmp_path / "model.rtx")) == precision
+    assert tf32_is_off() == (precision == "fp32")
 
 
 def test_the_inspector_is_refused_before_the_build(build, tmp_path, capsys):
@@ -191,14 +205,17 @@ def test_what_the_builder_refuses_is_one_sentence_and_leaves_nothing(
     assert files(tmp_path) == {"model.onnx"}
 
 
-def test_ctrl_c_cancels_the_build_and_leaves_nothing(build, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_ctrl_c_and_the_like_cancel_the_build_and_leave_nothing(
+    build, tmp_path, monkeypatch, number
+):
     def press_ctrl_c(progress, phase, parent, steps):
         start(progress, phase, parent, steps)
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(number)
 
     start = builder_module.Progress.start
     monkeypatch.setattr(builder_module.Progress, "start", press_ctrl_c)
-    assert build() == 130
+    assert build() == 128 + number
     assert files(tmp_path) == {"model.onnx"}
 
 

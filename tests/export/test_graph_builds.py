@@ -1,5 +1,7 @@
 """TensorRT for RTX builds what is exported, and the forms made for it select the same pixels."""
 
+import io
+
 import numpy as np
 import onnx
 import onnx.parser
@@ -8,12 +10,15 @@ import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
 
+from aliked.backends.tensorrt_library import RTX, tf32_settled
 from aliked.configs import Form
 from aliked.detection import detect, inner, suppress_non_maxima, top_k_of_groups
-from aliked.export.onnx_export import ExportOptions, export_onnx
+from aliked.errors import InputError
+from aliked.export.builder import BuildOptions, build_plan
+from aliked.export.onnx_export import ExportOptions, export_onnx, fold_constants
 from aliked.export.rtx_graph import for_rtx
 from aliked.model import ALIKED
-from tools.build_grid import build, library
+from tools.build_grid import build, shapes
 
 EXPORTED = Form(exported=True)
 
@@ -76,10 +81,73 @@ def test_more_rows_than_maxima_are_fill_ins(size):
     torch.testing.assert_close(exported.keypoints[kept], plain.keypoints[kept])
 
 
+class Detector(torch.nn.Module):
+    """Detection alone, so that a score map can be given to it."""
+
+    def __init__(self, selection, form):
+        super().__init__()
+        self.selection, self.form = selection, form
+
+    def forward(self, scores):
+        found = detect(scores, *self.selection, self.form)
+        return found.keypoints, found.scores, found.nms_scores
+
+
+def in_onnx_runtime(selection, form, scores):
+    """What the exported detection finds in ONNX Runtime, on the CPU."""
+    buffer = io.BytesIO()
+    torch.onnx.export(
+        Detector(selection, form),
+        (torch.rand_like(scores),),
+        buffer,
+        dynamo=False,
+        opset_version=17,
+        input_names=["scores"],
+        dynamic_axes={"scores": {0: "batch", 2: "height", 3: "width"}} if form.dynamic else {},
+    )
+    model = fold_constants(onnx.load_from_string(buffer.getvalue()))
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    return [torch.from_numpy(rows) for rows in session.run(None, {"scores": scores.numpy()})]
+
+
+# Smaller than anything is cut into; odd; more than one TopK returns; more than a group of it.
+@pytest.mark.parametrize(
+    ("size", "k"), [((5, 5), 1), ((5, 37), 33), ((33, 50), 1334), ((71, 67), 4221), ((90, 91), 300)]
+)
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("threshold", [False, True])
+def test_the_exported_detection_finds_the_same_in_onnx_runtime(size, k, dynamic, threshold):
+    def selection(rows):
+        return (0, 0.1, rows) if threshold else (rows, 0.0, 0)
+
+    batch = torch.cat([scores(*size)[:1] for scores in MAPS])
+    count = (size[0] - 4) * (size[1] - 4)
+    expected = detect(batch, *selection(count), Form())  # every maximum
+    form = Form("gridsample", exported=True, dynamic=dynamic)
+    keypoints, scores, nms_scores = in_onnx_runtime(selection(k), form, batch)
+    descending = expected.nms_scores.sort(dim=1, descending=True).values
+    assert torch.equal(nms_scores, descending[:, :k])
+    assert (scores[nms_scores == 0] == 0).all()
+    for image in range(len(batch)):  # equals may come in another order
+        found = keypoints[image, nms_scores[image] > 0]
+        wanted = expected.keypoints[image, expected.nms_scores[image] > 0]
+        distance = torch.cdist(found, wanted, compute_mode="donot_use_mm_for_euclid_dist")
+        for sides in ((1, 0) if k == count else (1,)) if len(found) else ():
+            assert distance.amin(dim=sides).max() < 1e-4
+
+
 def export(precision, path, **changes):
     torch.manual_seed(0)
     model = ALIKED("aliked-t16", top_k=300).eval().fold_batch_norm().set_precision(precision)
     export_onnx(model, path, ExportOptions(96, 128, deform_conv="gridsample", **changes))
+
+
+def outcome_of(path, capabilities=(), dynamic=False, uint8_input=False):
+    """What the tool says that builds the whole grid."""
+    if reason := RTX.cannot_build():
+        pytest.skip(reason)
+    row = {"dynamic": dynamic, "uint8_input": uint8_input}
+    return build(path, BuildOptions(capabilities, shapes=shapes(row)))
 
 
 def kinds(model):
@@ -201,22 +269,43 @@ def test_convolutions_of_small_maps_stay_as_they_are_for_rtx():
     ],
 )
 def test_the_real_library_builds_the_export(precision, changes, tmp_path):
-    if library() is None:
-        pytest.skip("neither tensorrt nor tensorrt_rtx is installed")
     path = tmp_path / "model.onnx"
     export(precision, path, **changes)
-    outcome = build(path)
+    forms = {name: value for name, value in changes.items() if name != "opset"}
+    outcome = outcome_of(path, **forms)
     assert outcome["built"], outcome["reason"]
+
+
+def test_without_tf32_other_kernels_are_built(tmp_path):
+    """The builder's flag alone changes two bytes of the engine, and none of its products."""
+
+    def unlike(first, second):
+        return sum(a != b for a, b in zip(first, second, strict=False)) / len(first)
+
+    if reason := RTX.cannot_build():
+        pytest.skip(reason)
+    path = tmp_path / "model.onnx"
+    export("fp32", path)
+    usual = build_plan(RTX, path, BuildOptions())
+    with pytest.raises(InputError, match="a process of its own"):
+        build_plan(RTX, path, BuildOptions(tf32=False))
+    tf32_settled.cache_clear()
+    assert unlike(usual, build_plan(RTX, path, BuildOptions(tf32=False))) > 0.5
 
 
 @pytest.mark.parametrize(
     ("precision", "dynamic"), [("fp16", False), ("fp16", True), ("fp32", False)]
 )
 def test_exports_build_for_turing(precision, dynamic, tmp_path):
-    trt = library()
-    if trt is None or trt.__name__ != "tensorrt_rtx":
-        pytest.skip("tensorrt_rtx, which builds for GPUs that are not there, is not installed")
     path = tmp_path / "model.onnx"
     export(precision, path, dynamic=dynamic)
-    outcome = build(path, ("SM75",))
+    outcome = outcome_of(path, ("SM75",), dynamic)
     assert outcome["built"], outcome["reason"]
+
+
+def test_what_does_not_build_is_an_outcome_with_the_librarys_words(tmp_path):
+    path = tmp_path / "model.onnx"
+    export("fp32", path, dynamic=True)  # whose resizing is a product of matrices
+    outcome = outcome_of(path, ("SM75",), dynamic=True)
+    assert not outcome["built"]
+    assert "FP32 GEMM is not supported" in outcome["reason"]
