@@ -190,7 +190,7 @@ def main(args: argparse.Namespace) -> None:
             break
     if not count:
         only = "frame; give a video" if is_video(args.images) else "readable image; give a folder"
-        raise InputError(f"{args.images} has only one {only} with at least two")
+        raise InputError(f"{args.images} has one {only} with at least two")
     print(f"in total: {count} pairs, {matches_text(matches, displacement)}")
     view.close()
 

@@ -66,10 +66,20 @@ INVALID = (  # what ONNX's own tools raise for a file that is not valid
 
 
 def check_constants(graph: onnx.GraphProto) -> None:
-    """Raise `ValidationError` for an initializer of no type, which ONNX's checker lets through."""
-    for tensor in graph.initializer:
+    """Raise `ValidationError` for constants that ONNX's checker lets through.
+
+    These are of no type, or have more or fewer values than their shape.
+    """
+    held = (a.t for node in graph.node for a in node.attribute if a.HasField("t"))
+    for tensor in (*graph.initializer, *held):
         if tensor.data_type not in TensorProto.DataType.values()[1:]:
             raise onnx.checker.ValidationError(f"{tensor.name} has the type {tensor.data_type}")
+        try:
+            numpy_helper.to_array(tensor)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise onnx.checker.ValidationError(
+                f"{tensor.name} has other values than its shape"
+            ) from error
 
 
 # Operators

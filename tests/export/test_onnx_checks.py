@@ -193,6 +193,7 @@ MALFORMED = {
     "an attribute of another type": edited(
         lambda graph: graph.node[0].attribute.append(helper.make_attribute("axis", "last"))
     ),
+    "a shape for more values": edited(lambda graph: graph.initializer[0].dims.__setitem__(0, 2)),
     "2^40 elements": edited(lambda graph: graph.initializer[0].dims.__setitem__(0, 2**40)),
     "no inputs": edited(lambda graph: graph.node[0].ClearField("input")),
     "an unknown operator": edited(lambda graph: setattr(graph.node[0], "op_type", "TopKek")),
@@ -232,7 +233,7 @@ def other_names(draw, made):
 def other_attribute(draw, made):
     holders = [n for n in made.graph.node if n.attribute]
     attribute = draw(st.sampled_from(draw(st.sampled_from(holders)).attribute))
-    attribute.type = draw(st.integers(0, 20))
+    attribute.type = draw(st.sampled_from(onnx.AttributeProto.AttributeType.values()))
     attribute.i = draw(st.integers(-(2**63), 2**63 - 1))
 
 
