@@ -131,6 +131,7 @@ def test_an_image_that_memory_cannot_hold_is_refused_with_the_size(monkeypatch):
 
 def test_the_model_asks_for_memory_before_it_starts(extractors, monkeypatch):
     monkeypatch.setattr(module, "available_memory", lambda: 2**10)
+    monkeypatch.setattr(module, "SMALL", 0)
     with pytest.raises(InputError, match="64x48 pixels needs about"):
         extractors["pytorch"](IMAGE)
 

@@ -7,6 +7,7 @@ themselves where it is installed. Code that no test runs cannot use a name that 
 
 import ast
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,7 @@ def names_asked_for(source):
     """Names that some code asks for with `hasattr` before it uses them."""
     calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
     return {
-        f"{dotted(call.args[0])}.{call.args[1].value}".removeprefix("trt.")
+        re.sub(r"^(trt|rtx)\.", "", f"{dotted(call.args[0])}.{call.args[1].value}")
         for call in calls
         if dotted(call.func) == "hasattr" and isinstance(call.args[1], ast.Constant)
     }
