@@ -270,8 +270,10 @@ def _opacity(record: Measured) -> float:
 
 
 def plain_ticks(axis) -> None:
-    """1, 2, 5, 10 and so on along a logarithmic axis, as plain numbers."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    """1, 2, 5, 10 and so on along a logarithmic axis, as plain numbers; a short one has more."""
+    low, high = axis.get_data_interval()
+    short = low > 0 and high < 5 * low
+    axis.set_major_locator(LogLocator(subs=range(1, 10) if short else (1, 2, 5)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
