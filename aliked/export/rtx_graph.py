@@ -116,14 +116,14 @@ def widen(rewriter: Rewriter, pixels: int) -> None:
     """
     nodes, done = [], set()
     for node in rewriter.graph.node:
-        if id(node) in done:
+        if node.output[0] in done:
             continue
         at_once = _pixels_at_once(rewriter, node, pixels)
         if at_once == 1:
             nodes.append(node)
             continue
         follow = _followers(rewriter, node)
-        done |= set(map(id, follow))
+        done |= {step.output[0] for step in follow}
         nodes += _wide(rewriter, node, follow, at_once)
     rewriter.finish(nodes)
 
