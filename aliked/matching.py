@@ -65,12 +65,12 @@ class Matcher(abc.ABC):
 
 
 Arrays = dict[str, np.ndarray]
-GRAPHS = ("matcher", "pair")  # features of two images to matches, and two images to matches
 
 
 class PairRuntime(abc.ABC):
-    """One runtime holding one of `GRAPHS`, with the inputs and outputs of its ONNX file, by name.
+    """One runtime of LightGlue, with the inputs and outputs of its ONNX file, by name.
 
+    Its graph is "matcher", features of two images to matches, or "pair", two images to matches.
     "matcher" takes `keypoints` [1, K, 2], `descriptors` [1, K, D], `mask` [1, K] and `size` [1, 2]
     of both images, 0 or 1 behind each name; "pair" takes `image0` and `image1`, uint8 [1, H, W, 3].
     Both give `matches0` and `scores0` [1, K]; "pair" also `keypoints0` and `keypoints1` [1, K, 2].

@@ -598,7 +598,7 @@ def _sentence(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _check_entry(features: Features, size: tuple[int, int]) -> None:
+def _check_entry(features: Features, size: Size) -> None:
     check_features_type(features)
     whole = isinstance(size, tuple | list) and all(isinstance(side, Integral) for side in size)
     if not whole or len(size) != 2:

@@ -129,8 +129,10 @@ class Team:
         for process in (self._grower, *(worker.process for worker in self.workers.values())):
             process.terminate()
             process.join()
-        for connection in (self._file, *(w.ours for w in self.workers.values())):
-            connection.close()
+        self._file.close()
+        for worker in self.workers.values():
+            worker.ours.close()
+            worker.file.close()
 
     def _together(self) -> Tally:
         return sum(self.tallies, self.tally)

@@ -159,7 +159,7 @@ class ONNXRuntimePair:
 
 
 class ONNXRuntimePairRuntime(PairRuntime):
-    """A file of one of `GRAPHS` on one provider; on a GPU its inputs and outputs stay there."""
+    """A file of LightGlue on one provider; on a GPU its inputs and outputs stay there."""
 
     def __init__(self, name: str, path: Path, providers: Providers) -> None:
         (provider, options), *others = providers

@@ -26,6 +26,7 @@ class Rewriter:
         inferred = onnx.shape_inference.infer_shapes(model).graph
         known = (*inferred.value_info, *inferred.input, *inferred.output)
         self.types = {value.name: value.type.tensor_type for value in known}
+        self.outputs = {value.name for value in self.graph.output}
         self.constants = {tensor.name: tensor for tensor in self.graph.initializer}
         self.users: dict[str, list[onnx.NodeProto]] = defaultdict(list)
         self.makers: dict[str, onnx.NodeProto] = {}
@@ -116,14 +117,14 @@ def widen(rewriter: Rewriter, pixels: int) -> None:
     """
     nodes, done = [], set()
     for node in rewriter.graph.node:
-        if id(node) in done:
+        if node.output[0] in done:
             continue
         at_once = _pixels_at_once(rewriter, node, pixels)
         if at_once == 1:
             nodes.append(node)
             continue
         follow = _followers(rewriter, node)
-        done |= set(map(id, follow))
+        done |= {step.output[0] for step in follow}
         nodes += _wide(rewriter, node, follow, at_once)
     rewriter.finish(nodes)
 
@@ -148,8 +149,9 @@ def _followers(rewriter: Rewriter, node: onnx.NodeProto) -> list[onnx.NodeProto]
     """The activation behind a convolution, where nothing else reads what it reads."""
     follow: list[onnx.NodeProto] = []
     for op_type in ("Elu", "Mul"):
-        users = rewriter.users[(follow or [node])[-1].output[0]]
-        if len(users) != 1 or users[0].op_type != op_type:
+        name = (follow or [node])[-1].output[0]
+        users = rewriter.users[name]
+        if name in rewriter.outputs or len(users) != 1 or users[0].op_type != op_type:
             break
         follow += users
     return follow

@@ -208,6 +208,19 @@ def test_convolutions_for_rtx_put_every_pixel_in_its_place(width):
     np.testing.assert_array_equal(got, want)  # whole numbers: exact in any order
 
 
+def test_an_output_before_an_activation_is_still_there_for_rtx():
+    model = convolution(8)
+    model.graph.node.append(onnx.helper.make_node("Elu", ["y"], ["z"]))
+    kind = onnx.TensorProto.FLOAT16
+    model.graph.output.append(onnx.helper.make_tensor_value_info("z", kind, None))
+    x = np.random.default_rng(0).integers(-9, 10, (1, 4, 6, 8)).astype(np.float16)
+    wide = for_rtx(model, pixels=1)
+    assert wide_convolutions(wide) == 1
+    want, got = (ReferenceEvaluator(m).run(None, {"x": x}) for m in (model, wide))
+    for one, other in zip(want, got, strict=True):
+        np.testing.assert_array_equal(other, one)
+
+
 @pytest.mark.parametrize(
     "model",
     [
