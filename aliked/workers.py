@@ -9,6 +9,8 @@ import functools
 import multiprocessing
 import os
 import pickle
+import queue
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -102,6 +104,9 @@ class Team:
         self._todo = self._batches()
         self._context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
         self._grower, self._file = self._process(_grow, self.jobs[0], store.path)
+        self._post: queue.SimpleQueue[tuple | None] = queue.SimpleQueue()
+        self._poster = threading.Thread(target=self._send_post, daemon=True)
+        self._poster.start()
         self._path: Path | None = None  # of the file that grows, once that is known
         for index in range(len(devices)):
             self._start(index)
@@ -129,6 +134,8 @@ class Team:
         for process in (self._grower, *(worker.process for worker in self.workers.values())):
             process.terminate()
             process.join()
+        self._post.put(None)
+        self._poster.join()
         self._file.close()
         for worker in self.workers.values():
             worker.ours.close()
@@ -202,8 +209,14 @@ class Team:
             self._tell_file(("place", *said))
 
     def _tell_file(self, words: tuple | None) -> None:
+        self._post.put(words)
+
+    def _send_post(self) -> None:
+        """Send what the file is told, in a thread: were dealing to wait for it, both might wait."""
         with contextlib.suppress(OSError):  # it has ended: `_hear_file` says why
-            self._file.send(words)
+            while (words := self._post.get()) is not None:
+                self._file.send(words)
+            self._file.send(None)
 
     def _hear_file(self) -> bool:
         """The file has a name or a place for a batch; whether it is where it is to be."""
