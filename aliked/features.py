@@ -132,6 +132,25 @@ BYTES_PER_PIXEL = 340
 SMALL = 2**28  # bytes that any host has: to ask it for more takes as long as a small image
 
 
+def check_tensors(descriptors0: Any, descriptors1: Any) -> None:
+    """Raise `InputError` unless both are float tensors [N, D] of one D, type and device."""
+    import torch
+
+    for rows in (descriptors0, descriptors1):
+        if not isinstance(rows, torch.Tensor):
+            raise InputError(f"the descriptors are a tensor and a {type(rows).__name__}")
+        if rows.ndim != 2 or not rows.is_floating_point():
+            raise InputError(
+                f"the descriptors are {rows.dtype} {list(rows.shape)}; give float tensors [N, D]"
+            )
+    a, b = ((rows.shape[1], rows.dtype, rows.device) for rows in (descriptors0, descriptors1))
+    if a != b:
+        raise InputError(
+            f"the descriptors differ: {a[0]} values in {a[1]} on {a[2]}, and {b[0]} in {b[1]} on "
+            f"{b[2]}; match features of the same model on one device"
+        )
+
+
 def check_memory(height: int, width: int, batch: int = 1) -> None:
     """Raise `InputError` where images of this size need more memory than this host has free."""
     needed = BYTES_PER_PIXEL * height * width * batch

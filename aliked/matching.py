@@ -11,7 +11,7 @@ import numpy as np
 
 from aliked.configs import CONFIGS, OFFICIAL
 from aliked.errors import InputError, shown
-from aliked.features import Features, check_features_type
+from aliked.features import Features, check_features_type, check_tensors
 
 BLOCK = 2**22  # affinities held at a time: all of 20000 x 20000 would be 1.6 GB or more
 MIN_SIMILARITY = 0.75  # of mutual nearest neighbours, unless said otherwise
@@ -202,25 +202,6 @@ def check_lengths(descriptors0: np.ndarray, descriptors1: np.ndarray, cure: str)
     lengths = descriptors0.shape[1], descriptors1.shape[1]
     if lengths[0] != lengths[1]:
         raise InputError(f"descriptors have {lengths[0]} and {lengths[1]} values; {cure}")
-
-
-def check_tensors(descriptors0: Any, descriptors1: Any) -> None:
-    """Raise `InputError` unless both are float tensors [N, D] of one D, type and device."""
-    import torch
-
-    for rows in (descriptors0, descriptors1):
-        if not isinstance(rows, torch.Tensor):
-            raise InputError(f"the descriptors are a tensor and a {type(rows).__name__}")
-        if rows.ndim != 2 or not rows.is_floating_point():
-            raise InputError(
-                f"the descriptors are {rows.dtype} {list(rows.shape)}; give float tensors [N, D]"
-            )
-    a, b = ((rows.shape[1], rows.dtype, rows.device) for rows in (descriptors0, descriptors1))
-    if a != b:
-        raise InputError(
-            f"the descriptors differ: {a[0]} values in {a[1]} on {a[2]}, and {b[0]} in {b[1]} on "
-            f"{b[2]}; match features of the same model on one device"
-        )
 
 
 def nearest_on_device(

@@ -3,9 +3,9 @@
 import torch
 
 from aliked.errors import InputError
+from aliked.features import check_tensors
 from aliked.fused import cuda_source, launches
 from aliked.fused.cuda_source import float_bits
-from aliked.matching import check_tensors
 
 SOURCE = "match.cu"
 DEPTH = 16  # channels that the kernel takes at a time
