@@ -220,26 +220,17 @@ def arrays_of(features: Features, size: Size) -> list[np.ndarray]:
     ]
 
 
-FLOAT = np.dtype("f4")
+class Spot(NamedTuple):
+    """Where an array lies in a file, and what it is."""
 
+    offset: int
+    shape: list[int]
+    kind: str  # of its numbers, as NumPy writes it
 
-class Place(NamedTuple):
-    """Where the arrays of an image begin in a part, and what they are."""
-
-    start: int
-    keypoints: int
-    dimensions: int  # of a descriptor
-    kind: str  # of the descriptors: "f4" or "f2"
-
-    def arrays(self) -> list[tuple[int, tuple[int, ...], np.dtype]]:
-        """First byte, shape and type of each, in the order of `arrays_of`."""
-        shapes = (self.keypoints, 2), (self.keypoints,), (self.dimensions, self.keypoints), (2,)
-        kinds = FLOAT, FLOAT, np.dtype(self.kind), np.dtype("i8")
-        found, at = [], self.start
-        for shape, kind in zip(shapes, kinds, strict=True):
-            found.append((at, shape, kind))
-            at += math.prod(shape) * kind.itemsize
-        return found
+    @classmethod
+    def of(cls, array: np.ndarray, offset: int = 0) -> "Spot":
+        """That of an array; its offset may be found later."""
+        return cls(offset, list(array.shape), array.dtype.str)
 
 
 TAIL = 8  # bytes at the end of a part: how long the index before them is
@@ -247,31 +238,22 @@ TAIL = 8  # bytes at the end of a part: how long the index before them is
 
 def _write_part(path: Path, key: str, images: dict[str, tuple[Features, Size]]) -> None:
     """A part: the arrays of each image, one after the other, and an index as JSON behind them."""
-    places: dict[str, Place] = {}
+    spots: dict[str, list[Spot]] = {}
     with open(path, "wb", buffering=0) as file:
         at = 0
-        for name, (features, size) in images.items():
-            arrays = arrays_of(features, size)
-            descriptors = arrays[2]
-            places[name] = Place(
-                at, len(features), len(descriptors), descriptors.dtype.str.strip("<")
-            )
-            for array in arrays:
-                at += _write_all(file, array)
-        index = json.dumps({"format": FORMAT, "key": key, "images": places}).encode()
-        _write_all(file, np.frombuffer(index, np.uint8))
-        _write_all(file, np.array([len(index)], np.int64))
-
-
-def _write_all(file: BinaryIO, array: np.ndarray) -> int:
-    left = memoryview(array.reshape(-1).view(np.uint8))
-    while left:
-        left = left[file.write(left) :]
-    return array.nbytes
+        for name, entry in images.items():
+            spots[name] = []
+            for array in arrays_of(*entry):
+                spots[name].append(Spot.of(array, at))
+                write_at(file.fileno(), at, array)
+                at += array.nbytes
+        index = json.dumps({"format": FORMAT, "key": key, "images": spots}).encode()
+        tail = index + len(index).to_bytes(TAIL, "little")
+        write_at(file.fileno(), at, np.frombuffer(tail, np.uint8))
 
 
 def _index(part: Path) -> dict[str, Any]:
-    """What the end of a part says: its format, its key, and the `Place` of each image."""
+    """What the end of a part says: its format, its key, and the `Spot`s of each image."""
     with open(part, "rb") as file:
         end = file.seek(-TAIL, os.SEEK_END)
         length = int.from_bytes(file.read(TAIL), "little")
@@ -288,19 +270,6 @@ def _journal(path: Path) -> dict[str, Any]:
     for line in lines[1:]:
         index["images"] |= json.loads(line)
     return index
-
-
-class Spot(NamedTuple):
-    """Where an array lies in a file, and what it is."""
-
-    offset: int
-    shape: list[int]
-    kind: str  # of its numbers, as NumPy writes it
-
-    @classmethod
-    def of(cls, array: np.ndarray) -> "Spot":
-        """That of an array that has no place yet."""
-        return cls(0, list(array.shape), array.dtype.str)
 
 
 class GrowingFile:
@@ -423,43 +392,36 @@ class _Sources:
     """Files that images are read from, the last ones kept open."""
 
     def __init__(self) -> None:
-        self._open: OrderedDict[Path, _Part | _Unfinished | _Whole] = OrderedDict()
+        self._open: OrderedDict[Path, _Mapped | _Whole] = OrderedDict()
 
     def arrays(self, path: Path, name: str) -> list[np.ndarray]:
         """An image's arrays, in the order of `FIELDS` and SIZE; they outlast the file."""
         if path not in self._open:
             while len(self._open) >= MAX_OPEN:
                 self._open.popitem(last=False)
-            kinds = {PART_SUFFIX: _Part, JOURNAL_SUFFIX: _Unfinished}
+            kinds = {PART_SUFFIX: _Mapped.part, JOURNAL_SUFFIX: _Mapped.unfinished}
             self._open[path] = kinds.get(path.suffix, _Whole)(path)
         self._open.move_to_end(path)
         return self._open[path].arrays(name)
 
 
-class _Part:
-    """A part, its arrays not in memory before they are looked at."""
+class _Mapped:
+    """A file of arrays one after the other, none in memory before it is looked at."""
 
-    def __init__(self, path: Path):
-        self._places = _index(path)["images"]
+    def __init__(self, path: Path, images: dict[str, list[Spot]]):
+        self._images = images
         with open(path, "rb") as file:
             self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
-    def arrays(self, name: str) -> list[np.ndarray]:
-        """See `_Sources`."""
-        found = []
-        for start, shape, kind in Place(*self._places[name]).arrays():
-            values = np.frombuffer(self._bytes, kind, math.prod(shape), start)
-            found.append(values.reshape(shape))
-        return found
+    @classmethod
+    def part(cls, path: Path) -> "_Mapped":
+        """A part."""
+        return cls(path, _index(path)["images"])
 
-
-class _Unfinished:
-    """A file that grew until its run was killed, as its journal tells."""
-
-    def __init__(self, path: Path):
-        self._images = _journal(path)["images"]
-        with open(_scratch_of(path), "rb") as file:
-            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    @classmethod
+    def unfinished(cls, journal: Path) -> "_Mapped":
+        """A file that grew until its run was killed, as its journal tells."""
+        return cls(_scratch_of(journal), _journal(journal)["images"])
 
     def arrays(self, name: str) -> list[np.ndarray]:
         """See `_Sources`."""

@@ -331,7 +331,7 @@ def test_a_part_that_points_nowhere_is_refused(path):
     raw = part.read_bytes()
     at = len(raw) - 8 - int.from_bytes(raw[-8:], "little")
     index = json.loads(raw[at:-8])
-    index["images"]["a.jpg"][0] = 2**70
+    index["images"]["a.jpg"][0][0] = 2**70
     text = json.dumps(index).encode()
     part.write_bytes(raw[:at] + text + len(text).to_bytes(8, "little"))
     with pytest.raises(InputError, match="cannot read the features in"):
