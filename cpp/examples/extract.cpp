@@ -23,15 +23,16 @@ void write_text(const std::string &file, const aliked::Features &features) {
 
 int body(int count, char **words) {
   const CommandLine line(count, words,
-                         {"model", "top_k", "scores_th", "n_limit", "device", "output"});
+                         {"model", "top_k", "scores_th", "n_limit", "strict", "device", "output"});
   if (line.names.empty() || line.get("model", std::string()).empty())
     throw std::runtime_error("give images and --model FILE (python -m aliked.fused.pack_weights "
                              "writes one); others: --top_k N, --scores_th X, --n_limit N, "
-                             "--device N, --output FOLDER");
+                             "--strict 0, --device N, --output FOLDER");
   aliked_options options = ALIKED_OPTIONS;
   options.top_k = line.get("top_k", options.top_k);
   options.scores_th = line.get("scores_th", options.scores_th);
   options.n_limit = line.get("n_limit", options.n_limit);
+  options.strict = line.get("strict", options.strict);
   options.device = line.get("device", options.device);
   const fs::path folder = line.get("output", std::string("."));
   fs::create_directories(folder);

@@ -9,6 +9,7 @@
 #include <cuda.h>
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstdio>
@@ -273,6 +274,9 @@ EXPORT CUresult cuMemsetD8Async(CUdeviceptr to, unsigned char value, size_t size
   return queue(stream, [=] { memset((void *)to, value, size); });
 }
 
+EXPORT CUresult cuMemsetD32Async(CUdeviceptr to, unsigned value, size_t count, CUstream stream) {
+  return queue(stream, [=] { std::fill_n((unsigned *)to, count, value); });
+}
 EXPORT CUresult cuStreamCreate(CUstream *stream, unsigned) {
   ++live_objects;
   *stream = (CUstream) new FakeStream;

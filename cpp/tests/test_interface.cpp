@@ -49,8 +49,10 @@ void test_creation() {
   CHECK_STATUS(aliked_create((folder + "/damaged.safetensors").c_str(), nullptr, &e),
                ALIKED_BAD_WEIGHTS, "damaged");
   aliked_options options = ALIKED_OPTIONS;
-  options.size = 3;
-  CHECK_STATUS(aliked_create(weights().c_str(), &options, &e), ALIKED_BAD_ARGUMENT, "options");
+  for (size_t size : {size_t(3), sizeof options + 8}) {
+    options.size = size;
+    CHECK_STATUS(aliked_create(weights().c_str(), &options, &e), ALIKED_BAD_ARGUMENT, "options");
+  }
   options = ALIKED_OPTIONS, options.model = "aliked-n16";
   CHECK_STATUS(aliked_create(weights().c_str(), &options, &e), ALIKED_BAD_WEIGHTS, "aliked-test");
   options = ALIKED_OPTIONS, options.device = 7;
@@ -61,8 +63,15 @@ void test_creation() {
   CHECK_STATUS(aliked_create(weights().c_str(), &options, &e), ALIKED_BAD_ARGUMENT, "n_limit");
   options = with(10, 0, 0);
   CHECK_STATUS(aliked_create(weights().c_str(), &options, &e), ALIKED_BAD_ARGUMENT, "max_plans");
-  options = with(0), options.scores_th = std::numeric_limits<float>::quiet_NaN();
-  CHECK_STATUS(aliked_create(weights().c_str(), &options, &e), ALIKED_BAD_ARGUMENT, "number");
+  for (float threshold : {std::numeric_limits<float>::quiet_NaN(), -0.1f, 1.1f}) {
+    options = with(0), options.scores_th = threshold;
+    CHECK_STATUS(aliked_create(weights().c_str(), &options, &e), ALIKED_BAD_ARGUMENT, "number");
+  }
+  options = with(0), options.strict = 2;
+  CHECK_STATUS(aliked_create(weights().c_str(), &options, &e), ALIKED_BAD_ARGUMENT, "strict is 2");
+  options.size = offsetof(aliked_options, strict);  // of version 1.0, which had no such field
+  CHECK_STATUS(aliked_create(weights().c_str(), &options, &e), ALIKED_OK, "");
+  aliked_destroy(e);
   {
     const Pretend poor("FAKE_MEMORY", "1000");
     CHECK_STATUS(aliked_create(weights().c_str(), nullptr, &e), ALIKED_OUT_OF_MEMORY, "weights");
