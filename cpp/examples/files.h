@@ -6,6 +6,8 @@
 #include <string>
 #include <vector>
 
+#include "aliked.hpp"
+
 struct Image {
   int height = 0, width = 0;
   std::vector<unsigned char> rgb;  // [height, width, 3]
@@ -14,8 +16,10 @@ struct Image {
 // PNG or JPEG where the build found a reader, PPM (P6) always. Throws std::runtime_error.
 Image read_image(const std::string &file);
 
-// A float32 array as NumPy's .npy (format 1.0).
-void write_npy(const std::string &file, const float *values, const std::vector<size_t> &shape);
+// An image's features in a folder, which is made: NAME.txt has a line x, y, score per keypoint,
+// NAME.keypoints.npy, .scores.npy and .descriptors.npy are NumPy's arrays.
+void write_features(const std::string &folder, const std::string &image,
+                    const aliked::Features &features);
 
 struct CommandLine {
   std::vector<std::string> names;              // what is no option

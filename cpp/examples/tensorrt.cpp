@@ -1,5 +1,5 @@
-// One image through an engine of this project (convert_onnx_to_trt.py), from C++: features as text.
-// Built where NVIDIA's headers are; TensorRT 10 or 11, TensorRT for RTX.
+// One image through an engine of this project (convert_onnx_to_trt.py), from C++: its features as
+// aliked_extract writes them. Built where NVIDIA's headers are: TensorRT 10, 11 or for RTX.
 //   aliked_tensorrt IMAGE --engine FILE
 #include <NvInferRuntime.h>
 #include <cuda_runtime_api.h>
@@ -58,11 +58,21 @@ std::size_t count(const nvinfer1::Dims &dims) {
   return count;
 }
 
+// The rows of a [K, width] output that are keypoints.
+std::vector<float> kept(const std::vector<float> &rows, const std::vector<float> &scores) {
+  const std::size_t width = scores.empty() ? 0 : rows.size() / scores.size();
+  std::vector<float> kept;
+  for (std::size_t i = 0; i < scores.size(); ++i)
+    if (scores[i] > 0)  // rows of score 0 are none
+      kept.insert(kept.end(), &rows[i * width], &rows[i * width] + width);
+  return kept;
+}
+
 int body(int words_count, char **words) {
-  const CommandLine line(words_count, words, {"engine"});
+  const CommandLine line(words_count, words, {"engine", "output"});
   const std::string file = line.get("engine", std::string());
   if (line.names.size() != 1 || file.empty())
-    throw std::runtime_error("give one image and --engine FILE");
+    throw std::runtime_error("give one image and --engine FILE; other: --output FOLDER");
   const Image image = read_image(line.names[0]);
   std::ifstream stream(file, std::ios::binary);
   const std::vector<char> plan{std::istreambuf_iterator<char>(stream), {}};
@@ -75,12 +85,14 @@ int body(int words_count, char **words) {
       runtime->deserializeCudaEngine(plan.data(), plan.size()));
   if (!engine) throw std::runtime_error(file + " is no engine of this TensorRT and this GPU");
   const std::unique_ptr<nvinfer1::IExecutionContext> context(engine->createExecutionContext());
+  if (!context) throw std::runtime_error("there is not enough memory for " + file);
 
   // "image" goes in; "keypoints", "descriptors" and "scores" come out, found by name.
   using nvinfer1::DataType, nvinfer1::Dims4;
   const bool bytes = engine->getTensorDataType("image") == DataType::kUINT8;
   if (!bytes) check_type(*engine, "image", DataType::kFLOAT);
-  for (const char *name : {"keypoints", "scores"}) check_type(*engine, name, DataType::kFLOAT);
+  for (const char *name : {"keypoints", "scores", "descriptors"})
+    check_type(*engine, name, DataType::kFLOAT);
   if (!context->setInputShape("image", bytes ? Dims4(1, image.height, image.width, 3)
                                              : Dims4(1, 3, image.height, image.width)))
     throw std::runtime_error("the engine does not take images of this size");
@@ -103,10 +115,13 @@ int body(int words_count, char **words) {
     check(cudaMemcpy(values.data(), buffers[name].memory, buffers[name].size,
                      cudaMemcpyDeviceToHost));
 
-  const std::vector<float> &keypoints = outputs.at("keypoints"), &scores = outputs.at("scores");
-  for (std::size_t i = 0; i < scores.size(); ++i)
-    if (scores[i] > 0)  // rows of score 0 are none
-      std::printf("%.9g %.9g %.9g\n", keypoints[2 * i], keypoints[2 * i + 1], scores[i]);
+  const std::vector<float> &all = outputs.at("scores");
+  const std::vector<float> keypoints = kept(outputs.at("keypoints"), all), scores = kept(all, all),
+                           descriptors = kept(outputs.at("descriptors"), all);
+  const int length = scores.empty() ? 0 : int(descriptors.size() / scores.size());
+  write_features(line.get("output", std::string(".")), line.names[0],
+                 {keypoints, scores, descriptors, length});
+  std::printf("%s: %zu keypoints\n", line.names[0].c_str(), scores.size());
   return 0;
 }
 

@@ -163,6 +163,7 @@ CASES = [  # selection, size, batch
     (Selection(1000), (480, 640), 32),
     (Selection(0), (480, 640), 1),
     (Selection(0, 0.05, 300), (480, 640), 2),
+    (Selection(0, 0.0), (240, 320), 1),
     (Selection(0, 1.0), (240, 320), 1),  # none passes
     (Selection(0, 1.0, strict=False), (240, 320), 1),
 ]

@@ -112,7 +112,6 @@ def python_features(build, monkeypatch, model, images, selection) -> pipeline.Ou
         (pipeline.Selection(-1, 0.5, 40), (37, 64)),  # threshold mode
         (pipeline.Selection(-1, 1.0, 40, strict=False), (32, 41)),  # none passes: the mean decides
         (pipeline.Selection(-1, 1.0, 40), (32, 41)),  # none passes, none is there
-        (pipeline.Selection(-1, 0.0, 40), (32, 41)),  # no threshold: every maximum
     ],
 )
 def test_features_are_bit_for_bit_those_of_python(build, tmp_path, monkeypatch, selection, size):
