@@ -145,7 +145,7 @@ void test_images() {
   int counts = -1;
   aliked_buffers buffers = {ALIKED_HOST,   15,     keypoints.data(),
                             scores.data(), descriptors.data(), &counts};
-  CHECK_STATUS(aliked_extract_into(e, &images, &buffers, &features), ALIKED_OK, "");
+  features = extractor.extract_into(images, buffers);
   CHECK(features.scores == scores.data() && features.capacity == 15 && counts == 0);
   CHECK(scores[14] == 0);
   buffers.capacity = 9;
