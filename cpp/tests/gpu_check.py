@@ -478,6 +478,7 @@ def main() -> int:
     parser.add_argument("--commit", help="what is recorded as the code's commit")
     parser.add_argument("--weights", type=Path, help="folder of official .pth files, if any")
     parser.add_argument("--goldens", type=Path, help="folder of check_goldens.py, if any")
+    parser.add_argument("--models", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
     steps = ["features", "official", "matching", "threads", "sizes", "times", "sanitizer"]
     parser.add_argument("--steps", nargs="+", choices=steps, default=steps)
     args = parser.parse_args()
@@ -492,9 +493,10 @@ def main() -> int:
     bad = 0
     with tempfile.TemporaryDirectory() as name:
         folder, files, spec = Path(name), {}, {}
-        for model, config in CONFIGS.items():
-            path = None if config.shipped or not args.weights else args.weights / f"{model}.pth"
-            if not config.shipped and (path is None or not path.exists()):
+        for model in args.models:
+            shipped = CONFIGS[model].shipped
+            path = None if shipped or not args.weights else args.weights / f"{model}.pth"
+            if not shipped and (path is None or not path.exists()):
                 continue
             spec[model] = {"precision": "fp16", "device": "cuda", "weights": path}
             files[model] = folder / f"{model}.safetensors"
