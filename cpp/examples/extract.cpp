@@ -6,13 +6,15 @@
 
 namespace {
 
+const std::string USAGE =
+    "aliked_extract IMAGE... --model FILE [--top_k N] [--scores_th X] [--n_limit N] [--strict 0]"
+    " [--device N] [--output FOLDER]; python -m aliked.fused.pack_weights writes FILE";
+
 int body(int count, char **words) {
   const CommandLine line(count, words,
                          {"model", "top_k", "scores_th", "n_limit", "strict", "device", "output"});
   if (line.names.empty() || line.get("model", std::string()).empty())
-    throw std::runtime_error("give images and --model FILE (python -m aliked.fused.pack_weights "
-                             "writes one); others: --top_k N, --scores_th X, --n_limit N, "
-                             "--strict 0, --device N, --output FOLDER");
+    throw std::runtime_error("usage: " + USAGE);
   aliked_options options = ALIKED_OPTIONS;
   options.top_k = line.get("top_k", options.top_k);
   options.scores_th = line.get("scores_th", options.scores_th);
@@ -34,4 +36,4 @@ int body(int count, char **words) {
 
 }  // namespace
 
-int main(int count, char **words) { return run_program("aliked_extract", body, count, words); }
+int main(int count, char **words) { return run_program(USAGE, body, count, words); }

@@ -161,11 +161,16 @@ float CommandLine::get(const std::string &name, float otherwise) const {
   return found == options.end() ? otherwise : number<float>(name, found->second);
 }
 
-int run_program(const char *name, int (*body)(int, char **), int count, char **words) {
+int run_program(const std::string &usage, int (*body)(int, char **), int count, char **words) {
+  if (std::find(words, words + count, std::string("--help")) != words + count) {
+    std::printf("usage: %s\n", usage.c_str());
+    return 0;
+  }
   try {
     return body(count, words);
   } catch (const std::exception &error) {
-    std::fprintf(stderr, "%s: error: %s\n", name, error.what());
+    std::fprintf(stderr, "%s: error: %s\n", usage.substr(0, usage.find(' ')).c_str(),
+                 error.what());
     return 2;
   }
 }

@@ -32,5 +32,6 @@ struct CommandLine {
   float get(const std::string &name, float otherwise) const;
 };
 
-// Calls `body`; an error becomes a sentence on stderr and status 2.
-int run_program(const char *name, int (*body)(int, char **), int count, char **words);
+// Calls `body`, or prints `usage` for --help; an error becomes a sentence on stderr and status 2.
+// `usage` begins with the program's name.
+int run_program(const std::string &usage, int (*body)(int, char **), int count, char **words);

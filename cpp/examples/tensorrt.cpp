@@ -17,6 +17,9 @@
 
 namespace {
 
+const std::string USAGE =
+    "aliked_tensorrt IMAGE --engine FILE [--output FOLDER]";
+
 struct Logger : nvinfer1::ILogger {
   void log(Severity severity, const char *text) noexcept override {
     if (severity <= Severity::kWARNING) std::fprintf(stderr, "%s\n", text);
@@ -72,7 +75,7 @@ int body(int words_count, char **words) {
   const CommandLine line(words_count, words, {"engine", "output"});
   const std::string file = line.get("engine", std::string());
   if (line.names.size() != 1 || file.empty())
-    throw std::runtime_error("give one image and --engine FILE; other: --output FOLDER");
+    throw std::runtime_error("usage: " + USAGE);
   const Image image = read_image(line.names[0]);
   std::ifstream stream(file, std::ios::binary);
   const std::vector<char> plan{std::istreambuf_iterator<char>(stream), {}};
@@ -127,4 +130,4 @@ int body(int words_count, char **words) {
 
 }  // namespace
 
-int main(int count, char **words) { return run_program("aliked_tensorrt", body, count, words); }
+int main(int count, char **words) { return run_program(USAGE, body, count, words); }

@@ -101,7 +101,8 @@ typedef struct aliked_features {
 } aliked_features;
 
 /* The caller's own memory for features, of `aliked_capacity` rows per image or more. What is null
- * is not written. `counts` is host memory, and null with ALIKED_DEVICE. */
+ * is not written. `counts` is host memory, and null with ALIKED_DEVICE; there each of the others
+ * may also be page-locked memory, which has its rows once the stream has got there. */
 typedef struct aliked_buffers {
   aliked_memory memory;
   int capacity; /* rows per image */
@@ -109,7 +110,7 @@ typedef struct aliked_buffers {
   int *counts;
 } aliked_buffers;
 
-/* "1.0.0": of the library that runs, which may differ from the header's. */
+/* "1.1.0": of the library that runs, which may differ from the header's. */
 ALIKED_API const char *aliked_version(void);
 
 /* One sentence about the last error of this thread, "" before the first. */

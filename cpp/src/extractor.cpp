@@ -301,7 +301,8 @@ void copy_features(aliked_features *features, const aliked_buffers &buffers) {
   if (buffers.counts) features->counts = buffers.counts;
 }
 
-// Queue the copy of [batch, rows, width] floats on the device to [batch, capacity, width].
+// Queue the copy of [batch, rows, width] floats on the device to [batch, capacity, width], there or
+// in page-locked memory.
 void copy_rows_async(CUstream stream, int batch, int rows, int capacity, int width,
                      CUdeviceptr source, const float *to) {
   if (!to) return;
@@ -309,9 +310,8 @@ void copy_rows_async(CUstream stream, int batch, int rows, int capacity, int wid
   const size_t stride = size_t(capacity) * size_t(width) * sizeof(float);
   const int copies = rows == capacity ? 1 : batch;  // all at once where there are no gaps
   for (int b = 0; b < copies; ++b)
-    check(driver().cuMemcpyDtoDAsync(CUdeviceptr(to) + size_t(b) * stride,
-                                     source + size_t(b) * bytes,
-                                     copies == 1 ? bytes * size_t(batch) : bytes, stream),
+    check(driver().cuMemcpyAsync(CUdeviceptr(to) + size_t(b) * stride, source + size_t(b) * bytes,
+                                 copies == 1 ? bytes * size_t(batch) : bytes, stream),
           "copy features on the GPU");
 }
 

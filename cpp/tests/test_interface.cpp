@@ -158,7 +158,8 @@ void test_images() {
   CHECK(features.memory == ALIKED_DEVICE && !features.counts);
   CHECK_STATUS(aliked_synchronize(e, nullptr), ALIKED_OK, "");
   {
-    const aliked::Memory<float> xy(extractor, ALIKED_DEVICE, 30), s(extractor, ALIKED_DEVICE, 15);
+    const aliked::Memory<float> xy(extractor, ALIKED_PAGE_LOCKED, 30),
+        s(extractor, ALIKED_PAGE_LOCKED, 15);
     const aliked::Memory<unsigned char> rgb(extractor, ALIKED_DEVICE, 64 * 80 * 3);
     const aliked_buffers there = {ALIKED_DEVICE, 15, xy.data(), s.data(), nullptr, nullptr};
     aliked_images on_device = images;
