@@ -77,8 +77,8 @@ int body(int words_count, char **words) {
   if (line.names.size() != 1 || file.empty())
     throw std::runtime_error("usage: " + USAGE);
   const Image image = read_image(line.names[0]);
-  std::ifstream stream(file, std::ios::binary);
-  const std::vector<char> plan{std::istreambuf_iterator<char>(stream), {}};
+  std::ifstream bytes_of(file, std::ios::binary);
+  const std::vector<char> plan{std::istreambuf_iterator<char>(bytes_of), {}};
   if (plan.empty()) throw std::runtime_error("cannot read " + file);
 
   Logger logger;
@@ -112,8 +112,11 @@ int body(int words_count, char **words) {
   const std::vector<float> floats = bytes ? std::vector<float>() : planes(image);
   check(cudaMemcpy(buffers["image"].memory, bytes ? (const void *)image.rgb.data() : floats.data(),
                    bytes ? image.rgb.size() : buffers["image"].size, cudaMemcpyHostToDevice));
-  if (!context->enqueueV3(nullptr)) throw std::runtime_error("the engine does not run");
-  check(cudaDeviceSynchronize());
+  cudaStream_t stream;  // TensorRT waits more often on the default one
+  check(cudaStreamCreate(&stream));
+  if (!context->enqueueV3(stream)) throw std::runtime_error("the engine does not run");
+  check(cudaStreamSynchronize(stream));
+  check(cudaStreamDestroy(stream));
   for (auto &[name, values] : outputs)
     check(cudaMemcpy(values.data(), buffers[name].memory, buffers[name].size,
                      cudaMemcpyDeviceToHost));
