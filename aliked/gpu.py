@@ -7,13 +7,11 @@ segmentation fault on a machine without a driver: this question has to come befo
 import ctypes
 import functools
 import sys
-import weakref
 from dataclasses import dataclass
 
 from aliked.errors import InputError
 
 COMPUTE_CAPABILITY_MAJOR, COMPUTE_CAPABILITY_MINOR = 75, 76  # CUdevice_attribute, cuda.h
-WRITE_COMBINED = 4  # CU_MEMHOSTALLOC_WRITECOMBINED
 
 
 @dataclass(frozen=True)
@@ -119,23 +117,6 @@ class Context:
 
     def __exit__(self, *_: object) -> None:
         driver().cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
-
-
-def write_combined(nbytes: int) -> ctypes.Array:
-    """Page-locked bytes whose writes go past the processor's cache; to read them is very slow."""
-    address, context = ctypes.c_void_p(), Context()
-    status = driver().cuMemHostAlloc(
-        ctypes.byref(address), ctypes.c_size_t(nbytes), ctypes.c_uint(WRITE_COMBINED)
-    )
-    check(status, "cuMemHostAlloc")
-
-    def free() -> None:
-        with context:
-            driver().cuMemFreeHost(address)
-
-    memory = (ctypes.c_uint8 * nbytes).from_address(address.value)
-    weakref.finalize(memory, free).atexit = False  # the process's end frees it too
-    return memory
 
 
 def copy_async(to: int, source: int, nbytes: int, stream: int) -> None:

@@ -23,15 +23,6 @@ def page_locked(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
 
 
-def write_combined(tensor: torch.Tensor) -> torch.Tensor:
-    """The same for what the processor only writes, in the current context of the driver.
-
-    Ordinary memory would be read into the cache first, and push out what is needed there.
-    """
-    memory = gpu.write_combined(tensor.nbytes)
-    return torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape)
-
-
 def choose_device(device: str | torch.device, only: str | None = None) -> torch.device:
     """Return the device of that name: "auto" is the first CUDA device, or else the CPU.
 
@@ -114,13 +105,10 @@ class Twin:
 
     The driver is called directly, with what can be known before: a copy by PyTorch takes 40 us of
     the processor's time, and this one 4. Inside the device's context; nothing is waited for.
-    `host` makes the memory: `page_locked`, or `write_combined` where nothing is fetched.
     """
 
-    def __init__(
-        self, tensor: torch.Tensor, host: Callable[[torch.Tensor], torch.Tensor] = page_locked
-    ) -> None:
-        self._both = tensor, host(tensor)  # they live as long as this
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._both = tensor, page_locked(tensor)  # they live as long as this
         self._on_device, self._on_host = (t.data_ptr() for t in self._both)
         self.array = self._both[1].numpy()
         self._whole = slice(None) if len(tensor) > 1 else 0

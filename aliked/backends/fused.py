@@ -21,7 +21,7 @@ from aliked.features import (
     room_for,
 )
 from aliked.model import PRECISIONS
-from aliked.transfer import Twin, upload, write_combined
+from aliked.transfer import Twin, upload
 
 MAX_PLANS = 16  # sizes whose buffers are kept; the one unused for longest makes room
 
@@ -38,7 +38,7 @@ class Plan:
     @functools.cached_property
     def staged(self) -> Twin:
         """Page-locked memory for images on their way to the device, from the first use on."""
-        return Twin(self.images, write_combined)
+        return Twin(self.images)
 
     @functools.cached_property
     def results(self) -> list[Twin]:

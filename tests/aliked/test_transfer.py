@@ -1,7 +1,6 @@
 """What goes to a device and comes back is the same, and nobody else writes to it."""
 
 import ctypes
-import gc
 import multiprocessing
 
 import numpy as np
@@ -12,7 +11,7 @@ from aliked import gpu, threads
 from aliked.backends import Spec, create_extractor
 from aliked.errors import InputError
 from aliked.features import drop_fill_ins, features_of_batch, room_for
-from aliked.transfer import Twin, download, upload, write_combined
+from aliked.transfer import Twin, download, upload
 from tests.helpers.textures import texture
 
 NAMES = ("keypoints", "scores", "descriptors")
@@ -109,6 +108,7 @@ def test_a_twin_sends_every_part_once_and_fetches_all(monkeypatch, part_bytes, s
     """The device is the host's memory here, and the driver copies at once."""
     monkeypatch.setattr(threads, "PART_BYTES", part_bytes)
     monkeypatch.setattr("aliked.transfer.SENT_BYTES", sent_bytes)
+    monkeypatch.setattr("aliked.transfer.page_locked", torch.empty_like)
     sent = []
 
     def copy_async(to, source, nbytes, stream):
@@ -119,7 +119,7 @@ def test_a_twin_sends_every_part_once_and_fetches_all(monkeypatch, part_bytes, s
     for images in views_of(np.stack([texture(20, 30, seed) for seed in range(7)])):
         for batch in (images, images[:1]):
             tensor = torch.zeros(batch.shape, dtype=torch.uint8)
-            twin = Twin(tensor, torch.empty_like)
+            twin = Twin(tensor)
             sent.clear()
             twin.send(batch, 7)
             np.testing.assert_array_equal(tensor.numpy(), batch)
@@ -127,40 +127,6 @@ def test_a_twin_sends_every_part_once_and_fetches_all(monkeypatch, part_bytes, s
             tensor += 1
             twin.fetch(7)
             np.testing.assert_array_equal(twin.array, batch + 1)
-
-
-class Driver:
-    """A driver that only gives memory and takes it back."""
-
-    def __init__(self):
-        self.blocks = {}
-
-    def cuMemHostAlloc(self, address, nbytes, flags):
-        block = ctypes.create_string_buffer(nbytes.value)
-        address._obj.value = ctypes.addressof(block)
-        self.blocks[address._obj.value] = block
-        return 0
-
-    def cuMemFreeHost(self, address):
-        del self.blocks[address.value]
-
-    def __getattr__(self, name):
-        return lambda *_: 0
-
-
-def test_write_combined_memory_is_kept_as_long_as_its_tensor(monkeypatch):
-    driver = Driver()
-    monkeypatch.setattr(gpu, "driver", lambda: driver)
-    tensor = write_combined(torch.zeros((2, 3, 4), dtype=torch.uint8))
-    array = tensor.numpy()
-    del tensor
-    gc.collect()
-    array[:] = 7
-    (block,) = driver.blocks.values()
-    assert block.raw == bytes([7] * 24) and array.shape == (2, 3, 4)
-    del array, block
-    gc.collect()
-    assert not driver.blocks
 
 
 @pytest.mark.gpu
