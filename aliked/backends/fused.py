@@ -37,12 +37,12 @@ class Plan:
 
     @functools.cached_property
     def staged(self) -> Twin:
-        """Page-locked memory for images on their way to the device, from the first use on."""
+        """What sends images to the device, from the first use on."""
         return Twin(self.images)
 
     @functools.cached_property
     def results(self) -> list[Twin]:
-        """The same for outputs on their way home."""
+        """Page-locked memory for outputs on their way home."""
         return [Twin(self.outputs[name]) for name in OUTPUTS]
 
 
@@ -87,7 +87,7 @@ class FusedExtractor(Extractor):
         check_images(images)
         with self.context:
             plan = self._plan(images)
-            plan.staged.send(images, plan.stream)
+            sent = plan.staged.send(images, plan.stream)
             plan.graph.replay()
             for output in plan.results:
                 output.fetch(plan.stream)
@@ -96,6 +96,7 @@ class FusedExtractor(Extractor):
             if not self.selection.by_threshold:
                 rooms = [room_for(*image) for image in zip(*outputs, strict=True)]
             gpu.wait(plan.stream)
+            del sent  # it could be read until now
         return features_of_batch(*outputs, rooms)
 
     def to_device(self, images: np.ndarray) -> torch.Tensor:

@@ -102,12 +102,10 @@ def test_anything_but_bytes_is_refused(dtype):
         upload(np.zeros((1, 8, 8, 3), dtype), torch.device("cpu"))
 
 
-@pytest.mark.parametrize("part_bytes", [1000, 1 << 40])
-@pytest.mark.parametrize("sent_bytes", [1, 5000, 1 << 40])
-def test_a_twin_sends_every_part_once_and_fetches_all(monkeypatch, part_bytes, sent_bytes):
+@pytest.mark.parametrize("part_bytes", [1, 1000, 1 << 40])
+def test_a_twin_sends_every_part_once_and_fetches_all(monkeypatch, part_bytes):
     """The device is the host's memory here, and the driver copies at once."""
     monkeypatch.setattr(threads, "PART_BYTES", part_bytes)
-    monkeypatch.setattr("aliked.transfer.SENT_BYTES", sent_bytes)
     monkeypatch.setattr("aliked.transfer.page_locked", torch.empty_like)
     sent = []
 
