@@ -242,18 +242,31 @@ def export_standard(graph: nn.Module, options: ExportOptions, verbose: bool, row
     symbol = {1: "num_keypoints"} if options.io == "colmap" else {0: "batch"}
     if axes:
         axes |= {name: symbol for name in graph.output_names}
+    with standard_deform_conv(options.deform_conv, options.opset):
+        return trace(graph, inputs, axes, options.opset)
+
+
+def trace(
+    graph: nn.Module,
+    inputs: dict[str, torch.Tensor],
+    axes: dict[str, dict[int, str]],
+    opset: int,
+) -> onnx.ModelProto:
+    """What TorchScript's exporter writes of `graph`, whose `axes` stay symbolic, folded."""
     buffer = io.BytesIO()
-    with standard_deform_conv(options.deform_conv, options.opset), warnings.catch_warnings():
+    with warnings.catch_warnings():
         # The exporter says that it is deprecated, but for standard operators there is no other;
-        # the tracer says what torchvision and `longest_side` do with sizes, which is meant.
+        # the tracer says what torchvision and `longest_side` do with sizes, which is meant. What it
+        # does not fold of constants, `fold_constants` does.
         warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.filterwarnings("ignore", "Constant folding", UserWarning)
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         torch.onnx.export(
             graph,
             tuple(inputs.values()),
             buffer,
             dynamo=False,
-            opset_version=options.opset,
+            opset_version=opset,
             input_names=list(inputs),
             output_names=list(graph.output_names),
             dynamic_axes=axes,
