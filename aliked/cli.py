@@ -272,6 +272,23 @@ def add_size_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_video_options(group: argparse._ActionsContainer) -> None:
+    """Add which frames of a video or a camera are taken."""
+    group.add_argument("--every", type=whole(1), metavar="N", help="only every N-th frame")
+    group.add_argument("--frames", type=whole(1), metavar="N", help="stop after N frames")
+
+
+def check_video_options(args: argparse.Namespace, endless: bool = False) -> None:
+    """Raise `InputError` where they are without effect, or a camera's run would have no end."""
+    from aliked.video import is_video  # here: it loads OpenCV, which most commands do without
+
+    for name in ("every", "frames"):
+        if getattr(args, name) is not None and not is_video(args.images):
+            raise InputError(f"--{name} needs a video or a camera; leave it out, or give one")
+    if str(args.images).isdigit() and args.frames is None and not endless:
+        raise InputError(f"camera {args.images} has no end; pass --frames N")
+
+
 def add_lines_option(parser: argparse.ArgumentParser, usual: int) -> None:
     """Add how many matches a picture shows: a number, or None for "all"."""
     parser.add_argument(

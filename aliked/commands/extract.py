@@ -9,10 +9,14 @@ from tqdm import tqdm
 
 from aliked.backends import BACKENDS, get_backend
 from aliked.cli import (
+    Parser,
     add_extractor_options,
     add_matcher_options,
+    add_video_options,
+    check_video_options,
     extractor_spec,
     matcher_from,
+    whole,
 )
 from aliked.colmap import (
     CAMERA_MODES,
@@ -31,7 +35,7 @@ from aliked.images import find_images
 from aliked.matching import Matcher
 from aliked.store import FeatureStore
 from aliked.threads import keep_freed_memory
-from aliked.video import add_video_options, check_video_options, is_video
+from aliked.video import is_video
 from aliked.workers import CORES, devices_of, extract_in_processes, extract_with_ray
 
 OVERLAP = 10  # images that each is matched with in a sequence, as in COLMAP
@@ -41,7 +45,7 @@ TWO_LANES = ("fused", "tensorrt", "tensorrt-cudagraph")  # keep a GPU busier tha
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__,
         epilog="FOLDER is searched with all folders below; a video file, or the number of a "
         "camera, takes its place. At least one of --output and --colmap is needed.",
@@ -58,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
 def _add_image_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--max_size",
-        type=_positive,
+        type=whole(1),
         metavar="PIXELS",
         help="make images smaller whose longer side is longer; keypoints stay in the original",
     )
@@ -108,7 +112,7 @@ def _add_colmap_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--overlap",
-        type=_positive,
+        type=whole(1),
         metavar="N",
         help=f"with --match sequential: images that each is matched with (default: {OVERLAP})",
     )
@@ -116,7 +120,7 @@ def _add_colmap_options(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_speed_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--batch_size", type=_positive, metavar="N", help="images at a time")
+    group.add_argument("--batch_size", type=whole(1), metavar="N", help="images at a time")
     group.add_argument(
         "--decoder",
         choices=DECODERS,
@@ -124,11 +128,11 @@ def _add_speed_options(group: argparse._ArgumentGroup) -> None:
         help="of JPEGs: the processor, or nvImageCodec on the GPU (default: %(default)s)",
     )
     group.add_argument(
-        "--threads", type=_positive, metavar="N", help="that decode (default: one a core)"
+        "--threads", type=whole(1), metavar="N", help="that decode (default: one a core)"
     )
     group.add_argument(
         "--processes",
-        type=_positive,
+        type=whole(1),
         metavar="N",
         help="on this machine, or in a Ray cluster (default: one for each GPU; of many images on "
         f"this machine, one for {CORES} cores)",
@@ -138,13 +142,6 @@ def _add_speed_options(group: argparse._ArgumentGroup) -> None:
         metavar="ADDRESS",
         help="use a Ray cluster: its address, auto, or local for one of this machine",
     )
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not 1 or more")
-    return number
 
 
 def main(args: argparse.Namespace) -> None:

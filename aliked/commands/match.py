@@ -18,6 +18,8 @@ from aliked.cli import (
     add_lines_option,
     add_matcher_options,
     add_size_option,
+    add_video_options,
+    check_video_options,
     extractor_spec,
     matcher_from,
 )
@@ -36,7 +38,7 @@ from aliked.features import Extractor, Features
 from aliked.files import check_writable, remove_files, writable_folder
 from aliked.images import list_images, load_readable, reduced
 from aliked.matching import Matcher
-from aliked.video import add_video_options, check_video_options, frames, is_video
+from aliked.video import frames, is_video
 from aliked.weights import describe_weights
 
 MAX_FRAMES = 100  # of the animation, which is held in memory
