@@ -7,7 +7,6 @@ compared with PyTorch in float32 on the same images; one outside tolerance is sh
 """
 
 import argparse
-import sys
 import time
 from pathlib import Path
 
@@ -369,7 +368,7 @@ def main(args: argparse.Namespace) -> int:
         min_similarity=args.min_similarity,
         lightglue=args.matcher == "lightglue",
         matcher_weights=args.matcher_weights,
-        command=" ".join(["python", *sys.argv]),
+        command=cli.command_line(),
     )
     rows = grid.rows(image_sets, run.device, args.seed)
     weights = {model: run.weights_sha256(model) for model in grid.models}

@@ -5,6 +5,7 @@ import errno
 import io
 import math
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -68,11 +69,29 @@ def run(
 
 
 def command_line() -> str:
-    """This process's command as it can be typed again, for a manifest."""
-    program = Path(sys.argv[0])
-    if program.name in ("aliked", "__main__.py"):
-        return " ".join(["aliked", *sys.argv[1:]])
-    return " ".join(["python", *sys.argv])
+    """This process's command as it can be typed again, for manifests and records.
+
+    Of a path outside the working directory only the name is told, as in `.../weights`: the folders
+    above it are of this machine, and records are published.
+    """
+    program, *words = sys.argv
+    installed = Path(program).name in ("aliked", "__main__.py")
+    words = ["aliked", *words] if installed else ["python", program, *words]
+    return shlex.join(map(_without_folders, words))
+
+
+def _without_folders(word: str) -> str:
+    """A word of a command line, such as `FILE` or `--output=FILE`, without this machine's folders.
+
+    Paths that are relative stay as they are.
+    """
+    option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    path = Path(value)
+    if path.is_absolute():
+        here = Path.cwd()
+        inside = path.is_relative_to(here)
+        value = str(path.relative_to(here) if inside else Path("...", path.name))
+    return f"{option}{equals}{value}"
 
 
 def stop_by_exception() -> None:

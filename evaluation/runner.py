@@ -3,7 +3,6 @@
 import argparse
 import functools
 import hashlib
-import sys
 import time
 from collections import Counter
 from dataclasses import asdict, replace
@@ -20,6 +19,7 @@ from aliked.cli import (
     add_selection_options,
     add_weights_option,
     check_selection,
+    command_line,
     seed,
     whole,
 )
@@ -321,7 +321,7 @@ def provenance(system: System, machine: Machine) -> dict:
         else None,
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": git_commit(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": command_line(),
     }
 
 

@@ -155,6 +155,17 @@ def test_a_manifest_holds_the_command_that_can_be_typed_again(monkeypatch):
     assert cli.command_line() == "python convert_pytorch_to_onnx.py FOLDER"
 
 
+def test_a_command_that_is_kept_names_no_folder_of_this_machine(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    words = [tmp_path / "evaluate.py", "my photos", "--weights", tmp_path.parent / "w.pth"]
+    words += [f"--output={tmp_path / 'a=b' / 'r.jsonl'}", "--base_url", "https://host/a"]
+    monkeypatch.setattr(sys, "argv", list(map(str, words)))
+    assert cli.command_line() == (
+        "python evaluate.py 'my photos' --weights .../w.pth --output=a=b/r.jsonl "
+        "--base_url https://host/a"
+    )
+
+
 # what is installed
 
 
