@@ -199,7 +199,8 @@ def add_extractor_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--precision",
         choices=("fp32", "fp16"),
-        help="of a backend that runs no file (default: fp32, or the only one that it has)",
+        help="of the model, where the backend runs no file, whose precision is its own (default: "
+        "fp32, or the only one that the backend has)",
     )
     add_device_option(group)
     add_selection_options(group)
@@ -315,8 +316,8 @@ def add_lines_option(parser: argparse.ArgumentParser, usual: int) -> None:
         type=lambda text: None if text == "all" else whole(0)(text),
         default=usual,
         metavar="N",
-        help="matches to draw of a pair, spread over the image, the most similar first; all "
-        "(default: %(default)s)",
+        help="how many matches of a pair to draw, spread over the image, the most similar first; "
+        "or all (default: %(default)s)",
     )
 
 

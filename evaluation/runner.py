@@ -88,7 +88,7 @@ def add_system_options(group: argparse._ArgumentGroup) -> None:
         nargs="+",
         default=[Spec.model],
         metavar="NAME",
-        help=f"of {', '.join(CONFIGS)}; all (default: {Spec.model})",
+        help=f"any of {', '.join(CONFIGS)}, or all (default: {Spec.model})",
     )
     add_weights_option(group)
     group.add_argument(
@@ -149,7 +149,8 @@ def add_file_options(group: argparse._ArgumentGroup) -> None:
         "--seed",
         type=seed,
         default=0,
-        help="of robust estimation and of the bootstrap (default: %(default)s)",
+        help="decides the random numbers of robust estimation and of the bootstrap (default: "
+        "%(default)s)",
     )
 
 

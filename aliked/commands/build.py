@@ -154,7 +154,9 @@ def add_verification_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="how many of the folder to compare on (default: %(default)s)",
     )
-    group.add_argument("--weights", type=Path, help="of the PyTorch model (default: looked up)")
+    group.add_argument(
+        "--weights", type=Path, help="the PyTorch model's weights (default: looked up)"
+    )
     group.add_argument(
         "--memory",
         choices=["torch", "pycuda"],

@@ -98,11 +98,11 @@ def _add_colmap_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--camera_mode",
         choices=CAMERA_MODES,
-        help="images with one camera: those of one model in EXIF (auto, the default), all, those "
-        "of a folder, none",
+        help="which images share a camera: those of one model in EXIF (auto, the default), all "
+        "(single), those of a folder, none (image)",
     )
     group.add_argument(
-        "--camera_model", metavar="NAME", help=f"of COLMAP's (default: {Cameras.model})"
+        "--camera_model", metavar="NAME", help=f"one of COLMAP's (default: {Cameras.model})"
     )
     group.add_argument(
         "--match",
@@ -120,22 +120,28 @@ def _add_colmap_options(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_speed_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--batch_size", type=whole(1), metavar="N", help="images at a time")
+    group.add_argument(
+        "--batch_size",
+        type=whole(1),
+        metavar="N",
+        help="images that go through the extractor together",
+    )
     group.add_argument(
         "--decoder",
         choices=DECODERS,
         default=DECODERS[0],
-        help="of JPEGs: the processor, or nvImageCodec on the GPU (default: %(default)s)",
+        help="what decodes JPEGs: OpenCV on the processor, or nvImageCodec on the GPU (default: "
+        "%(default)s)",
     )
     group.add_argument(
-        "--threads", type=whole(1), metavar="N", help="that decode (default: one a core)"
+        "--threads", type=whole(1), metavar="N", help="threads that decode (default: one a core)"
     )
     group.add_argument(
         "--processes",
         type=whole(1),
         metavar="N",
-        help="on this machine, or in a Ray cluster (default: one for each GPU; of many images on "
-        f"this machine, one for {CORES} cores)",
+        help="processes on this machine, or in a Ray cluster (default: one for each GPU; of many "
+        f"images on this machine, one for {CORES} cores)",
     )
     group.add_argument(
         "--ray",
