@@ -243,7 +243,7 @@ def _moved(points: np.ndarray, scale: float) -> np.ndarray:
 
 
 def _dot_radius(canvas: np.ndarray, count: int) -> float:
-    """In pixels; smaller where `count` dots would cover the picture."""
+    """Radius of a dot, pixels; smaller where `count` dots would cover the picture."""
     spacing = np.sqrt(canvas.shape[0] * canvas.shape[1] / max(count, 1))
     return float(np.clip(0.15 * spacing, 1.2, 2.5))
 

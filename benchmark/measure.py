@@ -59,7 +59,7 @@ class Measure:
         return self.spec.device
 
     def run(self, progress: Progress) -> dict:
-        """Measure."""
+        """Open the subject in this process and return what `measure` finds of it."""
         reference = load_reference(self.reference, self.row.top_k or None)
         images = self.images.load()
 

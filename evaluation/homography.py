@@ -249,5 +249,5 @@ class Homography(Task):
     def right(
         self, pair: Pair, first: Features, second: Features, matches: np.ndarray
     ) -> np.ndarray:
-        """Those within 3 px of where the homography puts them, [P] bool."""
+        """Which matches are within 3 px of where the homography puts them, [P] bool."""
         return match_distances(pair, first, second, matches) <= CORRECT_PX

@@ -325,7 +325,7 @@ class Pose(Task):
     def right(
         self, pair: Pair, first: Features, second: Features, matches: np.ndarray
     ) -> np.ndarray:
-        """Those that agree with what is known, depth or else the pose, [P] bool."""
+        """Which matches agree with what is known, depth or else the pose, [P] bool."""
         return agree(pair.truth, (first.keypoints[matches[:, 0]], second.keypoints[matches[:, 1]]))
 
 

@@ -403,7 +403,7 @@ def draw_pareto(timed: Sequence[tuple[Outcome, Measured]], task: type[Task], tit
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Of (cost, value) those that no cheaper one reaches or exceeds, the cheapest first."""
+    """The (cost, value) that no cheaper one reaches or exceeds, the cheapest first."""
     best: list[tuple[float, float]] = []
     for cost, value in sorted(points, key=lambda point: (point[0], -point[1])):
         if not best or value > best[-1][1]:

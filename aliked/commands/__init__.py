@@ -17,7 +17,7 @@ from aliked.errors import InputError, missing_package
 
 @dataclass(frozen=True)
 class Command:
-    """One stage."""
+    """One stage of the command, and the script that is the same."""
 
     module: str
     script: str  # the same stage in a checkout

@@ -69,7 +69,7 @@ class MatchedFrames:
         return float(np.hypot(*shift.T).sum())
 
     def summary(self) -> str:
-        """One line."""
+        """The pair in one line: names, keypoints, matches."""
         first, second = self.first, self.second
         return (
             f"{first.name} - {second.name}: "

@@ -213,7 +213,7 @@ def symbolic_axes(options: ExportOptions) -> dict[int, str]:
 
 
 def export_native(graph: nn.Module, options: ExportOptions, verbose: bool, rows: int):
-    """Through torch.export: the native DeformConv of opset 19. Returns the `ModelProto`."""
+    """Write `graph` by torch.export, with opset 19's DeformConv. Returns the `ModelProto`."""
     inputs = example_inputs(options)
     smallest = max(32, 2 * RADIUS + math.isqrt(max(rows, 1)) + 1)  # has room for `rows`
     bounds = {"batch": (1, 4096), "height": (smallest, MAX_SIDE), "width": (smallest, MAX_SIDE)}
@@ -236,7 +236,7 @@ def export_native(graph: nn.Module, options: ExportOptions, verbose: bool, rows:
 
 
 def export_standard(graph: nn.Module, options: ExportOptions, verbose: bool, rows: int):
-    """Through TorchScript: standard operators only, opsets 17 to 19. Returns the `ModelProto`."""
+    """Write `graph` by TorchScript, with standard operators only. Returns the `ModelProto`."""
     inputs = example_inputs(options)
     axes = {"image": symbolic_axes(options)} if symbolic_axes(options) else {}
     symbol = {1: "num_keypoints"} if options.io == "colmap" else {0: "batch"}
@@ -365,7 +365,7 @@ def export_onnx(
 
 
 def in_exported_form(model: ALIKED, dynamic: bool, exported: bool = True) -> ALIKED:
-    """The same weights as a model that writes itself for runtimes, sampling as it does already."""
+    """A model of the same weights that writes itself for runtimes; how it samples stays."""
     model = copy.copy(model)
     model.form = Form(model.form.sampling, exported, dynamic)
     return model
