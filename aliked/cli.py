@@ -16,6 +16,7 @@ from typing import NoReturn
 from aliked.backends import BACKENDS, Spec, get_backend
 from aliked.configs import CONFIGS, get_config
 from aliked.errors import EXTRAS, InputError, missing_package
+from aliked.files import shortest
 from aliked.matching import (
     LIGHTGLUE_DIM,
     MATCHERS,
@@ -88,9 +89,8 @@ def _without_folders(word: str) -> str:
     option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
     path = Path(value)
     if path.is_absolute():
-        here = Path.cwd()
-        inside = path.is_relative_to(here)
-        value = str(path.relative_to(here) if inside else Path("...", path.name))
+        short = shortest(path)
+        value = str(Path("...", path.name) if short.is_absolute() else short)
     return f"{option}{equals}{value}"
 
 

@@ -119,7 +119,8 @@ class Files:
         """Write the animation and say where everything is."""
         animation = self.folder / ANIMATION
         write_animation(animation, self.frames)
-        print(f"pictures:  {self.pictures[0]} to {self.pictures[-1].name}")
+        last = f" to {self.pictures[-1].name}" if len(self.pictures) > 1 else ""
+        print(f"pictures:  {self.pictures[0]}{last}")
         shown = len(self.frames)
         part = f" (the first {shown} pairs)" if shown < len(self.pictures) else ""
         print(f"animation: {animation}{part}")
@@ -193,7 +194,8 @@ def main(args: argparse.Namespace) -> None:
     if not count:
         only = "frame; give a video" if is_video(args.images) else "readable image; give a folder"
         raise InputError(f"{args.images} has one {only} with at least two")
-    print(f"in total: {count} pairs, {matches_text(matches, displacement)}")
+    pairs = "1 pair" if count == 1 else f"{count} pairs"
+    print(f"in total: {pairs}, {matches_text(matches, displacement)}")
     view.close()
 
 

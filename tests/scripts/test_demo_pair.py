@@ -250,7 +250,7 @@ def test_a_truncated_image_is_named_and_passed_over(sequence, run, tmp_path):
     (tmp_path / "2.jpg").write_bytes(cv2.imencode(".jpg", data.coffee())[1].tobytes()[:5000])
     (tmp_path / "2.png").unlink()
     status, out, err = run(tmp_path, "--top_k", 50, "--output", tmp_path / "out")
-    assert status == 0 and "in total: 1 pairs" in out
+    assert status == 0 and "in total: 1 pair, " in out
     assert "2.jpg is truncated" in err and "1 of 3 images skipped" in err
     (tmp_path / "1.png").write_bytes(b"")
     status, _, err = run(tmp_path, "--top_k", 50, "--output", tmp_path / "out")
