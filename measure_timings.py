@@ -33,12 +33,12 @@ from aliked.errors import InputError
 from aliked.files import real_path, writable_folder
 from aliked.matching import LIGHTGLUE_DIM, MATCHERS, check_descriptor_length
 from benchmark.artifacts import check_model_file
+from benchmark.plots import write_report
 from benchmark.records import AnyRecord, load_records, only_writer, resume
 from benchmark.report import footnotes, milliseconds, rows_text, summary_table
 from benchmark.rows import Grid, ImageSet, Row, load_image_sets
 from benchmark.runner import Run, open_run, run_rows
 from benchmark.timing import Limits
-from draw_report import write_report
 
 EVERY_BACKEND = [name for name in BACKENDS if name != "onnxruntime"]  # which chooses among others
 

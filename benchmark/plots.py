@@ -1,4 +1,4 @@
-"""Plots of measured records."""
+"""Plots of measured records, and the folder of a report, which has the tables as well."""
 
 import itertools
 import re
@@ -15,7 +15,7 @@ from aliked.backends import Spec
 from aliked.configs import CONFIGS
 from aliked.files import whole_file
 from benchmark.records import AnyRecord, Measured, runtime_order, sections
-from benchmark.report import milliseconds
+from benchmark.report import milliseconds, report_text
 from benchmark.rows import Row
 
 MARKERS = {"fp32": "o", "tf32": "D", "fp16": "s"}
@@ -43,6 +43,14 @@ COLOURS = {
     "fused": "#d62728",
 }
 OTHERS = "#7f7f7f"  # backends that have no colour of their own yet
+
+
+def write_report(records: list[AnyRecord], folder: Path) -> list[Path]:
+    """Write `tables.md` and the plots into `folder`; the paths written."""
+    tables = folder / "tables.md"
+    with whole_file(tables) as partial:
+        partial.write_text(report_text(records))
+    return [tables, *draw_all(records, folder)]
 
 
 def draw_all(records: list[AnyRecord], folder: Path) -> list[Path]:
