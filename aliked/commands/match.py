@@ -144,10 +144,13 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = Parser(
         description=__doc__,
-        epilog="A video file, or the number of a camera, takes FOLDER's place. In the window any "
-        "key goes on to the next pair, q or Esc quits.",
+        epilog="Two images or more, a video file, or the number of a camera, take FOLDER's place. "
+        "In the window any key goes on to the next pair, q or Esc quits.",
     )
     add_extractor_options(parser)
+    parser.add_argument(
+        "more", type=Path, nargs="*", metavar="IMAGE", help="further images, where FOLDER is one"
+    )
     add_size_option(parser)
     add_video_options(parser.add_argument_group("a video or a camera"))
     add_matcher_options(parser.add_argument_group("matching"))
@@ -202,10 +205,14 @@ def main(args: argparse.Namespace) -> None:
 def open_images(args: argparse.Namespace) -> tuple[Iterator[tuple[str, np.ndarray]], str]:
     """Images with their names, each read when its turn comes, and what they are in words."""
     if is_video(args.images):
+        if args.more:
+            raise InputError(f"{args.images} is a video or a camera; leave {args.more[0]} out")
         images = frames(args.images, args.every or 1, args.frames)
         return ((name, reduced(image, args.max_size)) for name, image in images), str(args.images)
     offer_download(args.images)
-    paths = list_images(args.images)
+    if args.images.is_file() and not args.more:
+        raise InputError(f"{args.images} is one image; give another one as well, or a folder")
+    paths = [args.images, *args.more] if args.more else list_images(args.images)
     if len(paths) < 2:
         raise InputError(f"{args.images} has one image; give a folder with at least two")
     images = ((path.name, image) for path, image in load_readable(paths, args.max_size))
