@@ -141,9 +141,9 @@ def export_matcher(matcher: LightGlue, path: Path, options: MatcherOptions) -> o
     matcher = copy.copy(matcher)  # as others may run it meanwhile
     graph = (ColmapMatcherGraph if colmap else MatcherGraph)(matcher).eval()
     threshold = 0.0 if colmap else matcher.filter_threshold
-    inputs = _example_features(matcher, options)
-    with exporting, torch.inference_mode(), silence(True), written_in_steps(matcher, threshold):
-        proto = trace(graph, inputs, _matcher_axes(options), options.opset)
+    with exporting, written_in_steps(matcher, threshold):
+        inputs = _example_features(matcher, options)
+        proto = _trace(graph, inputs, _matcher_axes(options), options.opset)
     facts = {"graph": "matcher", "filter_threshold": threshold, **asdict(options)}
     return _write(proto, path, matcher, facts)
 
@@ -171,12 +171,10 @@ def export_pair(
     threshold = matcher.filter_threshold
     with (
         exporting,
-        torch.inference_mode(),
-        silence(True),
         standard_deform_conv(options.deform_conv, options.opset),
         written_in_steps(matcher, threshold),
     ):
-        proto = trace(graph, inputs, _pair_axes(graph, options), options.opset)
+        proto = _trace(graph, inputs, _pair_axes(graph, options), options.opset)
     _name_rows(proto, model.top_k, options.dynamic)
     facts = {
         "graph": "pair",
@@ -213,7 +211,7 @@ def _example_features(matcher: LightGlue, options: MatcherOptions) -> dict[str, 
         )
         values = [by_name[name] for name in names]
         return dict(zip(ColmapMatcherGraph.input_names, values, strict=True))
-    return {name: by_name[name] for name in MatcherGraph.input_names}
+    return by_name
 
 
 def _matcher_axes(options: MatcherOptions) -> dict[str, dict[int, str]]:
@@ -253,6 +251,17 @@ def _pair_axes(graph: PairGraph, options: PairOptions) -> dict[str, dict[int, st
         for side in (0, 1)
     }
     return axes | {name: {0: "batch"} for name in graph.output_names}
+
+
+def _trace(
+    graph: nn.Module,
+    inputs: dict[str, torch.Tensor],
+    axes: dict[str, dict[int, str]],
+    opset: int,
+) -> onnx.ModelProto:
+    """The graph through TorchScript, whose exporter has the standard operators of ALIKED."""
+    with torch.inference_mode(), silence(True):
+        return trace(graph, {name: inputs[name] for name in graph.input_names}, axes, opset)
 
 
 def _name_rows(proto: onnx.ModelProto, top_k: int, dynamic: bool) -> None:
