@@ -15,7 +15,7 @@ from benchmark.plots import write_report
 from benchmark.records import AnyRecord, MeasuredTwice, is_evaluation, load_records, pair_runs
 from benchmark.report import report_text, small_table
 from evaluation import report as evaluation
-from evaluation.report import load_outcomes
+from evaluation.records import load_outcomes
 
 BEGIN, END = "<!-- timings:begin -->", "<!-- timings:end -->"
 EVALUATION = "<!-- evaluation:begin -->", "<!-- evaluation:end -->"

@@ -4,7 +4,7 @@
 import argparse
 
 from aliked import cli
-from evaluation.report import TASKS
+from evaluation.records import TASKS
 from evaluation.runner import add_shared_options, run
 
 

@@ -250,7 +250,7 @@ def _draw_lines(axis: Axes, lines: list[list[Measured]], x: Callable, text: Call
 
 
 def _cases(records: list[Measured]) -> dict[str, list[Measured]]:
-    """Measureds by images and K."""
+    """The records of each images and K, by these in words."""
     cases: dict[str, list[Measured]] = {}
     for record in records:
         cases.setdefault(f"{record.row.images}, K {record.row.selection}", []).append(record)

@@ -32,17 +32,8 @@ from aliked.weights import LIGHTGLUE, find_weights
 from benchmark.environment import Describe, git_commit
 from benchmark.process import TaskFailed, run_task
 from benchmark.records import Measured, append_record, keep_lines, load_records
-from evaluation.report import (
-    SCHEMA,
-    TASKS,
-    Outcome,
-    load_outcomes,
-    read_outcomes,
-    remove_page,
-    report_text,
-    write_page,
-    write_report,
-)
+from evaluation.records import SCHEMA, TASKS, Outcome, load_outcomes, read_outcomes
+from evaluation.report import remove_page, report_text, write_page, write_report
 from evaluation.systems import (
     TITLES,
     Machine,
