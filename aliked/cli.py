@@ -223,8 +223,8 @@ def add_weights_option(group: argparse._ArgumentGroup) -> None:
         "--weights",
         type=Path,
         metavar="PATH",
-        help="the model's .pth file, or a folder with it (default: the shipped file; of an "
-        "official model $ALIKED_WEIGHTS_DIR, the user cache, download)",
+        help="the model's .pth or .safetensors file, or a folder with it (default: the shipped "
+        "file; of an official model $ALIKED_WEIGHTS_DIR, the user cache, download)",
     )
 
 
@@ -294,8 +294,12 @@ def add_size_option(parser: argparse.ArgumentParser) -> None:
 
 def add_video_options(group: argparse._ActionsContainer) -> None:
     """Add which frames of a video or a camera are taken."""
-    group.add_argument("--every", type=whole(1), metavar="N", help="only every N-th frame")
-    group.add_argument("--frames", type=whole(1), metavar="N", help="stop after N frames")
+    group.add_argument(
+        "--every", type=whole(1), metavar="N", help="of a video, only every N-th frame"
+    )
+    group.add_argument(
+        "--frames", type=whole(1), metavar="N", help="of a video or a camera, at most N frames"
+    )
 
 
 def check_video_options(args: argparse.Namespace, endless: bool = False) -> None:

@@ -48,7 +48,8 @@ def parser() -> argparse.ArgumentParser:
     parser = Parser(
         description=__doc__,
         epilog="FOLDER is searched with all folders below; a video file, or the number of a "
-        "camera, takes its place. At least one of --output and --colmap is needed.",
+        "camera, takes its place. At least one of --output and --colmap is needed. The backend "
+        "auto is what runs --model_path or, without that, fused on an NVIDIA GPU, else pytorch.",
     )
     add_extractor_options(parser)
     parser.set_defaults(backend="auto")
@@ -64,7 +65,8 @@ def _add_image_options(group: argparse._ArgumentGroup) -> None:
         "--max_size",
         type=whole(1),
         metavar="PIXELS",
-        help="make images smaller whose longer side is longer; keypoints stay in the original",
+        help="reduce images to this longer side (default: as they are); keypoints stay in pixels "
+        "of the original",
     )
     group.add_argument(
         "--masks",
