@@ -112,10 +112,10 @@ def read_file(path: Path, most_bytes: int = SANE_BYTES) -> bytes:
         return file.read()
 
 
-def read_text(path: Path, most_bytes: int = SANE_BYTES) -> str:
+def read_text(path: Path) -> str:
     """Return the text of a file from outside; `InputError` also where it is not UTF-8."""
     try:
-        return read_file(path, most_bytes).decode()
+        return read_file(path).decode()
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text ({error.reason}); give another file") from error
 

@@ -43,6 +43,7 @@ COLOURS = {
     "fused": "#d62728",
 }
 OTHERS = "#7f7f7f"  # backends that have no colour of their own yet
+MARK = "draw_report.py: timings"  # in the metadata of its pictures
 
 
 def write_report(records: list[AnyRecord], folder: Path) -> list[Path]:
@@ -315,20 +316,17 @@ def _alpha(handle) -> float:
     return getattr(handle, "patches", [handle])[0].get_alpha()
 
 
-def save_figure(figure: Figure, folder: Path, name: str, kind: str = "timings") -> Path:
+def save_figure(figure: Figure, folder: Path, name: str) -> Path:
     """Write a PNG named after what it shows, with what draws it inside; its path."""
     path = folder / (re.sub(r"[^\w.]+", "_", name).strip("_").lower() + ".png")
     with whole_file(path) as partial:
-        figure.savefig(partial, dpi=120, metadata={"Source": f"{MARK}{kind}"})
+        figure.savefig(partial, dpi=120, metadata={"Source": MARK})
     return path
 
 
-MARK = "draw_report.py: "
-
-
-def remove_older(folder: Path, written: Iterable[Path], kind: str = "timings") -> None:
+def remove_older(folder: Path, written: Iterable[Path]) -> None:
     """Remove the pictures of an earlier report from `folder`; other pictures stay."""
     for path in set(folder.glob("*.png")) - set(written):
         with open(path, "rb") as file:
-            if f"{MARK}{kind}".encode() in file.read(1000):
+            if MARK.encode() in file.read(1000):
                 path.unlink()

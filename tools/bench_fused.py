@@ -40,7 +40,7 @@ def median_us(run, runs: int = 200, warmup: int = 20) -> float:
     return 1000 * statistics.median(start.elapsed_time(end) for start, end in events)
 
 
-def operator_us(call: trace.Call, runs: int = 20) -> float:
+def operator_us(call: trace.Call) -> float:
     """Time of one operator inside a graph of `REPEATS`."""
     run = getattr(kernels, call.name)
     run(*call.arguments)
@@ -48,7 +48,7 @@ def operator_us(call: trace.Call, runs: int = 20) -> float:
     with torch.cuda.graph(graph):
         for _ in range(REPEATS):
             run(*call.arguments)
-    return median_us(graph.replay, runs, warmup=2) / REPEATS
+    return median_us(graph.replay, 20, warmup=2) / REPEATS
 
 
 def moved_bytes(call: trace.Call) -> int:
