@@ -105,6 +105,15 @@ def test_check_is_build_with_check_only(monkeypatch, capsys, tmp_path):
     assert error.startswith("aliked check: error: ") and "gone.onnx" in error
 
 
+def test_an_interrupt_while_a_stage_is_imported_is_one_line(monkeypatch, capsys):
+    def interrupted(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib, "import_module", interrupted)
+    assert run_command(monkeypatch, "export", "FOLDER") == 130
+    assert capsys.readouterr().err == "aliked export: interrupted\n"
+
+
 @pytest.mark.parametrize(("module", "extra"), [("onnx", "onnx"), ("onnxruntime", "onnx")])
 def test_a_missing_extra_is_named_with_the_command_that_installs_it(
     module, extra, monkeypatch, capsys
