@@ -28,6 +28,7 @@ from aliked.export.lightglue import (
     MatcherOptions,
     Pair,
     PairOptions,
+    best,
     export_matcher,
     export_pair,
     verify_matcher,
@@ -435,6 +436,21 @@ def test_an_exported_matcher_gives_the_matches_of_pytorch(options, precision, tm
     assert verdict.passed, verdict.text
     operators = {node.op_type for node in onnx.load(path).graph.node}
     assert not operators & {"NonZero", "TopK", "Loop", "If"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [MatcherOptions(None), MatcherOptions(None, opset=17), MatcherOptions(8, io="colmap")],
+)
+def test_a_file_of_any_counts_takes_images_without_keypoints(options, tmp_path):
+    path, matcher = tmp_path / "matcher.onnx", small_matcher()
+    export_matcher(matcher, path, options)
+    run = (ColmapMatcher if options.io == "colmap" else ONNXRuntimeMatcher)(path, device="cpu")
+    features = features_of(7, 1)
+    for counts in ((0, 7), (7, 0), (0, 0), (7, 7)):
+        pair = [best(features, count) for count in counts]
+        found = run.match(*pair, SIZE, SIZE)
+        np.testing.assert_array_equal(found.indices, matcher.match(*pair, SIZE, SIZE).indices)
 
 
 def test_exporting_leaves_the_matcher_as_it_was(tmp_path):
