@@ -24,6 +24,7 @@ from aliked.backends.onnxruntime_lightglue import (
 from aliked.backends.tensorrt import manifest_path
 from aliked.errors import InputError
 from aliked.export import build
+from aliked.export.engine import read_source
 from aliked.export.lightglue import (
     MatcherOptions,
     Pair,
@@ -588,6 +589,13 @@ def test_tensorrt_for_rtx_builds_a_pair_of_any_sizes(tmp_path):
     export_pair(ALIKED("aliked-t16", top_k=50).eval(), matcher, path, options)
     sizes = ((64, 64), (64, 96), (128, 160))
     assert builds(path, lambda name, shape: [(1, 3, *size) for size in sizes])
+
+
+def test_the_engine_of_a_file_with_lightglue_is_built_elsewhere(tmp_path):
+    path = tmp_path / "matcher.onnx"
+    export_matcher(small_matcher(), path, MatcherOptions(8))
+    with pytest.raises(InputError, match="holds LightGlue, whose engines build_lightglue_file"):
+        read_source(path)
 
 
 @pytest.fixture
