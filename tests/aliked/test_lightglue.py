@@ -14,7 +14,6 @@ from aliked.backends import (
     Spec,
     create_pair_runtime,
     fused_lightglue,
-    tensorrt_lightglue,
 )
 from aliked.backends.onnxruntime_lightglue import (
     ColmapMatcher,
@@ -611,13 +610,16 @@ def build_small(monkeypatch, tmp_path):
     return make
 
 
-@pytest.mark.parametrize("cuda_graph", [False, True])
-def test_an_engine_runs_as_a_runtime_of_pairs(cuda_graph, build_small, monkeypatch):
-    """By a stand-in for TensorRT for RTX, which runs the ONNX file."""
-    install(monkeypatch, "10.13.3.9")
-    spec = Spec(top_k=40, device="cuda:0", model_path=build_small(".rtx"))
-    options = {"library": "tensorrt-rtx", "cuda_graph": cuda_graph}
-    engine = tensorrt_lightglue.open_runtime("rtx", "matcher", spec, None, SIZE, **options)
+@pytest.mark.parametrize("cuda_graph", ["", "-cudagraph"])
+@pytest.mark.parametrize(("backend", "suffix"), [("tensorrt", ".trt"), ("tensorrt-rtx", ".rtx")])
+def test_an_engine_runs_as_a_runtime_of_pairs(
+    backend, suffix, cuda_graph, build_small, monkeypatch
+):
+    """By a stand-in for the library, which runs the ONNX file."""
+    install(monkeypatch, "10.16")
+    spec = Spec(top_k=40, device="cuda:0", model_path=build_small(suffix))
+    engine = create_pair_runtime(f"{backend}{cuda_graph}", "matcher", spec, None, SIZE)
+    assert engine.engine.cuda_graph is bool(cuda_graph)
     check_pair_runtime(engine)
 
 
