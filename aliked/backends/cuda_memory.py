@@ -5,7 +5,7 @@ import ctypes
 import importlib.util
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -48,8 +48,8 @@ class Memory(Protocol):
     def copy(self, source: Any, target: Any) -> None:
         """Enqueue a copy on the device, between buffers of one shape and type."""
 
-    def replay(self, graph: "CudaGraph", source: Any, target: Any) -> None:
-        """`copy`, then launch the graph; not inside `active()`, but ordered as if it were."""
+    def replay(self, graph: "CudaGraph", copies: Iterable[tuple[Any, Any]]) -> None:
+        """`copy` each pair, then launch the graph; not inside `active()`, but ordered as if so."""
 
     def synchronize(self) -> None:
         """Wait for the stream."""
@@ -112,7 +112,7 @@ class TorchMemory:
     def copy(self, source: Any, target: Any) -> None:
         target.copy_(source, non_blocking=True)
 
-    def replay(self, graph: "CudaGraph", source: Any, target: Any) -> None:
+    def replay(self, graph: "CudaGraph", copies: Iterable[tuple[Any, Any]]) -> None:
         # On the caller's stream: to wait for one another costs streams some ten microseconds.
         cuda = self._torch.cuda
         here = cuda.current_device() == self._device.index
@@ -120,7 +120,8 @@ class TorchMemory:
             caller = cuda.current_stream(self._device)
             if self._latest != caller:
                 caller.wait_stream(self._latest)
-            target.copy_(source, non_blocking=True)
+            for source, target in copies:
+                target.copy_(source, non_blocking=True)
             graph.launch(caller.cuda_stream)
             self._latest = caller
 
@@ -177,9 +178,10 @@ class PyCudaMemory:
         size = math.prod(source.shape) * source.dtype.itemsize
         self._driver.memcpy_dtod_async(target.gpudata, source.gpudata, size, self._stream)
 
-    def replay(self, graph: "CudaGraph", source: Any, target: Any) -> None:
+    def replay(self, graph: "CudaGraph", copies: Iterable[tuple[Any, Any]]) -> None:
         with self.active():
-            self.copy(source, target)
+            for source, target in copies:
+                self.copy(source, target)
             graph.launch(self.stream)
 
     def synchronize(self) -> None:

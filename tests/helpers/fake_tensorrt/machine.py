@@ -203,9 +203,10 @@ class HostMemory:
         read, write = self._view(source), self._view(target)
         self._machine.enqueue(self.stream, lambda: np.copyto(write(), read(), casting="no"))
 
-    def replay(self, graph, source, target) -> None:
+    def replay(self, graph, copies) -> None:
         with self.active():
-            self.copy(source, target)
+            for source, target in copies:
+                self.copy(source, target)
             graph.launch(self.stream)
 
     def synchronize(self) -> None:
