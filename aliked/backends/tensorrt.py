@@ -9,6 +9,7 @@ import functools
 import hashlib
 import importlib.util
 import json
+import math
 import re
 import sys
 from collections.abc import Iterable
@@ -389,7 +390,7 @@ class Engine:
         self.buffers: dict[str, Any] = {}
         self.pinned: dict[str, np.ndarray] = {}
         self._batch: Buffers = {}
-        self._graph: CudaGraph | None = None
+        self._graphs: dict[bool, CudaGraph] = {}  # with the inputs copied first, and without
         with self.memory.active():
             self._engine = open_engine(self.path, self.manifest, self.library, self.gpu)
             self._check_contract(contract)
@@ -466,7 +467,7 @@ class Engine:
         for name, shape in shapes.items():
             self._check_shape(name, shape)
         self.memory.synchronize()  # the old buffers may still be written to
-        self.shapes, self._graph = {}, None
+        self.shapes, self._graphs = {}, {}
         journal().errors.clear()
         for name, shape in shapes.items():
             accepted = self.context.set_input_shape(name, shape)
@@ -545,36 +546,53 @@ class Engine:
         """Enqueue the engine on `batch`, device buffers by input, of the prepared shapes."""
         journal().errors.clear()
         self._batch = batch  # the caller may let go of it before the stream has read it
+        copied = any(buffer is not self.buffers[name] for name, buffer in batch.items())
+        graph = self._graphs.get(copied)
+        if graph:
+            graph.launch(self.memory.stream, self._addresses(batch) if copied else ())
+            return
         for name, buffer in batch.items():
             mine = self.buffers[name]
             # A recorded graph reads where it was recorded; TensorRT wants aligned addresses.
             if buffer is not mine and (self.cuda_graph or self.memory.address(buffer) % ALIGNMENT):
                 self.memory.copy(buffer, mine)
                 buffer = mine
-            if not self._graph:
-                self._set_address(name, buffer)
-        if self._graph:
-            self._graph.launch(self.memory.stream)
-            return
+            self._set_address(name, buffer)
         self._enqueue()
         if self.cache and self._new_shapes:  # kernels may have been compiled for them
             self.memory.synchronize()
             self.cache.save()
         self._new_shapes = False
         if self.cuda_graph:  # the run above has settled what the engine allocates late
-            self._record()
+            self._graphs[copied] = self._record(batch if copied else {})
 
     def _enqueue(self) -> None:
         self._require(self.context.execute_async_v3(self.memory.stream), "the execution")
 
-    def _record(self) -> None:
+    def _addresses(self, batch: Buffers) -> list[int]:
+        return [self.memory.address(batch[name]) for name in self.shapes]
+
+    def _record(self, batch: Buffers) -> CudaGraph:
+        """The engine's work as a graph, which begins by copying `batch` to its own buffers."""
         self.memory.synchronize()
+        copies = [
+            (self.memory.address(self.buffers[name]), self.memory.address(batch[name]), size)
+            for name, size in self._sizes().items()
+            if name in batch
+        ]
         try:
-            self._graph = CudaGraph(self.memory.stream, self._enqueue)
+            return CudaGraph(self.memory.stream, self._enqueue, copies)
         except RuntimeError as error:
             raise InputError(
                 f"{self.path} cannot be recorded as a CUDA graph ({error}); run it without"
             ) from error
+
+    def _sizes(self) -> dict[str, int]:
+        """Bytes of each input."""
+        return {
+            name: math.prod(shape) * self.dtypes[name].itemsize
+            for name, shape in self.shapes.items()
+        }
 
     def infer(self, batch: Buffers) -> Buffers:
         """Enqueue the engine on device buffers by input; returns those of its outputs.
@@ -588,13 +606,13 @@ class Engine:
                     f"the batch is no contiguous {dtype} buffer of this engine's device and "
                     "memory; make it with to_device"
                 )
-        shapes = {name: tuple(buffer.shape) for name, buffer in batch.items()}
-        if self._graph and shapes == self.shapes:
+        graph = self._graphs.get(True)
+        if graph and all(self.shapes.get(name) == batch[name].shape for name in batch):
             self._batch = batch
-            self.memory.replay(self._graph, [(batch[n], self.buffers[n]) for n in batch])
+            self.memory.replay(graph, [batch[name] for name in self.shapes])
         else:
             with self.memory.active():
-                self.prepare(shapes)
+                self.prepare({name: tuple(buffer.shape) for name, buffer in batch.items()})
                 self.run(batch)
         return {name: self.buffers[name] for name in self.outputs}
 

@@ -806,15 +806,16 @@ def test_torch_memory_replays_in_order_on_whatever_stream_the_caller_is():
 
     memory = TorchMemory(0)
     with memory.active():
-        target, total = (memory.empty((1 << 24,), np.float32) for _ in range(2))
+        first, target, total = (memory.empty((1 << 24,), np.float32) for _ in range(3))
         total.zero_()
         memory.synchronize()
-        graph = CudaGraph(memory.stream, lambda: total.add_(target))
+        copies = [(target.data_ptr(), first.data_ptr(), first.nbytes)]
+        graph = CudaGraph(memory.stream, lambda: total.add_(target), copies)
     sources = [torch.full_like(total, value) for value in range(8)]
     torch.cuda.synchronize()
     for source in sources:  # large enough that a copy out of turn would be seen
         with torch.cuda.stream(torch.cuda.Stream()):
-            memory.replay(graph, [(source, target)])
+            memory.replay(graph, [source])
     with memory.active():
         memory.synchronize()
     assert torch.all(total == sum(range(8)))

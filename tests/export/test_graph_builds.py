@@ -254,7 +254,7 @@ def selu(*nodes, dtype="float16", width="8"):
         (selu("y = Selu(x)", dtype="float"), True),  # as the library's own is not float32
         (selu("y = Selu(x)", dtype="float", width="N"), True),
         (selu("y = Selu(x)", width="N"), True),
-        (selu("a = Selu(x)", "b = Cast<to = 1>(a)", "y = Cast<to = 10>(b)"), False),
+        (selu("a = Selu(x)", "b = Cast<to = 1>(a)", "y = Cast<to = 10>(b)"), True),
         (selu("a = Resize(x, , , sizes)", "b = Add(x, a)", "y = Selu(b)"), False),
     ],
 )
