@@ -135,8 +135,6 @@ class AutocastExtractor(ForwardExtractor):
             with torch.autocast(device.type, torch.float16):
                 return named(model(batch))
 
-        if _installed("torch-tensorrt-rtx"):
-            settle_tf32(forward.tf32)
         super().__init__(name, device, forward)
 
 

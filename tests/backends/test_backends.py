@@ -651,6 +651,12 @@ def test_torch_tensorrt_for_rtx_finds_what_its_library_has_dropped(monkeypatch, 
     del sys.modules["torch_tensorrt"]
 
 
+def test_autocast_runs_where_torch_tensorrt_for_rtx_is_installed(monkeypatch, weights_dir):
+    monkeypatch.setattr(pytorch_backend, "version", {"torch-tensorrt-rtx": "2.11.0"}.get)
+    spec = replace(SPEC, weights=weights_dir, precision="fp16", device="cpu")
+    assert create_extractor("pytorch-amp", spec).device == "cpu"
+
+
 def test_torch_tensorrt_that_does_not_load_is_one_sentence(monkeypatch, tmp_path):
     (tmp_path / "torch_tensorrt.py").write_text("raise Exception('libtensorrt_rtx.so.1 is gone')")
     monkeypatch.syspath_prepend(tmp_path)
