@@ -12,8 +12,9 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
+from aliked.configs import SELU_ALPHA, SELU_SCALE
+
 FOLDED = {"Abs", "Cast", "LessOrEqual", "Sub"}  # what the exporters leave of large constants
-SELU_ALPHA, SELU_SCALE = 1.6732632423543772, 1.0507009873554805
 PIXELS = 2**17  # of a map for which wide convolutions are faster
 AT_ONCE = {4: 4, 8: 4}  # by the channels that come out: pixels that a convolution gives
 
