@@ -10,7 +10,6 @@ from aliked.files import as_path
 
 RADIUS = 2  # pixels: of the suppression and refinement windows, and of the border without keypoints
 STRIDE = 32  # of the coarsest features: images are padded to a multiple of it
-SELU_ALPHA, SELU_SCALE = 1.6732632423543772, 1.0507009873554805  # scale * elu(x, alpha)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ import torch
 
 from aliked.backends import Spec
 from aliked.backends.tensorrt_library import RTX, TENSORRT, numbers, settle_tf32
-from aliked.configs import SELU_ALPHA, SELU_SCALE
 from aliked.errors import InputError
 from aliked.features import (
     OUTPUTS,
@@ -283,20 +282,6 @@ def _restore(rtx: ModuleType) -> None:
     sys.modules["tensorrt.plugin"] = None
 
 
-def write_selu_by_elu(graph: torch.fx.Graph) -> None:
-    """Write Selu as Elu and a factor, as the Selu of TensorRT for RTX is not float32."""
-    aten = torch.ops.aten
-    for node in list(graph.nodes):
-        if node.target not in (aten.selu.default, aten.selu_.default):
-            continue
-        with graph.inserting_before(node):
-            elu = graph.call_function(aten.elu.default, (node.args[0], SELU_ALPHA))
-            scaled = graph.call_function(aten.mul.Tensor, (elu, SELU_SCALE))
-        elu.meta, scaled.meta = dict(node.meta), dict(node.meta)
-        node.replace_all_uses_with(scaled)
-        graph.erase_node(node)
-
-
 class EngineForward:
     """The forward pass, compiled at the first call of each input shape."""
 
@@ -313,7 +298,6 @@ class EngineForward:
     def _compile(self, batch: torch.Tensor) -> torch.nn.Module:
         torch_tensorrt = import_torch_tensorrt()
         program = torch.export.export(self.model, (batch,))
-        write_selu_by_elu(program.graph)
         return torch_tensorrt.dynamo.compile(
             program,
             arg_inputs=[batch],
