@@ -21,6 +21,7 @@ from aliked.backends.onnxruntime_lightglue import (
     ONNXRuntimeMatcher,
     ONNXRuntimePair,
 )
+from aliked.backends.tensorrt import manifest_path
 from aliked.errors import InputError
 from aliked.export import build
 from aliked.export.lightglue import (
@@ -594,6 +595,59 @@ def test_an_engine_runs_as_a_runtime_of_pairs(cuda_graph, build_small, monkeypat
     options = {"library": "tensorrt-rtx", "cuda_graph": cuda_graph}
     engine = tensorrt_lightglue.open_runtime("rtx", "matcher", spec, None, SIZE, **options)
     check_pair_runtime(engine)
+
+
+@pytest.fixture
+def rtx_spec(build_small, monkeypatch):
+    """A `Spec` of an engine that a stand-in for TensorRT for RTX built and runs."""
+    install(monkeypatch, "10.13.3.9")
+    return Spec(top_k=40, device="cuda:0", model_path=build_small(".rtx"))
+
+
+def open_rtx(spec, graph="matcher"):
+    return create_pair_runtime("tensorrt-rtx", graph, spec, None, SIZE)
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda engine: engine.write_bytes(engine.read_bytes()[:-7]), "truncated"),
+        (lambda engine: manifest_path(engine).unlink(), r"\.rtx\.json is missing"),
+        (lambda engine: engine.unlink(), "does not exist"),
+    ],
+)
+def test_a_damaged_engine_of_lightglue_is_refused(damage, says, rtx_spec):
+    damage(rtx_spec.model_path)
+    with pytest.raises(InputError, match=says):
+        open_rtx(rtx_spec)
+
+
+def test_an_engine_of_lightglue_of_another_version_is_refused(rtx_spec, monkeypatch):
+    install(monkeypatch, "10.13.3.9", rtx="1.5.0.114")
+    with pytest.raises(InputError, match=r"built by TensorRT for RTX .* and this is 1\.5\.0\.114"):
+        open_rtx(rtx_spec)
+
+
+@pytest.mark.parametrize(
+    ("changes", "graph", "says"),
+    [
+        ({}, "pair", "the graph of .* is matcher, not pair"),
+        ({"top_k": 41}, "matcher", "the top_k of .* is 40, not 41"),
+        ({"precision": "fp16"}, "matcher", "is float32; ask for fp32"),
+        ({"model_path": None}, "matcher", "needs an engine"),
+    ],
+)
+def test_an_engine_that_was_not_asked_for_is_refused(changes, graph, says, rtx_spec):
+    with pytest.raises(InputError, match=says):
+        open_rtx(dataclasses.replace(rtx_spec, **changes), graph)
+
+
+def test_an_engine_of_lightglue_is_compiled_once_and_takes_its_k_rows(rtx_spec):
+    runtime = open_rtx(rtx_spec)
+    features = features_of(30, 1)
+    with pytest.raises(InputError, match=r"keypoints0 is \[1, 30, 2\], but .* takes \[1, 40, 2\]"):
+        runtime(matcher_inputs((features, features), (SIZE, SIZE), 30))
+    assert open_rtx(rtx_spec).engine.cache.used
 
 
 def test_a_file_runs_as_a_runtime_of_pairs(build_small):
