@@ -13,8 +13,7 @@ from aliked.patches import get_patches
 from aliked.sampling import bilinear_sample
 
 WINDOW = 2 * RADIUS + 1
-BORDER = 4  # columns of zeros beside an exported map
-ALIGNED = 8  # what sizes of products in half precision are a multiple of, in fast kernels
+BORDER = 4  # columns of zeros beside an exported map: whole eights stay that in a product
 TEMPERATURE = 0.1  # of the soft-argmax
 MAX_TOP_K = 3840  # that one TopK of TensorRT can return
 # Values that TensorRT sorts in one block; a TopK of twice as many takes four times as long.
@@ -36,16 +35,14 @@ def window_max(scores: torch.Tensor) -> torch.Tensor:
     return F.max_pool2d(scores, kernel_size=WINDOW, stride=1, padding=RADIUS)
 
 
-def suppress_non_maxima(
-    scores: torch.Tensor, exported: bool = False, align: int = 1
-) -> torch.Tensor:
+def suppress_non_maxima(scores: torch.Tensor, exported: bool = False) -> torch.Tensor:
     """Zero every score that is not a maximum of its 5x5 window; scores: [B, 1, H, W].
 
     Two extra rounds recover maxima that were only suppressed by suppressed neighbours. `exported`
-    is the same in a form for files, which fills the sizes up to multiples of `align`.
+    is the same in a form for files.
     """
     if exported:
-        return suppress_by_slices(scores, align)
+        return suppress_by_slices(scores)
     rest = scores  # without what is near a maximum
     maxima = found = torch.where(rest == window_max(rest), rest, 0.0)
     for _ in range(2):
@@ -55,18 +52,16 @@ def suppress_non_maxima(
     return found
 
 
-def suppress_by_slices(scores: torch.Tensor, align: int) -> torch.Tensor:
+def suppress_by_slices(scores: torch.Tensor) -> torch.Tensor:
     """`suppress_non_maxima` by what TensorRT runs twenty times as fast as a MaxPool of one channel.
 
     All is done with a border of zeros, so that windows are slices and nothing asks where it is.
     """
     height, width = scores.shape[-2:]
-    below, right = (0, 0) if align == 1 else (-int(height) % align, -int(width) % align)
-    rest = F.pad(scores, (BORDER, BORDER + right, RADIUS, RADIUS + below))
-    vertical = band(height + below, RADIUS, scores.device)
-    horizontal = band(width + right, BORDER, scores.device).T
-    inside = rest[:, :, RADIUS:-RADIUS, BORDER:-BORDER]
-    maxima = found = torch.where(inside == slices_max(rest), inside, 0.0)
+    vertical = band(height, RADIUS, scores.device)
+    horizontal = band(width, BORDER, scores.device).T
+    rest = F.pad(scores, (BORDER, BORDER, RADIUS, RADIUS))
+    maxima = found = torch.where(scores == slices_max(rest), scores, 0.0)
     for _ in range(2):
         # Counting by two products is exact in half precision, and keeps TensorRT from fusing the
         # windows before and after into one kernel that evaluates them 25 times.
@@ -75,7 +70,7 @@ def suppress_by_slices(scores: torch.Tensor, align: int) -> torch.Tensor:
         inside = rest[:, :, RADIUS:-RADIUS, BORDER:-BORDER]
         maxima = torch.where(inside == slices_max(rest), inside, 0.0)
         found = torch.maximum(found, maxima)
-    return found[:, :, :height, :width]
+    return found
 
 
 def slices_max(bordered: torch.Tensor) -> torch.Tensor:
@@ -262,8 +257,7 @@ def detect(
     `top_k` > 0 selects the best `top_k`; otherwise those above `scores_th`, at most `n_limit`. An
     image in which none is has no keypoint if `strict`, else those above its mean score.
     """
-    align = ALIGNED if form.static else 1
-    candidates = inner(suppress_non_maxima(score_map, form.exported, align))
+    candidates = inner(suppress_non_maxima(score_map, form.exported))
     if top_k > 0:
         selected = select_top_k(candidates, top_k, form.static)
     else:

@@ -479,18 +479,19 @@ def border_scores(rewriter: Rewriter) -> None:
         columns, rows, _, _, conv = steps
         pads = rewriter.value(node.input[1])
         frame, scores = rewriter.shape(conv.output[0]), rewriter.shape(node.input[0])
-        if attributes_of(node).get("mode") != b"constant" or frame[1] != 1:
+        bare = pads[:2].any() or pads[4:6].any() or (pads[2:4] != pads[6:]).any()
+        if attributes_of(node).get("mode") != b"constant" or bare or frame[1] != 1:
             continue
-        if not _is_plain(rewriter, conv) or pads[:2].any() or pads[4:6].any():
+        if not _is_plain(rewriter, conv):
             continue
-        before, behind = pads[2:4], pads[6:]
+        border = pads[2:4]
         top, left = (int(rewriter.value(step.input[1])[0]) for step in (rows, columns))
-        (height, width), start = scores[2:], np.add(before, (top, left)).tolist()
+        (height, width), start = scores[2:], np.add(border, (top, left)).tolist()
         stop = [start[0] + height, start[1] + width]
-        inside = np.zeros((1, 1, *(frame[2:] + before + behind)), np.float32)
+        inside = np.zeros((1, 1, *(frame[2:] + 2 * border)), np.float32)
         inside[..., start[0] : stop[0], start[1] : stop[1]] = 1
         new = instead[node.input[0]] = Nodes(rewriter, node.input[0])
-        size = {"kernel_shape": [3, 3], "pads": [*before + 1, *behind + 1]}
+        size = {"kernel_shape": [3, 3], "pads": np.tile(border + 1, 2).tolist()}
         x = new.add("Cast", new.add("Conv", *conv.input, **size), to=TensorProto.FLOAT)
         x = new.add("Mul", new.add("Sigmoid", x), inside)
         new.part(x, [2, 3], start, stop, out=new.name)
