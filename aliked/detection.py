@@ -13,7 +13,6 @@ from aliked.patches import get_patches
 from aliked.sampling import bilinear_sample
 
 WINDOW = 2 * RADIUS + 1
-BORDER = 4  # columns of zeros beside an exported map: whole eights stay that in a product
 TEMPERATURE = 0.1  # of the soft-argmax
 MAX_TOP_K = 3840  # that one TopK of TensorRT can return
 # Values that TensorRT sorts in one block; a TopK of twice as many takes four times as long.
@@ -30,63 +29,49 @@ class Detections(NamedTuple):
     dispersity: torch.Tensor  # [B, K] softmax-weighted mean of (distance / 2)^2
 
 
-def window_max(scores: torch.Tensor) -> torch.Tensor:
+def window_max(scores: torch.Tensor, exported: bool) -> torch.Tensor:
     """Maximum of the 5x5 window around every pixel of scores [B, 1, H, W], which are >= 0."""
-    return F.max_pool2d(scores, kernel_size=WINDOW, stride=1, padding=RADIUS)
+    if not exported:
+        return F.max_pool2d(scores, kernel_size=WINDOW, stride=1, padding=RADIUS)
+    # TensorRT runs this twenty times as fast as a MaxPool of one channel.
+    padded = F.pad(scores, [RADIUS] * 4)
+    ends = [start - WINDOW + 1 or None for start in range(WINDOW)]
+    rows = functools.reduce(torch.maximum, (padded[:, :, i:j] for i, j in enumerate(ends)))
+    return functools.reduce(torch.maximum, (rows[..., i:j] for i, j in enumerate(ends)))
+
+
+def near_any(maxima: torch.Tensor, bands: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+    """Which pixels of [B, 1, H, W] have a positive value in the 5x5 window around them.
+
+    `bands` are the two `band` matrices of an exported graph.
+    """
+    if bands is None:
+        return window_max(maxima, exported=False) > 0
+    # Counting by two products is exact in half precision, and keeps TensorRT from fusing the
+    # windows before and after into one kernel that evaluates them 25 times.
+    vertical, horizontal = bands
+    return vertical @ ((maxima > 0).half() @ horizontal) > 0
+
+
+def band(length: int, device: torch.device) -> torch.Tensor:
+    """[length, length] of ones up to `RADIUS` from the diagonal, zeros elsewhere."""
+    pixel = torch.arange(length, device=device)
+    return ((pixel[:, None] - pixel).abs() <= RADIUS).half()
 
 
 def suppress_non_maxima(scores: torch.Tensor, exported: bool = False) -> torch.Tensor:
     """Zero every score that is not a maximum of its 5x5 window; scores: [B, 1, H, W].
 
-    Two extra rounds recover maxima that were only suppressed by suppressed neighbours. `exported`
-    is the same in a form for files.
+    Two extra rounds recover maxima that were only suppressed by suppressed neighbours.
     """
-    if exported:
-        return suppress_by_slices(scores)
+    bands = tuple(band(side, scores.device) for side in scores.shape[-2:]) if exported else None
     rest = scores  # without what is near a maximum
-    maxima = found = torch.where(rest == window_max(rest), rest, 0.0)
+    maxima = found = torch.where(rest == window_max(rest, exported), rest, 0.0)
     for _ in range(2):
-        rest = torch.where(window_max(maxima) > 0, 0.0, rest)
-        maxima = torch.where(rest == window_max(rest), rest, 0.0)
+        rest = torch.where(near_any(maxima, bands), 0.0, rest)
+        maxima = torch.where(rest == window_max(rest, exported), rest, 0.0)
         found = torch.maximum(found, maxima)
     return found
-
-
-def suppress_by_slices(scores: torch.Tensor) -> torch.Tensor:
-    """`suppress_non_maxima` by what TensorRT runs twenty times as fast as a MaxPool of one channel.
-
-    All is done with a border of zeros, so that windows are slices and nothing asks where it is.
-    """
-    height, width = scores.shape[-2:]
-    vertical = band(height, RADIUS, scores.device)
-    horizontal = band(width, BORDER, scores.device).T
-    rest = F.pad(scores, (BORDER, BORDER, RADIUS, RADIUS))
-    maxima = found = torch.where(scores == slices_max(rest), scores, 0.0)
-    for _ in range(2):
-        # Counting by two products is exact in half precision, and keeps TensorRT from fusing the
-        # windows before and after into one kernel that evaluates them 25 times.
-        near = vertical @ ((maxima > 0).half() @ horizontal)
-        rest = torch.where(near > 0, 0.0, rest)
-        inside = rest[:, :, RADIUS:-RADIUS, BORDER:-BORDER]
-        maxima = torch.where(inside == slices_max(rest), inside, 0.0)
-        found = torch.maximum(found, maxima)
-    return found
-
-
-def slices_max(bordered: torch.Tensor) -> torch.Tensor:
-    """`window_max` of scores with `RADIUS` rows and `BORDER` columns of zeros around them."""
-    rows = (bordered[:, :, i : i - WINDOW + 1 or None] for i in range(WINDOW))
-    rows = functools.reduce(torch.maximum, rows)
-    side = BORDER - RADIUS
-    columns = (rows[..., side + i : i - WINDOW + 1 - side] for i in range(WINDOW))
-    return functools.reduce(torch.maximum, columns)
-
-
-def band(length: int, border: int, device: torch.device) -> torch.Tensor:
-    """[length + 2 * border, length] of ones within `RADIUS` of the shifted diagonal, else zeros."""
-    pixel = torch.arange(length, device=device)
-    row = torch.arange(length + 2 * border, device=device) - border
-    return ((row[:, None] - pixel).abs() <= RADIUS).half()
 
 
 def inner(maps: torch.Tensor) -> torch.Tensor:

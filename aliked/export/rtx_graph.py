@@ -143,7 +143,6 @@ def for_rtx(model: onnx.ModelProto, pixels: int = PIXELS) -> onnx.ModelProto:
     exact_selu(Rewriter(rewritten))
     widen(Rewriter(rewritten), pixels)
     average(Rewriter(rewritten))
-    border_scores(Rewriter(rewritten))
     return rewritten
 
 
@@ -463,39 +462,3 @@ def _average_wide(new: Nodes, wide: str, sizes: list[int]) -> None:
     x = new.add("Transpose", x, perm=[0, 3, 4, 1, 2])
     x = new.add("Reshape", x, np.array([batch, height // 2, width // 2, channels]))
     new.add("Transpose", x, out=new.name, perm=[0, 3, 1, 2])
-
-
-def border_scores(rewriter: Rewriter) -> None:
-    """Let the last convolution of the score head give the border of zeros around the scores.
-
-    A Pad would be part of all that reads it, and ask for each value whether it is outside.
-    """
-    instead: dict[str, Nodes] = {}
-    for node in rewriter.graph.node:
-        steps = rewriter.preceding(node.input[0], "Slice", "Slice", "Sigmoid", "Cast", "Conv")
-        sizes = rewriter.shape(node.output[0])
-        if node.op_type != "Pad" or len(steps) < 5 or not sizes:
-            continue
-        columns, rows, _, _, conv = steps
-        pads = rewriter.value(node.input[1])
-        frame, scores = rewriter.shape(conv.output[0]), rewriter.shape(node.input[0])
-        bare = pads[:2].any() or pads[4:6].any() or (pads[2:4] != pads[6:]).any()
-        if attributes_of(node).get("mode") != b"constant" or bare or frame[1] != 1:
-            continue
-        if not _is_plain(rewriter, conv):
-            continue
-        border = pads[2:4]
-        top, left = (int(rewriter.value(step.input[1])[0]) for step in (rows, columns))
-        (height, width), start = scores[2:], np.add(border, (top, left)).tolist()
-        stop = [start[0] + height, start[1] + width]
-        inside = np.zeros((1, 1, *(frame[2:] + 2 * border)), np.float32)
-        inside[..., start[0] : stop[0], start[1] : stop[1]] = 1
-        new = instead[node.input[0]] = Nodes(rewriter, node.input[0])
-        size = {"kernel_shape": [3, 3], "pads": np.tile(border + 1, 2).tolist()}
-        x = new.add("Cast", new.add("Conv", *conv.input, **size), to=TensorProto.FLOAT)
-        x = new.add("Mul", new.add("Sigmoid", x), inside)
-        new.part(x, [2, 3], start, stop, out=new.name)
-        with_border = instead[node.output[0]] = Nodes(rewriter, node.output[0])
-        ends = [top + sizes[2], left + sizes[3]]
-        with_border.part(x, [2, 3], [top, left], ends, out=with_border.name)
-    rewriter.replace(instead)
