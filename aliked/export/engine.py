@@ -47,6 +47,7 @@ from aliked.export.onnx_checks import check_model
 from aliked.export.onnx_graph import Target, graph_precision, load_model
 from aliked.features import OUTPUTS
 from aliked.files import read_text, sha256, writable_folder, write_json
+from aliked.matching import TENSORS
 from aliked.parity import TOLERANCES
 
 if TYPE_CHECKING:
@@ -86,6 +87,11 @@ def read_source(path: Path) -> Source:
     inputs = [value for value in model.graph.input if value.name not in weights]
     names = [value.name for value in inputs]
     outputs = [value.name for value in model.graph.output]
+    if any(set(names) == set(taken) for taken, _ in TENSORS.values()):
+        raise InputError(
+            f"{path} holds LightGlue, whose engines build_lightglue_file of aliked.export.build "
+            "makes and measure_timings.py --matcher lightglue judges; give a file of a model"
+        )
     if names != [INPUT] or not set(OUTPUTS) <= set(outputs):
         raise InputError(
             f"{path} has inputs {names} and outputs {outputs}, not {INPUT} and "
