@@ -21,7 +21,6 @@ from aliked.features import Features, check_image
 from aliked.files import as_path
 from aliked.matching import (
     FEATURES,
-    NO_MATCHES,
     TENSORS,
     Arrays,
     Matcher,
@@ -55,20 +54,18 @@ class MatcherSession(Matcher):
                 "with convert_lightglue_to_onnx.py"
             )
 
-    def prepare(self, features: Features, size: Size) -> dict[str, np.ndarray] | None:
-        """An image's inputs by name, without 0 or 1 behind it; None where it has no keypoint.
+    def prepare(self, features: Features, size: Size) -> dict[str, np.ndarray]:
+        """An image's inputs by name, without 0 or 1 behind it.
 
         Raises `InputError` as `LightGlue.prepare` does, and for more keypoints than the file takes.
         """
         check_matchable(features, size, self.shapes[f"{self.features[1]}0"][2])
-        return self.rows(features, size) if len(features) else None
+        return self.rows(features, size)
 
     def match_prepared(
-        self, first: dict[str, np.ndarray] | None, second: dict[str, np.ndarray] | None
+        self, first: dict[str, np.ndarray], second: dict[str, np.ndarray]
     ) -> Matches:
         """Matches of what `prepare` made of two images."""
-        if first is None or second is None:
-            return NO_MATCHES
         sides = enumerate((first, second))
         inputs = {f"{name}{i}": rows[None] for i, side in sides for name, rows in side.items()}
         matches0, scores0 = (rows.reshape(-1) for rows in self.session.run(self.outputs, inputs))

@@ -1,4 +1,4 @@
-"""TensorRT for RTX on engines of LightGlue, alone or from two images on, of fixed shapes."""
+"""Engines of LightGlue, alone or from two images on, of fixed shapes."""
 
 from pathlib import Path
 from typing import Any

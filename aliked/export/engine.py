@@ -41,11 +41,13 @@ from aliked.export.builder import (
     check_options,
     has_weak_fp16,
     layer_information,
+    targets_of,
 )
 from aliked.export.onnx_checks import check_model
 from aliked.export.onnx_graph import Target, graph_precision, load_model
 from aliked.features import OUTPUTS
 from aliked.files import read_text, sha256, writable_folder, write_json
+from aliked.matching import TENSORS
 from aliked.parity import TOLERANCES
 
 if TYPE_CHECKING:
@@ -85,6 +87,11 @@ def read_source(path: Path) -> Source:
     inputs = [value for value in model.graph.input if value.name not in weights]
     names = [value.name for value in inputs]
     outputs = [value.name for value in model.graph.output]
+    if any(set(names) == set(taken) for taken, _ in TENSORS.values()):
+        raise InputError(
+            f"{path} holds LightGlue, whose engines build_lightglue_file of aliked.export.build "
+            "makes and measure_timings.py --matcher lightglue judges; give a file of a model"
+        )
     if names != [INPUT] or not set(OUTPUTS) <= set(outputs):
         raise InputError(
             f"{path} has inputs {names} and outputs {outputs}, not {INPUT} and "
@@ -463,7 +470,7 @@ def _description(
     """The fields of a manifest but for the engine's SHA-256."""
     flags = dataclasses.asdict(options)
     flags["timing_cache"] = str(options.timing_cache) if options.timing_cache else None
-    flags["compute_capabilities"] = list(options.compute_capabilities)
+    flags["compute_capabilities"] = targets_of(options)
     built_on = None if library is RTX else gpu.devices()[0]
     return {
         "library": library.name,

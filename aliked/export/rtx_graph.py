@@ -163,10 +163,10 @@ def fold_large(rewriter: Rewriter) -> None:
     rewriter.finish(nodes)
 
 
-def spread_offsets(rewriter: Rewriter, few: int = FEW) -> None:
+def spread_offsets(rewriter: Rewriter) -> None:
     """Give 3x3 convolutions for offsets more channels: the library has slow kernels for 18.
 
-    On maps of more than `few` pixels they are filled up with zeros. On smaller ones, whose long
+    On maps of more than `FEW` pixels they are filled up with zeros. On smaller ones, whose long
     sums few blocks would do one after another, the convolution is one of 1x1 that gives what every
     tap adds, and the positions add that up. A block's shortcut joins its first convolution.
     """
@@ -184,7 +184,7 @@ def spread_offsets(rewriter: Rewriter, few: int = FEW) -> None:
         shortcut = _shortcut(rewriter, conv.input[0])
         if shortcut is not None:
             instead[shortcut.output[0]] = Nodes(rewriter, "")
-        give = _spread if height * width <= few else _filled
+        give = _spread if height * width <= FEW else _filled
         new = instead[conv.output[0]] = Nodes(rewriter, conv.output[0])
         offsets = instead[grid] = Nodes(rewriter, grid)
         _to_grid(offsets, give(new, offsets, conv, shortcut), conv, clip)
