@@ -178,7 +178,6 @@ def test_the_graph_for_rtx_computes_what_the_file_does(name, wide, few, tmp_path
     assert not {"LessOrEqual", "AveragePool"} & set(kinds(rewritten))
     strides = [a.ints for n in rewritten.graph.node for a in n.attribute if a.name == "strides"]
     assert sum(list(steps) == [3, 3] for steps in strides) == 4  # of deformable convolutions
-    assert kinds(rewritten).count("Pad") < kinds(written).count("Pad")  # of the score map
     onnx.checker.check_model(rewritten, full_check=True)
     images = np.random.default_rng(0).integers(0, 256, (1, 160, 192, 3), dtype=np.uint8)
     (keypoints, descriptors, scores), got = (
