@@ -111,7 +111,8 @@ def main(args: argparse.Namespace) -> int:
             own = replace(spec, precision=args.precision)
             build(own, args.builder, path)
             engine = TensorRTExtractor(path, cuda_graph=args.cuda_graph)
-            library = {"library": engine.manifest["library"], "version": engine.manifest["version"]}
+            builder = engine.engine.library
+            library = {"library": builder.name, "version": builder.version}
             row = {"model": model, "precision": args.precision, "cuda_graph": args.cuda_graph}
             for found in check(engine, PyTorchExtractor(spec), own, args.folders):
                 line = row | found | library | {"gpu": card, "commit": git_commit()}

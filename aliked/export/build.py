@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
+from aliked import gpu
 from aliked.backends import Spec
 from aliked.backends.pytorch import NamedOutputs, choose_device, load_model, plain_float32
 from aliked.backends.tensorrt_library import RTX, TENSORRT
-from aliked.export.builder import BuildOptions
+from aliked.export.builder import THIS_GPU, BuildOptions
 from aliked.export.engine import Request, build_lightglue, convert, read_source
 from aliked.export.lightglue import MatcherOptions, PairOptions, export_matcher, export_pair
 from aliked.export.onnx_export import ExportOptions, export_onnx
@@ -35,15 +36,18 @@ def build_onnx(spec: Spec, shape: Shape, path: Path) -> None:
 def build_engine(spec: Spec, shape: Shape, path: Path, builder: str = "tensorrt") -> None:
     """Export the model of `spec` for images of `shape` and build its engine by `builder`.
 
-    It is not verified: whoever times it compares what it gives.
+    It is not verified: whoever times it compares what it gives. One of TensorRT for RTX and of one
+    size is for the GPU of this machine, where there is one.
     """
+    here = builder == RTX.name and shape[0] == 1 and gpu.unavailable() is None
+    options = BuildOptions(tf32=spec.tf32, compute_capabilities=(THIS_GPU,) if here else ())
     with tempfile.TemporaryDirectory() as folder:
         onnx_path = Path(folder) / f"{path.stem}.onnx"
         build_onnx(spec, shape, onnx_path)
         request = Request(
             onnx_path,
             path,
-            BuildOptions(tf32=spec.tf32),
+            options,
             builder=builder,
             shapes=((*shape, 3),) * 3 if -1 in read_source(onnx_path).shape else (None,) * 3,
             verify=False,

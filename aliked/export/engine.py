@@ -41,6 +41,7 @@ from aliked.export.builder import (
     check_options,
     has_weak_fp16,
     layer_information,
+    targets_of,
 )
 from aliked.export.onnx_checks import check_model
 from aliked.export.onnx_graph import Target, graph_precision, load_model
@@ -469,7 +470,7 @@ def _description(
     """The fields of a manifest but for the engine's SHA-256."""
     flags = dataclasses.asdict(options)
     flags["timing_cache"] = str(options.timing_cache) if options.timing_cache else None
-    flags["compute_capabilities"] = list(options.compute_capabilities)
+    flags["compute_capabilities"] = targets_of(options)
     built_on = None if library is RTX else gpu.devices()[0]
     return {
         "library": library.name,

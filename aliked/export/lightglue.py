@@ -31,6 +31,7 @@ from aliked.export.onnx_export import (
     silence,
     trace,
 )
+from aliked.export.onnx_graph import spell_out_selu
 from aliked.features import Features
 from aliked.files import whole_file
 from aliked.lightglue import LightGlue, Output, filter_matches
@@ -291,6 +292,7 @@ def _write(proto: onnx.ModelProto, path: Path, matcher: LightGlue, facts: dict) 
     facts = {"precision": matcher.precision} | facts
     metadata = {f"lightglue.{name}": json.dumps(value) for name, value in facts.items()}
     onnx.helper.set_model_props(proto, metadata)
+    spell_out_selu(proto)
     onnx.checker.check_model(proto, full_check=True)
     with whole_file(path) as partial:
         onnx.save(proto, partial)

@@ -12,6 +12,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
+from aliked.export.onnx_graph import spell_out_selu
+
 FOLDED = {"Abs", "Cast", "LessOrEqual", "Sub"}  # what the exporters leave of large constants
 SELU_ALPHA, SELU_SCALE = 1.6732632423543772, 1.0507009873554805
 PIXELS = 2**17  # of a map for which wide convolutions are faster
@@ -136,11 +138,12 @@ def for_rtx(model: onnx.ModelProto, pixels: int = PIXELS) -> onnx.ModelProto:
     """The same function of the same inputs, `model` being left as it is."""
     rewritten = onnx.ModelProto()
     rewritten.CopyFrom(model)
+    spell_out_selu(rewritten)  # of files from before the export did
     fold_large(Rewriter(rewritten))
     spread_offsets(Rewriter(rewritten))
     sum_samples(Rewriter(rewritten))
     fuse_selu(Rewriter(rewritten))
-    exact_selu(Rewriter(rewritten))
+    selu_in_float32(Rewriter(rewritten))
     widen(Rewriter(rewritten), pixels)
     average(Rewriter(rewritten))
     return rewritten
@@ -160,10 +163,10 @@ def fold_large(rewriter: Rewriter) -> None:
     rewriter.finish(nodes)
 
 
-def spread_offsets(rewriter: Rewriter, few: int = FEW) -> None:
+def spread_offsets(rewriter: Rewriter) -> None:
     """Give 3x3 convolutions for offsets more channels: the library has slow kernels for 18.
 
-    On maps of more than `few` pixels they are filled up with zeros. On smaller ones, whose long
+    On maps of more than `FEW` pixels they are filled up with zeros. On smaller ones, whose long
     sums few blocks would do one after another, the convolution is one of 1x1 that gives what every
     tap adds, and the positions add that up. A block's shortcut joins its first convolution.
     """
@@ -181,7 +184,7 @@ def spread_offsets(rewriter: Rewriter, few: int = FEW) -> None:
         shortcut = _shortcut(rewriter, conv.input[0])
         if shortcut is not None:
             instead[shortcut.output[0]] = Nodes(rewriter, "")
-        give = _spread if height * width <= few else _filled
+        give = _spread if height * width <= FEW else _filled
         new = instead[conv.output[0]] = Nodes(rewriter, conv.output[0])
         offsets = instead[grid] = Nodes(rewriter, grid)
         _to_grid(offsets, give(new, offsets, conv, shortcut), conv, clip)
@@ -311,30 +314,27 @@ def _sums_levels(rewriter: Rewriter, selu: onnx.NodeProto) -> bool:
     return any(node is not None and node.op_type == "Resize" for node in before)
 
 
-def exact_selu(rewriter: Rewriter) -> None:
-    """Write Selu by Elu in float32: in float32, and in half precision of images of any size.
+def selu_in_float32(rewriter: Rewriter) -> None:
+    """Let what is left of Selu be computed in float32 in half precision of symbolic sizes.
 
-    The library's own Selu rounds more than float32 does, and its Elu does not. Of images of one
-    size half precision keeps what `fuse_selu` left, which was chosen for its speed.
+    Keypoints come nearer to float32's. Of images of one size other forms were chosen, for speed.
     """
     nodes = []
     for node in rewriter.graph.node:
         out = node.output[0]
-        kind = rewriter.types[out].elem_type if out in rewriter.types else TensorProto.UNDEFINED
-        half = kind == TensorProto.FLOAT16 and rewriter.shape(out) is None
-        if node.op_type != "Selu" or not (half or kind == TensorProto.FLOAT):
+        known = node.op_type == "Selu" and out in rewriter.types
+        half = known and rewriter.types[out].elem_type == TensorProto.FLOAT16
+        if not half or rewriter.shape(out) is not None:
             nodes.append(node)
             continue
-        x, y = (f"{out} input", f"{out} float32") if half else (node.input[0], out)
-        scale = rewriter.constant(f"{out} scale", np.array(SELU_SCALE, np.float32))
-        exact = [
-            helper.make_node("Elu", [x], [f"{out} elu"], alpha=SELU_ALPHA),
-            helper.make_node("Mul", [f"{out} elu", scale], [y]),
+        selu = onnx.NodeProto()
+        selu.CopyFrom(node)
+        selu.input[0], selu.output[0] = f"{out} input", f"{out} float32"
+        nodes += [
+            helper.make_node("Cast", node.input, selu.input, to=TensorProto.FLOAT),
+            selu,
+            helper.make_node("Cast", selu.output, [out], to=TensorProto.FLOAT16),
         ]
-        if half:
-            exact.insert(0, helper.make_node("Cast", node.input, [x], to=TensorProto.FLOAT))
-            exact.append(helper.make_node("Cast", [y], [out], to=TensorProto.FLOAT16))
-        nodes += exact
     rewriter.finish(nodes)
 
 
