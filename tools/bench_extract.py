@@ -50,7 +50,7 @@ WARM, ONNX_IMAGES = 20, 40  # images of `--others`
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m tools.bench_extract",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
