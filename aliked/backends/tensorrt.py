@@ -353,8 +353,8 @@ class Engine:
     """One engine on a stream of its own; not for several threads at once.
 
     Device buffers and pinned arrays, by tensor name, are made for one set of input shapes at a
-    time and used again with every run. All methods but `infer`
-    and `synchronize` are called inside `memory.active()`.
+    time and used again with every run. All methods but `infer` and `synchronize` are called inside
+    `memory.active()`.
     """
 
     def __init__(
@@ -403,7 +403,8 @@ class Engine:
         is_input = self._trt.TensorIOMode.INPUT
         self.inputs = [name for name in names if self._engine.get_tensor_mode(name) == is_input]
         self.outputs = [name for name in names if name not in self.inputs]
-        if set(self.inputs) != set(contract.inputs) or not set(contract.outputs) <= set(names):
+        given, wanted = set(self.inputs), set(contract.inputs)
+        if given != wanted or not set(contract.outputs) <= set(self.outputs):
             raise InputError(
                 f"{self.path} has inputs {self.inputs} and outputs {self.outputs}, not "
                 f"{', '.join(contract.inputs)} and {', '.join(contract.outputs)}; {contract.cure}"
