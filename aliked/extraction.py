@@ -43,7 +43,7 @@ class Photo:
 
     name: str
     size: tuple[int, int]  # width and height as stored
-    load: Callable[[], np.ndarray]  # uint8 [height, width, 3] RGB as stored
+    load: Callable[..., np.ndarray]  # uint8 [height, width, 3] RGB as stored, perhaps in `out`
     turns: int = 0  # quarter turns, counter-clockwise, that make it upright
     jpeg: Path | None = None  # its file, where that is its kind
 
@@ -119,7 +119,7 @@ class Job:
     def _photos(self, bad: Callable[[InputError], None]) -> Iterator[Photo]:
         if is_video(self.images):
             for name, image in frames(self.images, self.every, self.max_frames):
-                yield Photo(name, image.shape[1::-1], lambda image=image: image)
+                yield Photo(name, image.shape[1::-1], lambda out=None, image=image: image)
             return
         for name in find_images(self.images):
             try:
@@ -264,7 +264,7 @@ class Pipeline:
     def _decode(self, photo: Photo, slot: np.ndarray) -> np.ndarray | None:
         """Put the pixels that the extractor sees into `slot` [h, w, 3]; the mask, if any."""
         with self._timed("decode"):
-            pixels = photo.load()
+            pixels = photo.load(out=None if photo.turns else slot)
             if pixels.shape[1::-1] != photo.size:
                 raise InputError(
                     f"{photo.name} has {pixels.shape[1]}x{pixels.shape[0]} pixels, and "
@@ -276,11 +276,11 @@ class Pipeline:
                     f"{self.job.max_size}, and needs {MIN_SIDE}x{MIN_SIDE}; pass a larger one"
                 )
             upright = np.rot90(pixels, photo.turns)
-            if upright.shape == slot.shape:
-                np.copyto(slot, upright)
-            else:
+            if upright.shape != slot.shape:
                 size = slot.shape[1::-1]
                 cv2.resize(np.ascontiguousarray(upright), size, slot, interpolation=cv2.INTER_AREA)
+            elif pixels is not slot:
+                np.copyto(slot, upright)
             return None if self.job.masks is None else read_mask(self.job.masks, photo)
 
     def _extract(self, batch: list[Photo], pixels: np.ndarray, decoded: list[Future]) -> Extracted:
