@@ -147,6 +147,7 @@ class Tally:
     skipped: list[str] = field(default_factory=list)  # a sentence for each bad file
     wall: float = 0.0  # seconds
     busy: Counter = field(default_factory=Counter)  # seconds of each stage, of all its threads
+    cores: Counter = field(default_factory=Counter)  # seconds of these in which a core worked
     threads: Counter = field(default_factory=Counter)  # of each stage
 
     def __add__(self, other: "Tally") -> "Tally":
@@ -157,6 +158,7 @@ class Tally:
             self.skipped + other.skipped,
             max(self.wall, other.wall),
             self.busy + other.busy,
+            self.cores + other.cores,
             self.threads + other.threads,
         )
 
@@ -378,12 +380,13 @@ class Pipeline:
 
     @contextlib.contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
-        started = time.perf_counter()
+        started, worked = time.perf_counter(), time.thread_time()
         try:
             yield
         finally:
             with self._lock:
                 self.tally.busy[stage] += time.perf_counter() - started
+                self.tally.cores[stage] += time.thread_time() - worked
 
 
 def as_stored(features: Features, photo: Photo, extracted: tuple[int, int]) -> Features:
