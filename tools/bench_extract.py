@@ -9,7 +9,7 @@ Makes the JPEGs from the shipped photographs, and measures by itself each of
 in images per second, and the share of `all` in the slower of decode and kernels; seconds of the
 start, and from the last features until the file was there; of `all` the share of the cores' time in
 which they were idle, and the milliseconds of a core that an image took: of all stages of the
-workers, of the first process, and of the rest (the file's books, Python).
+workers, of the first process, of the file's books, and of the rest.
 
     python -m tools.bench_extract /tmp/jpegs --model aliked-n16 --backend fused --precision fp16 \\
         --output results/scale/h100.jsonl
@@ -277,14 +277,14 @@ class Clock:
             self.before = self._cores() | {"stages": tally.cores}
 
     def run(self, tally: Tally, path: Path) -> Run:
-        """What is to be told when the file is at `path` and the team closed."""
+        """What is to be told when the file is at `path`, before the team is closed."""
         now = time.perf_counter()
         seconds, images = now - self.made - self.start, tally.images - self.images
         after = self._cores() | {"stages": tally.cores}
         stages = after.pop("stages") - self.before.pop("stages")
         spent = {name: after[name] - self.before[name] for name in after}
-        cores = stages | {"first": spent["first"]}
-        cores["rest"] = spent["others"] - stages.total()
+        cores = stages | {name: spent[name] for name in ("first", "file")}
+        cores["rest"] = spent["workers"] - stages.total()
         return Run(
             images / seconds,
             self.start,
@@ -296,18 +296,29 @@ class Clock:
         )
 
     def _cores(self) -> dict[str, float]:
-        """Seconds of cores: of this process, of the team's others, and idle ones."""
+        """Seconds of cores: of the first process, of the file's, of workers; and idle ones."""
         ended = os.times()
-        processes = [self.team._grower, *(worker.process for worker in self.team.workers.values())]
-        others = ended.children_user + ended.children_system
-        for process in processes:
-            with contextlib.suppress(OSError):
-                fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
-                others += (int(fields[11]) + int(fields[12])) / TICKS
+        workers = [ended.children_user + ended.children_system]
+        workers += [_seconds(worker.process) for worker in self.team.workers.values()]
         lines = (line.split() for line in Path("/proc/stat").read_text().splitlines())
         mine = {f"cpu{core}" for core in os.sched_getaffinity(0)}
         idle = sum(int(line[4]) + int(line[5]) for line in lines if line[0] in mine) / TICKS
-        return {"first": time.process_time(), "others": others, "idle": idle}
+        file = _seconds(self.team._grower)
+        return {
+            "first": time.process_time(),
+            "file": file,
+            "workers": sum(workers),
+            "idle": idle,
+        }
+
+
+def _seconds(process: multiprocessing.Process) -> float:
+    """Of a core, that a process has taken; 0 where it has been waited for."""
+    try:
+        stat = Path(f"/proc/{process.pid}/stat").read_text()
+    except OSError:
+        return 0.0
+    return sum(map(int, stat.rpartition(")")[2].split()[11:13])) / TICKS
 
 
 def extraction(job: Job, devices: list[str]) -> Run:
@@ -318,8 +329,8 @@ def extraction(job: Job, devices: list[str]) -> Run:
         with contextlib.closing(Team(job, store, devices)) as team:
             clock = Clock(team)
             tally = team.run(clock)
-        store.close()
-        return clock.run(tally, store.path)
+            store.close()
+            return clock.run(tally, store.path)
     finally:
         shutil.rmtree(scratch)
 
