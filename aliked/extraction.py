@@ -229,6 +229,7 @@ class Pipeline:
     def begin(self) -> Tally:
         """Count from nothing; what is counted from now on."""
         decode = self.job.threads or available_cores()
+        self._written = True  # the batches so far, each whole
         self.tally = Tally(threads=Counter(decode=decode, extract=self.job.lanes, write=1))
         return self.tally
 
@@ -361,6 +362,10 @@ class Pipeline:
             self._lanes.put(lane)
 
     def _write(self, extracted: Future) -> None:
+        # After a batch that failed none is written: which batch it is is known by their order.
+        if not self._written:
+            return
+        self._written = False
         images = extracted.result()
         with self._timed("write"):
             for photo, features, mask in images:
@@ -371,6 +376,7 @@ class Pipeline:
                 self.tally.keypoints += len(features)
             self.store.checkpoint()
         self.tally.images += len(images)
+        self._written = True
 
     def _bad(self, error: InputError) -> None:
         if self.job.strict:

@@ -85,8 +85,9 @@ def test_a_killed_run_is_resumed_and_gives_what_an_uninterrupted_one_gives(tmp_p
     assert not parts.exists()
 
 
-def test_processes_share_the_work_and_replace_one_that_is_killed(tmp_path, photos):
-    """Killed at its first batch: another begins, and the file is that of one process."""
+@pytest.mark.parametrize("end", ["os.kill(os.getpid(), signal.SIGKILL)", "raise RuntimeError"])
+def test_processes_share_the_work_and_replace_one_that_ends(tmp_path, photos, end):
+    """Ended at its first batch: another begins, and the file is that of one process."""
     options = ("--top_k", 50, "--batch_size", 1)
     extract(photos, "--output", tmp_path / "whole.h5", *options)
     code = """
@@ -98,7 +99,7 @@ def _extract(self, *args):
     mark = Path(os.environ["MARK"])
     if not mark.exists():
         mark.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
+        END
     return original(self, *args)
 extraction.Pipeline._extract = _extract
 if __name__ == "__main__":
@@ -107,7 +108,7 @@ if __name__ == "__main__":
     cli.run(extract.main, extract.parser())
 """
     main = tmp_path / "main.py"  # which spawned processes import as well
-    main.write_text(code)
+    main.write_text(code.replace("END", end))
     command = [sys.executable, main, photos, "--output", tmp_path / "f.h5", *options]
     result = subprocess.run(
         [*map(str, command), "--device", "cpu", "--processes", "2"],
