@@ -31,6 +31,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from math import nan
 from pathlib import Path
+from typing import Any
 
 import cv2
 import h5py
@@ -189,27 +190,47 @@ HEADER = (
 )
 
 
+def side_by_side(task: Callable[[Any], float], shares: list) -> float:
+    """Seconds that a task takes for all shares, each in a process of its own, begun together."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tools.bench_extract"])  # once for all
+    together = (context.Barrier(len(shares)),)
+    with ProcessPoolExecutor(len(shares), context, _meet, together) as pool:
+        return max(pool.map(task, shares))
+
+
+def _meet(together: multiprocessing.Barrier) -> None:
+    _meet.together = together
+
+
+def timed(work: Callable[[], None]) -> float:
+    """Seconds from when all processes are ready until the work is done."""
+    _meet.together.wait()
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
 def decode_rate(folder: Path, threads: int, processes: int) -> float:
     """Images per second of decoding alone."""
     paths = [folder / name for name in find_images(folder)]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context) as pool:
-        shares = [(paths[i::processes], threads // processes) for i in range(processes)]
-        list(pool.map(decode_all, [(some[:100], count) for some, count in shares]))  # warm
-        times = list(pool.map(decode_all, shares))
-    return len(paths) / (max(end for _, end in times) - min(start for start, _ in times))
+    shares = [(paths[i::processes], threads // processes) for i in range(processes)]
+    return len(paths) / side_by_side(decode_all, shares)
 
 
-def decode_all(share: tuple[list[Path], int]) -> tuple[float, float]:
-    """Decode images in a number of threads; when it began and ended."""
+def decode_all(share: tuple[list[Path], int]) -> float:
+    """Seconds that a number of threads takes to decode images, after some others."""
     paths, threads = share
     keep_freed_memory()
     cv2.setNumThreads(1)
-    started = time.perf_counter()
     with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(lambda path: load_image(path, stored=1).nbytes, paths):
-            pass
-    return started, time.perf_counter()
+
+        def decode(paths: list[Path]) -> None:
+            for _ in pool.map(lambda path: load_image(path, stored=1).nbytes, paths):
+                pass
+
+        decode(paths[:100])
+        return timed(lambda: decode(paths))
 
 
 WRITTEN = 2000  # images of `writes`
@@ -220,24 +241,21 @@ def writes_rate(job: Job, folder: Path, processes: int) -> float:
     count, depth = job.spec.top_k, CONFIGS[job.spec.model].dim
     size = count * (12 + depth * (2 if job.half else 4))
     with tempfile.NamedTemporaryFile(dir=folder) as file:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(processes, context) as pool:
-            shares = [(file.name, size, range(i, WRITTEN, processes)) for i in range(processes)]
-            list(pool.map(write_all, [(name, size, some[:1]) for name, size, some in shares]))
-            times = list(pool.map(write_all, shares))
-    return WRITTEN / (max(end for _, end in times) - min(start for start, _ in times))
+        shares = [(file.name, size, range(i, WRITTEN, processes)) for i in range(processes)]
+        return WRITTEN / side_by_side(write_all, shares)
 
 
-def write_all(share: tuple[str, int, range]) -> tuple[float, float]:
-    """Write what is of the size of these images' features; when it began and ended."""
+def write_all(share: tuple[str, int, range]) -> float:
+    """Seconds that it takes to write what is of the size of these images' features."""
     name, size, images = share
     values = np.random.default_rng(0).integers(0, 256, size, np.uint8)
     descriptor = os.open(name, os.O_WRONLY)
-    started = time.perf_counter()
-    for index in images:
-        write_at(descriptor, index * size, values)
-    os.close(descriptor)
-    return started, time.perf_counter()
+
+    def write() -> None:
+        for index in images:
+            write_at(descriptor, index * size, values)
+
+    return timed(write)
 
 
 def rate_of(call: Callable[[], object], wait: Callable[[], None], images: int) -> float:
