@@ -14,6 +14,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -37,6 +38,7 @@ from aliked.threads import keep_freed_memory
 
 RESTARTS = 3  # of a worker that was killed; more is no accident
 MANY_IMAGES = 5000  # from which several processes on a GPU are worth their start
+WAITING = 4  # batches of a worker that wait for their places in the file
 CORES = 4  # that one process keeps busy: Python runs one of its threads at a time
 
 
@@ -121,6 +123,10 @@ class Written(NamedTuple):
     number: int
 
 
+class Done(NamedTuple):
+    """A worker has written all that it had."""
+
+
 class Finished(NamedTuple):
     """The file is where it is to be."""
 
@@ -160,7 +166,8 @@ class Team:
         self.tally = Tally()  # of what is done here: bad headers are found while dealing
         self.tallies = [Tally() for _ in devices]
         self.deaths: Counter[int] = Counter()
-        self.workers: dict[int, Worker] = {}
+        self.workers: dict[int, Worker] = {}  # that are not done
+        self._leaving: list[multiprocessing.Process] = []  # which CUDA takes a second for
         self._todo = self._batches()
         self._context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
         self._grower, self._file = self._process(_grow, self.jobs[0], store.path)
@@ -191,8 +198,11 @@ class Team:
 
     def close(self) -> None:
         """End those that are still running."""
-        for process in (self._grower, *(worker.process for worker in self.workers.values())):
+        working = (worker.process for worker in self.workers.values())
+        processes = [self._grower, *self._leaving, *working]
+        for process in processes:
             process.terminate()
+        for process in processes:
             process.join()
         self._post.put(None)
         self._poster.join()
@@ -259,6 +269,11 @@ class Team:
             case Written():
                 worker.batches.popleft()
                 self._post.put(said)
+            case Done():
+                while worker.file.poll():
+                    self._hear(worker.file, worker)
+                self._leave(worker)
+                self._leaving.append(worker.process)
             case Finished():
                 self._finished = True
             case Stopped():
@@ -288,12 +303,15 @@ class Team:
             while self.workers.get(worker.index) is worker:
                 self._hear(worker.ours, worker)
             return
-        del self.workers[worker.index]
-        worker.ours.close()
-        worker.file.close()
+        self._leave(worker)
         worker.process.join()
         if worker.process.exitcode != 0:
             self._replace(worker)
+
+    def _leave(self, worker: Worker) -> None:
+        del self.workers[worker.index]
+        worker.ours.close()
+        worker.file.close()
 
     def _replace(self, worker: Worker) -> None:
         """Start another in place of one that was killed, unless that happens again and again."""
@@ -340,33 +358,57 @@ def _work(job: Job, file: Connection, theirs: Connection) -> None:
 
         pipeline = Pipeline(job, writer, theirs.send)
         pipeline.run_batches(batches())
+        writer.finish()
         theirs.send(pipeline.tally)
+        theirs.send(Done())
 
 
 class Writer:
-    """What a worker has in place of a store: batches go to their places in the file that grows."""
+    """What a worker has in place of a store: batches go to their places in the file that grows.
+
+    Some wait for these, since places are given in the order of the folder.
+    """
 
     def __init__(self, file: Connection):
         self.numbers: deque[int] = deque()  # of the batches, in the order in which they come
-        self._file, self._descriptor = file, None
         self._images: dict[str, list[np.ndarray]] = {}
+        self._file, self._sending, self._descriptor = file, threading.Lock(), None
+        self._thread = ThreadPoolExecutor(1, "aliked-place")
+        self._waiting: deque[Future] = deque()
 
     def write(self, name: str, features: Features, size: tuple[int, int]) -> None:
         """Take the features of an image of the batch."""
         self._images[name] = arrays_of(features, size)
 
     def checkpoint(self) -> None:
-        """Write the batch."""
-        if self._descriptor is None:
-            self._descriptor = os.open(self._file.recv().path, os.O_WRONLY)
+        """Have the batch written, once it has its place."""
         number, images = self.numbers.popleft(), self._images
         self._images = {}
         shapes = {name: [Spot.of(array) for array in arrays] for name, arrays in images.items()}
-        self._file.send(Place(number, shapes))
+        self._send(Place(number, shapes))
+        self._waiting.append(self._thread.submit(self._put, number, images))
+        self._wait(WAITING)
+
+    def finish(self) -> None:
+        """Return when all batches are written."""
+        self._wait(0)
+
+    def _wait(self, most: int) -> None:
+        while len(self._waiting) > most:
+            self._waiting.popleft().result()
+
+    def _put(self, number: int, images: dict[str, list[np.ndarray]]) -> None:
+        """Write the batch whose places come next: it was the next to ask."""
+        if self._descriptor is None:
+            self._descriptor = os.open(self._file.recv().path, os.O_WRONLY)
         arrays = itertools.chain.from_iterable(images.values())
         for offset, array in zip(self._file.recv().offsets, arrays, strict=True):
             write_at(self._descriptor, offset, array)
-        self._file.send(Written(number))
+        self._send(Written(number))
+
+    def _send(self, said: NamedTuple) -> None:
+        with self._sending:
+            self._file.send(said)
 
 
 def _grow(job: Job, path: Path, theirs: Connection) -> None:
