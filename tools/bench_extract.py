@@ -193,7 +193,7 @@ HEADER = (
 def side_by_side(task: Callable[[Any], float], shares: list) -> float:
     """Seconds that a task takes for all shares, each in a process of its own, begun together."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tools.bench_extract"])  # once for all
+    context.set_forkserver_preload(["torch", "aliked.workers", "benchmark.environment"])
     together = (context.Barrier(len(shares)),)
     with ProcessPoolExecutor(len(shares), context, _meet, together) as pool:
         return max(pool.map(task, shares))
@@ -318,6 +318,7 @@ class Clock:
         ended = os.times()
         workers = [ended.children_user + ended.children_system]
         workers += [_seconds(worker.process) for worker in self.team.workers.values()]
+        workers += [_seconds(process) for process in self.team._leaving]
         lines = (line.split() for line in Path("/proc/stat").read_text().splitlines())
         mine = {f"cpu{core}" for core in os.sched_getaffinity(0)}
         idle = sum(int(line[4]) + int(line[5]) for line in lines if line[0] in mine) / TICKS
