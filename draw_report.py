@@ -11,22 +11,14 @@ from pathlib import Path
 from aliked import cli
 from aliked.errors import InputError
 from aliked.files import read_text, whole_file
-from benchmark.plots import draw_all
+from benchmark.plots import write_report
 from benchmark.records import AnyRecord, MeasuredTwice, is_evaluation, load_records, pair_runs
 from benchmark.report import report_text, small_table
 from evaluation import report as evaluation
-from evaluation.report import load_outcomes
+from evaluation.records import load_outcomes
 
 BEGIN, END = "<!-- timings:begin -->", "<!-- timings:end -->"
 EVALUATION = "<!-- evaluation:begin -->", "<!-- evaluation:end -->"
-
-
-def write_report(records: list[AnyRecord], folder: Path) -> list[Path]:
-    """Write `tables.md` and the plots into `folder`; the paths written."""
-    tables = folder / "tables.md"
-    with whole_file(tables) as partial:
-        partial.write_text(report_text(records))
-    return [tables, *draw_all(records, folder)]
 
 
 Blocks = dict[tuple[str, str], str]  # text by the markers that it goes between

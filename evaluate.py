@@ -4,14 +4,15 @@
 import argparse
 
 from aliked import cli
-from evaluation.report import TASKS
+from evaluation.records import TASKS
 from evaluation.runner import add_shared_options, run
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = cli.Parser(description=__doc__)
-    tasks = p.add_subparsers(dest="task", required=True, metavar="TASK")
+    names = f"{{{','.join(TASKS)}}}"  # in the error where none is given, too
+    tasks = p.add_subparsers(dest="task", required=True, metavar=names)
     for name, task in TASKS.items():
         options = tasks.add_parser(name, help=task.help, description=f"Evaluate on {task.help}.")
         task.add_options(options)

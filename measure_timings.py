@@ -7,7 +7,6 @@ compared with PyTorch in float32 on the same images; one outside tolerance is sh
 """
 
 import argparse
-import sys
 import time
 from pathlib import Path
 
@@ -34,12 +33,12 @@ from aliked.errors import InputError
 from aliked.files import real_path, writable_folder
 from aliked.matching import LIGHTGLUE_DIM, MATCHERS, check_descriptor_length
 from benchmark.artifacts import check_model_file
+from benchmark.plots import write_report
 from benchmark.records import AnyRecord, load_records, only_writer, resume
-from benchmark.report import footnotes, milliseconds, summary_table
+from benchmark.report import footnotes, milliseconds, rows_text, summary_table
 from benchmark.rows import Grid, ImageSet, Row, load_image_sets
 from benchmark.runner import Run, open_run, run_rows
 from benchmark.timing import Limits
-from draw_report import write_report
 
 EVERY_BACKEND = [name for name in BACKENDS if name != "onnxruntime"]  # which chooses among others
 
@@ -57,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     # What the positional argument was called once.
     p.add_argument("--images", type=Path, nargs="+", default=[], help=argparse.SUPPRESS)
     add_grid_options(p.add_argument_group("what to measure: every combination is a row"))
+    add_matching_options(p.add_argument_group("matching each image with the next"))
     add_file_options(p.add_argument_group("files"))
     add_limit_options(p.add_argument_group("how long"))
     return p
@@ -70,7 +70,7 @@ def add_grid_options(group: argparse._ArgumentGroup) -> None:
         nargs="+",
         default=["pytorch", "onnxruntime"],
         metavar="NAME",
-        help=f"of {', '.join(BACKENDS)}; all (default: pytorch onnxruntime)",
+        help=f"any of {', '.join(BACKENDS)}, or all (default: pytorch onnxruntime)",
     )
     group.add_argument(
         "--models",
@@ -78,7 +78,7 @@ def add_grid_options(group: argparse._ArgumentGroup) -> None:
         nargs="+",
         default=[Spec.model],
         metavar="NAME",
-        help=f"of {', '.join(CONFIGS)}; all (default: {Spec.model})",
+        help=f"any of {', '.join(CONFIGS)}, or all (default: {Spec.model})",
     )
     group.add_argument(
         "--top_k",
@@ -120,16 +120,20 @@ def add_grid_options(group: argparse._ArgumentGroup) -> None:
         "--compile_mode",
         default=Spec.compile_mode,
         metavar="MODE",
-        help="of torch.compile, for backend pytorch-compile (default: %(default)s: CUDA graphs)",
+        help="of torch.compile, in backend pytorch-compile (default: %(default)s: CUDA graphs)",
     )
+    add_size_option(group)
+
+
+def add_matching_options(group: argparse._ArgumentGroup) -> None:
+    """What is done with the features of an image and the next."""
     group.add_argument(
         "--min_similarity",
         type=cosine,
         metavar="COSINE",
-        help="also count the matches of each image with the next, of at least this descriptor "
-        "similarity, -1 to 1 (default: no matching)",
+        help="also count the matches of at least this descriptor similarity, -1 to 1 (default: no "
+        "matching)",
     )
-    add_size_option(group)
     group.add_argument(
         "--matcher",
         choices=MATCHERS,
@@ -215,7 +219,7 @@ def add_limit_options(group: argparse._ArgumentGroup) -> None:
         "(default: %(default)s)",
     )
     group.add_argument(
-        "--seed", type=seed, default=0, help="of the order of the rows (default: %(default)s)"
+        "--seed", type=seed, default=0, help="decides the order of the rows (default: %(default)s)"
     )
 
 
@@ -225,26 +229,7 @@ def grid_from(args: argparse.Namespace) -> Grid:
     models = list(CONFIGS) if "all" in args.models else args.models
     for model in models:
         get_config(model)
-    suffixes = [get_backend(name).suffix for name in backends]
-    file = args.model_path
-    if file and file.suffix not in suffixes:
-        raise InputError(
-            f"none of the backends {', '.join(backends)} runs {file}; choose one that does"
-        )
-    by_threshold = [k for k in args.top_k if k <= 0]
-    check_selection(min(by_threshold or args.top_k), args.scores_th, args.n_limit)
-    if args.compile_mode not in COMPILE_MODES:
-        raise InputError(
-            f"unknown compile mode {args.compile_mode!r}; choose one of {', '.join(COMPILE_MODES)}"
-        )
-    if args.compile_mode != Spec.compile_mode and "pytorch-compile" not in backends:
-        raise InputError(
-            "--compile_mode is for backend pytorch-compile, which is not measured; leave it out"
-        )
-    if args.compiler_cache and not any(get_backend(name).compiles for name in backends):
-        raise InputError(
-            f"none of the backends {', '.join(backends)} compiles; leave --compiler_cache out"
-        )
+    check_grid_options(args, backends)
     check_lightglue(args, backends, models)
     if args.matcher == "lightglue":
         backends = [name for name in backends if get_backend(name).lightglue]
@@ -266,6 +251,30 @@ def grid_from(args: argparse.Namespace) -> Grid:
                 f"{' '.join(get_backend(name).precisions)}, or leave the backend out"
             )
     return grid
+
+
+def check_grid_options(args: argparse.Namespace, backends: list[str]) -> None:
+    """Refuse options that none of the backends, or none of the K, would use."""
+    suffixes = [get_backend(name).suffix for name in backends]
+    file = args.model_path
+    if file and file.suffix not in suffixes:
+        raise InputError(
+            f"none of the backends {', '.join(backends)} runs {file}; choose one that does"
+        )
+    by_threshold = [k for k in args.top_k if k <= 0]
+    check_selection(min(by_threshold or args.top_k), args.scores_th, args.n_limit)
+    if args.compile_mode not in COMPILE_MODES:
+        raise InputError(
+            f"unknown compile mode {args.compile_mode!r}; choose one of {', '.join(COMPILE_MODES)}"
+        )
+    if args.compile_mode != Spec.compile_mode and "pytorch-compile" not in backends:
+        raise InputError(
+            "--compile_mode is for backend pytorch-compile, which is not measured; leave it out"
+        )
+    if args.compiler_cache and not any(get_backend(name).compiles for name in backends):
+        raise InputError(
+            f"none of the backends {', '.join(backends)} compiles; leave --compiler_cache out"
+        )
 
 
 def check_lightglue(args: argparse.Namespace, backends: list[str], models: list[str]) -> None:
@@ -332,7 +341,7 @@ def announce(run: Run, rows: list[Row], done: set[Row]) -> None:
         print(f"timing on {run.device} ({run.machine['gpu']})")
     for images in run.image_sets:
         print(f"images: {images.name}, {len(images.paths)} of {images.width}x{images.height}")
-    print(f"{len(rows)} rows" + (f", {len(done)} of them measured already" if done else ""))
+    print(rows_text(len(rows)) + (f", {len(done)} of them measured already" if done else ""))
 
 
 def describe(record: AnyRecord) -> str:
@@ -369,7 +378,7 @@ def main(args: argparse.Namespace) -> int:
         min_similarity=args.min_similarity,
         lightglue=args.matcher == "lightglue",
         matcher_weights=args.matcher_weights,
-        command=" ".join(["python", *sys.argv]),
+        command=cli.command_line(),
     )
     rows = grid.rows(image_sets, run.device, args.seed)
     weights = {model: run.weights_sha256(model) for model in grid.models}

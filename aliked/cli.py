@@ -5,6 +5,7 @@ import errno
 import io
 import math
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -15,6 +16,7 @@ from typing import NoReturn
 from aliked.backends import BACKENDS, Spec, get_backend
 from aliked.configs import CONFIGS, get_config
 from aliked.errors import EXTRAS, InputError, missing_package
+from aliked.files import shortest
 from aliked.matching import (
     LIGHTGLUE_DIM,
     MATCHERS,
@@ -68,11 +70,28 @@ def run(
 
 
 def command_line() -> str:
-    """This process's command as it can be typed again, for a manifest."""
-    program = Path(sys.argv[0])
-    if program.name in ("aliked", "__main__.py"):
-        return " ".join(["aliked", *sys.argv[1:]])
-    return " ".join(["python", *sys.argv])
+    """This process's command as it can be typed again, for manifests and records.
+
+    Of a path outside the working directory only the name is told, as in `.../weights`: the folders
+    above it are of this machine, and records are published.
+    """
+    program, *words = sys.argv
+    installed = Path(program).name in ("aliked", "__main__.py")
+    words = ["aliked", *words] if installed else ["python", program, *words]
+    return shlex.join(map(_without_folders, words))
+
+
+def _without_folders(word: str) -> str:
+    """A word of a command line, such as `FILE` or `--output=FILE`, without this machine's folders.
+
+    Paths that are relative stay as they are.
+    """
+    option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    path = Path(value)
+    if path.is_absolute():
+        short = shortest(path)
+        value = str(Path("...", path.name) if short.is_absolute() else short)
+    return f"{option}{equals}{value}"
 
 
 def stop_by_exception() -> None:
@@ -180,7 +199,8 @@ def add_extractor_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--precision",
         choices=("fp32", "fp16"),
-        help="of a backend that runs no file (default: fp32, or the only one that it has)",
+        help="of the model, where the backend runs no file, whose precision is its own (default: "
+        "fp32, or the only one that the backend has)",
     )
     add_device_option(group)
     add_selection_options(group)
@@ -203,8 +223,8 @@ def add_weights_option(group: argparse._ArgumentGroup) -> None:
         "--weights",
         type=Path,
         metavar="PATH",
-        help="the model's .pth file, or a folder with it (default: the shipped file; of an "
-        "official model $ALIKED_WEIGHTS_DIR, the user cache, download)",
+        help="the model's .pth or .safetensors file, or a folder with it (default: the shipped "
+        "file; of an official model $ALIKED_WEIGHTS_DIR, the user cache, download)",
     )
 
 
@@ -272,6 +292,27 @@ def add_size_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_video_options(group: argparse._ActionsContainer) -> None:
+    """Add which frames of a video or a camera are taken."""
+    group.add_argument(
+        "--every", type=whole(1), metavar="N", help="of a video, only every N-th frame"
+    )
+    group.add_argument(
+        "--frames", type=whole(1), metavar="N", help="of a video or a camera, at most N frames"
+    )
+
+
+def check_video_options(args: argparse.Namespace, endless: bool = False) -> None:
+    """Raise `InputError` where they are without effect, or a camera's run would have no end."""
+    from aliked.video import is_video  # here: it loads OpenCV, which most commands do without
+
+    for name in ("every", "frames"):
+        if getattr(args, name) is not None and not is_video(args.images):
+            raise InputError(f"--{name} needs a video or a camera; leave it out, or give one")
+    if str(args.images).isdigit() and args.frames is None and not endless:
+        raise InputError(f"camera {args.images} has no end; pass --frames N")
+
+
 def add_lines_option(parser: argparse.ArgumentParser, usual: int) -> None:
     """Add how many matches a picture shows: a number, or None for "all"."""
     parser.add_argument(
@@ -279,8 +320,8 @@ def add_lines_option(parser: argparse.ArgumentParser, usual: int) -> None:
         type=lambda text: None if text == "all" else whole(0)(text),
         default=usual,
         metavar="N",
-        help="matches to draw of a pair, spread over the image, the most similar first; all "
-        "(default: %(default)s)",
+        help="how many matches of a pair to draw, spread over the image, the most similar first; "
+        "or all (default: %(default)s)",
     )
 
 

@@ -47,7 +47,7 @@ def _pycolmap() -> Any:
     try:
         import pycolmap
     except ModuleNotFoundError as error:
-        raise InputError(f"a COLMAP database needs it: {missing_package(error)}") from error
+        raise InputError(f"for a COLMAP database {missing_package(error)}") from error
     # Its library takes SIGTERM for a crash; it is to stop this process as before.
     if stop is not None and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, stop)

@@ -139,7 +139,7 @@ class Spec:
         return self.precision != "fp32"
 
     def in_its_types(self) -> "Spec":
-        """The same with the precision of its numbers, for what writes or converts the model."""
+        """With "fp32" for "tf32", as whatever writes or converts the model names its types."""
         return replace(self, precision="fp32") if self.precision == "tf32" else self
 
 

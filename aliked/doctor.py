@@ -115,7 +115,7 @@ def native_deform_conv() -> dict[str, str]:
 
 def parser() -> argparse.ArgumentParser:
     """The command line: no options."""
-    return argparse.ArgumentParser(prog="python -m aliked.doctor", description=__doc__)
+    return cli.Parser(prog="python -m aliked.doctor", description=__doc__)
 
 
 def main(args: argparse.Namespace | None = None) -> None:

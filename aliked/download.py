@@ -66,7 +66,7 @@ def fetch(files: FileSet, folder: Path) -> list[Path]:
     if not missing:
         return []
     total = sum(file.size for file in missing)
-    with tqdm(total=total, desc=files.folder, unit="B", unit_scale=True) as bar:
+    with tqdm(total=total, desc=files.folder, unit="B", unit_scale=True, disable=None) as bar:
         for file in missing:
             bar.set_postfix_str(file.name, refresh=False)
             _fetch_file(files.url(file), folder / file.name, file, bar)

@@ -65,10 +65,7 @@ def draw_matches(
     colours = np.array(_hues(0.85 * across.clip(0, 1) if correct is None else correct / 3))
     drawn = np.arange(len(matches))
     if lines is not None and lines < len(matches):
-        similarity = (
-            features0.descriptors[matches[:, 0]] * features1.descriptors[matches[:, 1]]
-        ).sum(axis=1)
-        drawn = choose_lines(features0.keypoints[matches[:, 0]], similarity, lines, correct)
+        drawn = _chosen(features0, features1, matches, lines, correct)
         caption += f" ({len(drawn)} drawn)"
     dim = (colours * BRIGHTNESS).astype(int).tolist()
     _draw_dots(canvas, start, dim, 0.6 * radius)
@@ -79,6 +76,19 @@ def draw_matches(
     _draw_dots(canvas, start[drawn], colours, radius)
     _draw_dots(canvas, end[drawn], colours, radius)
     return _add_caption(canvas, caption)
+
+
+def _chosen(
+    features0: Features,
+    features1: Features,
+    matches: np.ndarray,
+    lines: int,
+    correct: np.ndarray | None,
+) -> np.ndarray:
+    """Which of the matches are drawn, as by `choose_lines`."""
+    first, second = matches.T
+    similarity = (features0.descriptors[first] * features1.descriptors[second]).sum(axis=1)
+    return choose_lines(features0.keypoints[first], similarity, lines, correct)
 
 
 def _check_matches(matches: np.ndarray, first: Features, second: Features) -> None:
@@ -233,7 +243,7 @@ def _moved(points: np.ndarray, scale: float) -> np.ndarray:
 
 
 def _dot_radius(canvas: np.ndarray, count: int) -> float:
-    """In pixels; smaller where `count` dots would cover the picture."""
+    """Radius of a dot, pixels; smaller where `count` dots would cover the picture."""
     spacing = np.sqrt(canvas.shape[0] * canvas.shape[1] / max(count, 1))
     return float(np.clip(0.15 * spacing, 1.2, 2.5))
 

@@ -38,6 +38,12 @@ def real_path(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
+def shortest(path: Path) -> Path:
+    """`path` as a person would type it: relative where it lies below the working directory."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
 def sha256(path: Path, most_bytes: int | None = None) -> str:
     """Return the SHA-256 of a file, as 64 hexadecimal digits; `InputError` as `open_regular`."""
     with open_regular(path, most_bytes) as file:
@@ -106,10 +112,10 @@ def read_file(path: Path, most_bytes: int = SANE_BYTES) -> bytes:
         return file.read()
 
 
-def read_text(path: Path, most_bytes: int = SANE_BYTES) -> str:
+def read_text(path: Path) -> str:
     """Return the text of a file from outside; `InputError` also where it is not UTF-8."""
     try:
-        return read_file(path, most_bytes).decode()
+        return read_file(path).decode()
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text ({error.reason}); give another file") from error
 

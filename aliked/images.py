@@ -1,6 +1,7 @@
 """Photographs from files to uint8 RGB arrays, one at a time."""
 
 import contextlib
+import functools
 import os
 import re
 import struct
@@ -265,11 +266,16 @@ def _name_others(folder: Path, files: list[str]) -> None:
     others = sorted(name for name in visible if name.lower().endswith(OTHERS))
     if others:
         count = f"{len(others)} files" if len(others) > 1 else "a file"
-        print(
+        _say_once(
             f"{folder}: {count} passed over ({', '.join(others[:3])}{', ...' * (len(others) > 3)}):"
-            f" only {', '.join(SUFFIXES)} are read",
-            file=sys.stderr,
+            f" only {', '.join(SUFFIXES)} are read"
         )
+
+
+@functools.cache
+def _say_once(sentence: str) -> None:
+    """Print to stderr what a program that goes through a folder twice would say twice."""
+    print(sentence, file=sys.stderr)
 
 
 COMPRESSION, PHOTOMETRIC, SAMPLES = 0x103, 0x106, 0x115  # tags of TIFF

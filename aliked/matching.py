@@ -13,6 +13,8 @@ from aliked.configs import CONFIGS, OFFICIAL
 from aliked.errors import InputError, shown
 from aliked.features import Features, check_features_type, check_tensors
 
+MATCHERS = ("mutual", "lightglue")
+LIGHTGLUE_DIM = 128  # length of the descriptors that the published weights match
 BLOCK = 2**22  # affinities held at a time: all of 20000 x 20000 would be 1.6 GB or more
 MIN_SIMILARITY = 0.75  # of mutual nearest neighbours, unless said otherwise
 NEAR_BLOCK = 2**18  # distances: what fits into the processor's cache is computed twice as fast
@@ -324,7 +326,3 @@ def check_size(size: Size) -> None:
         right = False
     if not right:
         raise InputError(f"the image size is {shown(size)}; give (width, height) in pixels")
-
-
-MATCHERS = ("mutual", "lightglue")
-LIGHTGLUE_DIM = 128  # length of the descriptors that the published weights match

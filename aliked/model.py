@@ -78,7 +78,10 @@ def checked_batch(images: torch.Tensor) -> torch.Tensor:
     """
     wanted = "float RGB [B, 3, H, W] in [0, 1] or uint8, or one NumPy image, uint8 [H, W, 3]"
     if not isinstance(images, torch.Tensor):
-        raise InputError(f"the images are a {type(images).__name__}; give a tensor, {wanted}")
+        raise InputError(
+            f"the images are a {type(images).__name__}; give a tensor, {wanted}, as load_image "
+            "reads it"
+        )
     fits = images.ndim == 4 and images.shape[1] == 3 and images.layout == torch.strided
     if not fits or not (images.is_floating_point() or images.dtype == torch.uint8):
         kind = str(images.dtype).removeprefix("torch.")

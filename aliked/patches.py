@@ -1,4 +1,4 @@
-"""Whether the model runs, or is being written down to run later."""
+"""Windows around keypoints, by PyTorch or by a compiled operator."""
 
 import contextlib
 import contextvars

@@ -57,7 +57,7 @@ def patches_of(features: Maps, centres: torch.Tensor, size: int, method: str) ->
 
 
 def windows_of(features: Pyramid, centres: torch.Tensor, size: int, method: str) -> torch.Tensor:
-    """The same patches with channels first and pixels row by row: [B, D, K, size * size]."""
+    """The patches with channels first and pixels row by row: [B, D, K, size * size]."""
     steps = torch.arange(size, device=centres.device) - (size - 1) // 2
     x = (centres[:, :, :1] + steps.repeat(size)).float()  # [B, K, size * size]
     y = (centres[:, :, 1:] + steps.repeat_interleave(size)).float()
@@ -112,7 +112,7 @@ def read_by_gridsample(
 def read_by_gather(
     levels: tuple[torch.Tensor, ...], x: torch.Tensor, y: torch.Tensor
 ) -> torch.Tensor:
-    """The same by looking up the four pixels of each level around each pixel of the frame."""
+    """Sample by looking up the four pixels of each level around each pixel of the frame."""
     height, width = levels[0].shape[-2:]
     parts = []
     for level in levels:

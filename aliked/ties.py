@@ -27,7 +27,7 @@ class Expected(NamedTuple):
 
 @torch.inference_mode()
 def expect(model: ALIKED, image: np.ndarray) -> Expected:
-    """Of uint8 [H, W, 3] RGB; raises `InputError` as `ALIKED.extract` does."""
+    """What to expect of an image, uint8 [H, W, 3] RGB; `InputError` as of `ALIKED.extract`."""
     features, score_map = model.maps(image)
     return Expected(model.features_of(features, score_map), find_ties(score_map))
 

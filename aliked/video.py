@@ -1,6 +1,5 @@
 """Frames of a video file or a camera, as `aliked.images` gives photographs."""
 
-import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,30 +16,6 @@ VIDEO_SUFFIXES = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpe
 def is_video(source: str | Path) -> bool:
     """Whether this names a video file, or a camera by its number ("0")."""
     return str(source).isdigit() or str(source).lower().endswith(VIDEO_SUFFIXES)
-
-
-def add_video_options(group: argparse._ActionsContainer) -> None:
-    """`--every` and `--frames`."""
-    group.add_argument("--every", type=_positive, metavar="N", help="each N-th frame of a video")
-    group.add_argument(
-        "--frames", type=_positive, metavar="N", help="at most N frames of a video or a camera"
-    )
-
-
-def check_video_options(args: argparse.Namespace, endless: bool = False) -> None:
-    """Raise `InputError` where they are without effect, or a camera's run would have no end."""
-    for name in ("every", "frames"):
-        if getattr(args, name) is not None and not is_video(args.images):
-            raise InputError(f"--{name} needs a video or a camera; leave it out, or give one")
-    if str(args.images).isdigit() and args.frames is None and not endless:
-        raise InputError(f"camera {args.images} has no end; pass --frames N")
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not 1 or more")
-    return number
 
 
 def frames(

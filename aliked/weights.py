@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from aliked.configs import get_config
 from aliked.download import FileSet, RemoteFile, fetch
 from aliked.errors import InputError, first_line
-from aliked.files import as_path, read_file, sha256
+from aliked.files import as_path, read_file, sha256, shortest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -144,7 +144,7 @@ def describe_weights(name: str, path: str | Path | None = None) -> str:
     if _owner(found)[0] == name:
         return f"official weights {found}"
     whose = "this project's own" if found.parent == SHIPPED else "self-trained"
-    return f"{whose} weights {os.path.relpath(found)}"
+    return f"{whose} weights {shortest(found)}"
 
 
 def load_state_dict(

@@ -65,12 +65,12 @@ class Gpu:
         }
 
     def memory_by_process(self) -> dict[int, int | None]:
-        """MiB of every process with a CUDA context, by process id."""
+        """Return what every process with a CUDA context holds, MiB by process id."""
         processes = self._ask(pynvml.nvmlDeviceGetComputeRunningProcesses) or []
         return {p.pid: p.usedGpuMemory and p.usedGpuMemory // MIB for p in processes}
 
     def memory_in_use(self) -> int | None:
-        """MiB in use on the whole GPU."""
+        """Return what is in use on the whole GPU, MiB."""
         memory = self._ask(pynvml.nvmlDeviceGetMemoryInfo)
         return memory and memory.used // MIB
 
@@ -90,7 +90,7 @@ class ProcessMemory:
         self.before = gpu.memory_in_use()
 
     def read(self) -> tuple[int | None, str]:
-        """MiB, and how they were found: "process", or "difference" of the whole GPU's memory.
+        """Return MiB, and how they were found: "process", or "difference" of the GPU's memory.
 
         Inside a container NVML may know this process by another id: it is the one that came since.
         Where NVML does not tell (Windows, Jetson, some virtual machines), what the whole GPU has

@@ -1,4 +1,4 @@
-"""Plots of measured records."""
+"""Plots of measured records, and the folder of a report, which has the tables as well."""
 
 import itertools
 import re
@@ -15,7 +15,7 @@ from aliked.backends import Spec
 from aliked.configs import CONFIGS
 from aliked.files import whole_file
 from benchmark.records import AnyRecord, Measured, runtime_order, sections
-from benchmark.report import milliseconds
+from benchmark.report import milliseconds, report_text
 from benchmark.rows import Row
 
 MARKERS = {"fp32": "o", "tf32": "D", "fp16": "s"}
@@ -43,6 +43,15 @@ COLOURS = {
     "fused": "#d62728",
 }
 OTHERS = "#7f7f7f"  # backends that have no colour of their own yet
+MARK = "draw_report.py: timings"  # in the metadata of its pictures
+
+
+def write_report(records: list[AnyRecord], folder: Path) -> list[Path]:
+    """Write `tables.md` and the plots into `folder`; the paths written."""
+    tables = folder / "tables.md"
+    with whole_file(tables) as partial:
+        partial.write_text(report_text(records))
+    return [tables, *draw_all(records, folder)]
 
 
 def draw_all(records: list[AnyRecord], folder: Path) -> list[Path]:
@@ -242,7 +251,7 @@ def _draw_lines(axis: Axes, lines: list[list[Measured]], x: Callable, text: Call
 
 
 def _cases(records: list[Measured]) -> dict[str, list[Measured]]:
-    """Measureds by images and K."""
+    """The records of each images and K, by these in words."""
     cases: dict[str, list[Measured]] = {}
     for record in records:
         cases.setdefault(f"{record.row.images}, K {record.row.selection}", []).append(record)
@@ -307,20 +316,17 @@ def _alpha(handle) -> float:
     return getattr(handle, "patches", [handle])[0].get_alpha()
 
 
-def save_figure(figure: Figure, folder: Path, name: str, kind: str = "timings") -> Path:
+def save_figure(figure: Figure, folder: Path, name: str) -> Path:
     """Write a PNG named after what it shows, with what draws it inside; its path."""
     path = folder / (re.sub(r"[^\w.]+", "_", name).strip("_").lower() + ".png")
     with whole_file(path) as partial:
-        figure.savefig(partial, dpi=120, metadata={"Source": f"{MARK}{kind}"})
+        figure.savefig(partial, dpi=120, metadata={"Source": MARK})
     return path
 
 
-MARK = "draw_report.py: "
-
-
-def remove_older(folder: Path, written: Iterable[Path], kind: str = "timings") -> None:
+def remove_older(folder: Path, written: Iterable[Path]) -> None:
     """Remove the pictures of an earlier report from `folder`; other pictures stay."""
     for path in set(folder.glob("*.png")) - set(written):
         with open(path, "rb") as file:
-            if f"{MARK}{kind}".encode() in file.read(1000):
+            if MARK.encode() in file.read(1000):
                 path.unlink()

@@ -263,7 +263,7 @@ def footnotes(records: list[AnyRecord]) -> list[str]:
             _by_runtime(unranked)
         ),
         f"{UNSTABLE} unstable": _by_runtime(unstable),
-        "Rows without a time": [f"{why} ({_rows(n)})" for why, n in absent.items()],
+        "Rows without a time": [f"{why} ({rows_text(n)})" for why, n in absent.items()],
     }
     return [
         "\n".join([f"{title}:", "", *(f"- {line}" for line in lines)])
@@ -285,7 +285,8 @@ def _by_runtime(remarks: list[tuple[Measured, str]]) -> list[str]:
     return lines
 
 
-def _rows(count: int) -> str:
+def rows_text(count: int) -> str:
+    """Return a number of rows in words."""
     return f"{count} row" if count == 1 else f"{count} rows"
 
 

@@ -90,7 +90,7 @@ MAX_UNSEEN_MS, MAX_UNSEEN_SHARE = 0.1, 0.2
 
 
 class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """When to stop."""
+    """How many runs and seconds the measuring of a row takes."""
 
     repeats: Annotated[int, Meta(ge=2)] = 200  # timed runs per clock
     warmup: Annotated[int, Meta(ge=0)] = 200  # at most this many warm-up runs per clock

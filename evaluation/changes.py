@@ -27,7 +27,7 @@ class Dice:
         return low + (high - low) * float(self.bits.random_raw()) / 2**64
 
     def sign(self) -> int:
-        """-1 or 1."""
+        """A random sign, -1 or 1."""
         return 1 if self.uniform(-1, 1) > 0 else -1
 
     def bytes(self, *shape: int) -> np.ndarray:
@@ -56,7 +56,7 @@ def light(image: np.ndarray, level: int, dice: Dice) -> Changed:
 
 
 def blur(image: np.ndarray, level: int, dice: Dice) -> Changed:
-    """A Gaussian."""
+    """Blur an image by a Gaussian."""
     sigma = (1.0, 2.0, 3.0, 4.5)[level] * dice.uniform(0.9, 1.1)  # pixels
     radius = math.ceil(3 * sigma)
     steps = np.arange(-radius, radius + 1)

@@ -152,12 +152,12 @@ def epipolar_inliers(
 
 
 def homography_estimators() -> dict[str, EstimateHomography]:
-    """Those that are installed, by name."""
+    """The installed estimators of homographies, by name."""
     return {"opencv": homography_by_opencv} | _with_poselib(homography_by_poselib)
 
 
 def pose_estimators() -> dict[str, EstimatePose]:
-    """Those that are installed, by name."""
+    """The installed estimators of relative poses, by name."""
     return {"opencv": pose_by_opencv} | _with_poselib(pose_by_poselib)
 
 

@@ -9,7 +9,6 @@ import msgspec
 import numpy as np
 
 from aliked.cli import number, positive, whole
-from aliked.drawing import draw_matches
 from aliked.errors import InputError
 from aliked.features import Features
 from evaluation import pose_datasets, scene
@@ -316,21 +315,18 @@ class Pose(Task):
             "errors": {name: [degrees(max(both)) for both in own] for name, own in off.items()},
         }
 
-    def draw(
-        self, pair: Pair, row: dict, first: Features, second: Features, matches: np.ndarray
-    ) -> np.ndarray:
-        """Return a pair's matches, those green that agree with what is known: depth, else pose."""
-        points = first.keypoints[matches[:, 0]], second.keypoints[matches[:, 1]]
-        return draw_matches(
-            pair.first.load(),
-            first,
-            pair.second.load(),
-            second,
-            matches,
-            f"{pair.name}: {row['inliers']:.0f} inliers of {row['matches']} matches, pose "
-            f"{np.median(errors_of(row)):.1f} degrees off",
-            agree(pair.truth, points),
+    def caption(self, row: dict) -> str:
+        """The pair, how many matches its pose agrees with, and how far that is off."""
+        return (
+            f"{row['name']}: {row['inliers']:.0f} inliers of {row['matches']} matches, pose "
+            f"{np.median(errors_of(row)):.1f} degrees off"
         )
+
+    def right(
+        self, pair: Pair, first: Features, second: Features, matches: np.ndarray
+    ) -> np.ndarray:
+        """Which matches agree with what is known, depth or else the pose, [P] bool."""
+        return agree(pair.truth, (first.keypoints[matches[:, 0]], second.keypoints[matches[:, 1]]))
 
 
 def load_data(args: argparse.Namespace) -> Dataset:

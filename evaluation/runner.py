@@ -3,7 +3,6 @@
 import argparse
 import functools
 import hashlib
-import sys
 import time
 from collections import Counter
 from dataclasses import asdict, replace
@@ -20,6 +19,7 @@ from aliked.cli import (
     add_selection_options,
     add_weights_option,
     check_selection,
+    command_line,
     seed,
     whole,
 )
@@ -32,17 +32,8 @@ from aliked.weights import LIGHTGLUE, find_weights
 from benchmark.environment import Describe, git_commit
 from benchmark.process import TaskFailed, run_task
 from benchmark.records import Measured, append_record, keep_lines, load_records
-from evaluation.report import (
-    SCHEMA,
-    TASKS,
-    Outcome,
-    load_outcomes,
-    read_outcomes,
-    remove_page,
-    report_text,
-    write_page,
-    write_report,
-)
+from evaluation.records import SCHEMA, TASKS, Outcome, load_outcomes, read_outcomes
+from evaluation.report import remove_page, report_text, write_page, write_report
 from evaluation.systems import (
     TITLES,
     Machine,
@@ -88,7 +79,7 @@ def add_system_options(group: argparse._ArgumentGroup) -> None:
         nargs="+",
         default=[Spec.model],
         metavar="NAME",
-        help=f"of {', '.join(CONFIGS)}; all (default: {Spec.model})",
+        help=f"any of {', '.join(CONFIGS)}, or all (default: {Spec.model})",
     )
     add_weights_option(group)
     group.add_argument(
@@ -149,7 +140,8 @@ def add_file_options(group: argparse._ArgumentGroup) -> None:
         "--seed",
         type=seed,
         default=0,
-        help="of robust estimation and of the bootstrap (default: %(default)s)",
+        help="decides the random numbers of robust estimation and of the bootstrap (default: "
+        "%(default)s)",
     )
 
 
@@ -321,7 +313,7 @@ def provenance(system: System, machine: Machine) -> dict:
         else None,
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": git_commit(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": command_line(),
     }
 
 

@@ -31,7 +31,7 @@ class Faces:
     edge_b: np.ndarray  # [F, 3] along the other one, perpendicular to it
 
     def seen_from(self, pose: np.ndarray) -> "Faces":
-        """The same rectangles in the coordinates of a camera, `pose` [4, 4] world to camera."""
+        """The rectangles in the coordinates of a camera, `pose` [4, 4] world to camera."""
         rotation, translation = pose[:3, :3], pose[:3, 3]
         corner = self.corner @ rotation.T + translation
         return Faces(corner, self.edge_a @ rotation.T, self.edge_b @ rotation.T)

@@ -11,7 +11,6 @@ import msgspec
 import numpy as np
 
 from aliked.download import offer_download
-from aliked.drawing import draw_matches
 from aliked.errors import InputError
 from aliked.features import Features
 from aliked.files import real_path
@@ -170,18 +169,9 @@ class Sequences(Task):
         """What was found of every pair, and of the tracks through all of a sequence's images."""
         return with_tracks(super().rows(features, matcher))
 
-    def draw(
-        self, pair: Pair, row: dict, first: Features, second: Features, matches: np.ndarray
-    ) -> np.ndarray:
-        """Return a pair's matches."""
-        return draw_matches(
-            pair.first.load(),
-            first,
-            pair.second.load(),
-            second,
-            matches,
-            f"{pair.name}: {row['inliers']:.0f} inliers of {row['matches']} matches",
-        )
+    def caption(self, row: dict) -> str:
+        """The pair, and how many of its matches agree."""
+        return f"{row['name']}: {row['inliers']:.0f} inliers of {row['matches']} matches"
 
 
 def with_tracks(rows: list[dict]) -> list[dict]:

@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 from tqdm import tqdm
 
+from aliked.drawing import draw_matches
 from aliked.features import Features
 from aliked.matching import Matcher
 from evaluation.pairs import MUTUAL, Dataset, Image, Pair
@@ -158,10 +159,14 @@ class Task(abc.ABC):
         """
 
     @abc.abstractmethod
-    def draw(
-        self, pair: Pair, row: dict, first: Features, second: Features, matches: np.ndarray
-    ) -> np.ndarray:
-        """Return a pair's matches, and what `measure` found of them, as uint8 [H, W, 3] RGB."""
+    def caption(self, row: dict) -> str:
+        """What `measure` found of a pair, in the line below its picture."""
+
+    def right(
+        self, pair: Pair, first: Features, second: Features, matches: np.ndarray
+    ) -> np.ndarray | None:
+        """Which matches of a pair are right, [P] bool; None where nothing is known of them."""
+        return None
 
     @classmethod
     def score(cls, name: str) -> Score:
@@ -183,9 +188,18 @@ class Task(abc.ABC):
     def picture(
         self, row: dict, features: Callable[[Image], Features], matcher: Matcher = MUTUAL
     ) -> np.ndarray:
-        """The picture of the pair that a row is of."""
+        """The matches of the pair that a row is of, as uint8 [H, W, 3] RGB."""
         pair = next(pair for pair in self.dataset.pairs if pair.name == row["name"])
-        return self.draw(pair, row, *matched(pair, features, matcher))
+        first, second, matches = matched(pair, features, matcher)
+        return draw_matches(
+            pair.first.load(),
+            first,
+            pair.second.load(),
+            second,
+            matches,
+            self.caption(row),
+            self.right(pair, first, second, matches),
+        )
 
 
 def matched(

@@ -138,7 +138,7 @@ def measure(ask: Callable[[int], Callable[[], None]], concurrency: int, seconds:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m serve.client",
         description="Ask a Triton server for features and matches of images, or load it.",
     )

@@ -27,74 +27,84 @@ class TritonPythonModel:
         sys.path.append(settings["project"])
         if args["model_instance_kind"] == "GPU":
             settings["spec"]["device"] = f"cuda:{args['model_instance_device_id']}"
-        self._serve = {"extract": extracting, "match": matching}[settings["role"]](settings)
+        self._serve = {"extract": Extraction, "match": matching}[settings["role"]](settings)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """One response for each request."""
         return self._serve(requests)
 
 
-def extracting(settings: dict) -> Callable[[list[Any]], list[Any]]:
+class Extraction:
     """Requests of images to responses of features; all images of one size go through together."""
-    from aliked.backends import Spec, create_extractor
-    from aliked.errors import InputError
-    from aliked.features import Features, check_image
-    from aliked.images import decode_image
 
-    spec = settings["spec"]
-    spec |= {name: spec[name] and Path(spec[name]) for name in ("weights", "model_path")}
-    extractor = create_extractor(settings["backend"], Spec(**spec))
-    threads = ThreadPoolExecutor(settings["threads"])
+    def __init__(self, settings: dict) -> None:
+        # Here, because Triton loads this file before the project can be found.
+        from aliked.backends import Spec, create_extractor
 
-    def pixels(image: Any) -> np.ndarray | InputError:
-        try:
-            if isinstance(image, bytes):
-                return decode_image(np.frombuffer(image, np.uint8), "the image")
-            check_image(image)
-            return image
-        except InputError as error:
-            return error
+        spec = settings["spec"]
+        spec |= {name: spec[name] and Path(spec[name]) for name in ("weights", "model_path")}
+        self.extractor = create_extractor(settings["backend"], Spec(**spec))
+        self.threads = ThreadPoolExecutor(settings["threads"])
 
-    def serve(requests: list[Any]) -> list[Any]:
-        images = [
-            ((number, row), image)
+    def __call__(self, requests: list[Any]) -> list[Any]:
+        """One response for each request."""
+        given = {
+            (number, row): image
             for number, request in enumerate(requests)
             for row, image in enumerate(images_of(request))
-        ]
-        decoded = dict(
-            zip(
-                [row for row, _ in images],
-                threads.map(pixels, [image for _, image in images]),
-                strict=True,
-            )
-        )
-        found: dict[Row, Features] = {}
-        errors: dict[int, str] = {}
+        }
+        pixels = dict(zip(given, self.threads.map(pixels_of, given.values()), strict=True))
+        found = self.features(pixels)
+        answers: list[list[Any]] = [[] for _ in requests]
+        for number, row in given:
+            answers[number].append(found[number, row])
+        return [response(answer) for answer in answers]
+
+    def features(self, pixels: dict[Row, Any]) -> dict[Row, Any]:
+        """The features of each image, or the error that it is."""
+        found: dict[Row, Any] = {}
         by_size: dict[tuple, list[Row]] = {}
-        for row, image in decoded.items():
-            if isinstance(image, InputError):
-                errors.setdefault(row[0], str(image))
+        for row, image in pixels.items():
+            if isinstance(image, Exception):
+                found[row] = image
             else:
                 by_size.setdefault(image.shape, []).append(row)
         for rows in by_size.values():
             for some in powers_of_two(rows):
-                batch = np.stack([decoded[row] for row in some])
-                try:
-                    found |= zip(some, extractor.extract_batch(batch), strict=True)
-                except InputError as error:
-                    errors |= {number: str(error) for number, _ in some}
-        answers: list[list[Features]] = [[] for _ in requests]
-        for row, _ in images:
-            if row in found:
-                answers[row[0]].append(found[row])
-        return [
-            refusal(errors.get(number, "give either image or pixels"))
-            if number in errors or not answer
-            else pb_utils.InferenceResponse(padded(answer))
-            for number, answer in enumerate(answers)
-        ]
+                found |= zip(some, self.extract([pixels[row] for row in some]), strict=True)
+        return found
 
-    return serve
+    def extract(self, images: list[np.ndarray]) -> list[Any]:
+        """The features of images of one size, or for each the error that stopped them."""
+        from aliked.errors import InputError
+
+        try:
+            return self.extractor.extract_batch(np.stack(images))
+        except InputError as error:
+            return [error] * len(images)
+
+
+def pixels_of(image: Any) -> Any:
+    """What a request holds of an image as uint8 [H, W, 3] RGB, or the error that it is."""
+    from aliked.errors import InputError
+    from aliked.features import check_image
+    from aliked.images import decode_image
+
+    try:
+        if isinstance(image, bytes):
+            return decode_image(np.frombuffer(image, np.uint8), "the image")
+        check_image(image)
+    except InputError as error:
+        return error
+    return image
+
+
+def response(answer: list[Any]) -> Any:
+    """The response of a request: the features of its images, or the first error among them."""
+    if not answer:
+        return refusal("give either image or pixels")
+    error = next((found for found in answer if isinstance(found, Exception)), None)
+    return refusal(str(error)) if error else pb_utils.InferenceResponse(padded(answer))
 
 
 def images_of(request: Any) -> list[Any]:

@@ -180,7 +180,7 @@ def write_model(folder: Path, text: str, files: dict[str, Path]) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m serve.repository", description=__doc__)
+    parser = cli.Parser(prog="python -m serve.repository", description=__doc__)
     parser.add_argument("repository", type=Path, metavar="FOLDER", help="what Triton is given")
     group = parser.add_argument_group("extractor")
     add_model_options(group)

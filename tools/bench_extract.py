@@ -59,7 +59,7 @@ TICKS = os.sysconf("SC_CLK_TCK")  # a second, of /proc
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m tools.bench_extract",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

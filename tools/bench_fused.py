@@ -40,7 +40,7 @@ def median_us(run, runs: int = 200, warmup: int = 20) -> float:
     return 1000 * statistics.median(start.elapsed_time(end) for start, end in events)
 
 
-def operator_us(call: trace.Call, runs: int = 20) -> float:
+def operator_us(call: trace.Call) -> float:
     """Time of one operator inside a graph of `REPEATS`."""
     run = getattr(kernels, call.name)
     run(*call.arguments)
@@ -48,7 +48,7 @@ def operator_us(call: trace.Call, runs: int = 20) -> float:
     with torch.cuda.graph(graph):
         for _ in range(REPEATS):
             run(*call.arguments)
-    return median_us(graph.replay, runs, warmup=2) / REPEATS
+    return median_us(graph.replay, 20, warmup=2) / REPEATS
 
 
 def moved_bytes(call: trace.Call) -> int:
@@ -147,7 +147,7 @@ def print_records(title: str, records: list[dict]) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__)
+    p = cli.Parser(description=__doc__)
     p.add_argument("images", type=Path, nargs="+", help="image files, one per size")
     p.add_argument("--models", nargs="+", default=list(CONFIGS), choices=list(CONFIGS))
     p.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=list(PRECISIONS))

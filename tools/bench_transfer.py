@@ -28,7 +28,7 @@ Steps = dict[str, Callable[[], object]]
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
+    p = cli.Parser(
         prog="python -m tools.bench_transfer",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

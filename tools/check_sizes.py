@@ -27,7 +27,7 @@ from aliked.export.engine import Request, convert
 from aliked.images import list_images, load_image
 from aliked.parity import TOLERANCES, compare_features, judge
 from benchmark.environment import git_commit
-from benchmark.measure import overall
+from benchmark.subjects import overall
 
 SIZES = ((640, 480), (1241, 376), (333, 251), (97, 65))  # width, height
 BATCHES = (1, 4)

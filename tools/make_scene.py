@@ -82,7 +82,7 @@ def plan(folder: Path, size: tuple[int, int], views: int, seed: int, faces: Face
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
+    p = cli.Parser(
         prog="python -m tools.make_scene",
         description=__doc__,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

@@ -112,7 +112,7 @@ def draw(cases: list[list[dict]], ceiling: dict) -> Figure:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(prog="python -m tools.plot_fused", description=__doc__)
+    p = cli.Parser(prog="python -m tools.plot_fused", description=__doc__)
     p.add_argument("records", type=Path, help="JSONL file of tools.bench_fused")
     p.add_argument("--batch", type=int, default=1, help="images per batch; default %(default)s")
     p.add_argument("--output", type=Path, required=True, metavar="FILE.png", help="the picture")

@@ -21,7 +21,7 @@ from aliked.model import PRECISIONS
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
+    p = cli.Parser(
         prog="python -m tools.sanitize_fused",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

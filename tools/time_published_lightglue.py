@@ -31,7 +31,7 @@ RUNS, WARMUP = 200, 30
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    p = cli.Parser(description=__doc__.partition("\n")[0])
     p.add_argument("images", type=Path, metavar="FOLDER", help="its first two images are matched")
     p.add_argument("--published", type=Path, required=True, metavar="FILE", help="its lightglue.py")
     p.add_argument("--model", default="aliked-n16rot")

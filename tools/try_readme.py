@@ -36,7 +36,7 @@ def shell_script(text: str) -> str:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(prog="python -m tools.try_readme", description=__doc__)
+    p = cli.Parser(prog="python -m tools.try_readme", description=__doc__)
     p.add_argument(
         "folder", type=Path, nargs="?", help="where to clone to (default: a temporary folder)"
     )

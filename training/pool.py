@@ -76,8 +76,8 @@ def make_image(task: tuple[int, int, int, Pool]) -> np.ndarray:
     return drawn.drawn_image(rng, *size)
 
 
-def make_pool(subset: int, seed: int, pool: Pool, workers: int | None = None) -> np.ndarray:
-    """All images of a set, uint8 [N, H, W, 3], made by `workers` processes (default: all cores).
+def make_pool(subset: int, seed: int, pool: Pool) -> np.ndarray:
+    """All images of a set, uint8 [N, H, W, 3], made by a process for each core.
 
     Raises `InputError` where there are none.
     """
@@ -85,6 +85,5 @@ def make_pool(subset: int, seed: int, pool: Pool, workers: int | None = None) ->
     if count == 0:
         raise InputError("there are no images; give photographs, blended or drawn more than 0")
     tasks = [(subset, seed, index, pool) for index in range(count)]
-    workers = workers or len(os.sched_getaffinity(0))
-    with ProcessPoolExecutor(workers) as executor:
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as executor:
         return np.stack(list(executor.map(make_image, tasks, chunksize=4)))

@@ -204,7 +204,7 @@ def measure(trainer: Trainer, pairs: list[ViewPairs]) -> dict[str, float]:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m training.train", description=__doc__)
+    parser = cli.Parser(prog="python -m training.train", description=__doc__)
     parser.add_argument("--config", type=Path, default=CONFIG, metavar="FILE", help="settings")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="results go here")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="go on from a checkpoint.pt")

@@ -17,7 +17,7 @@ from aliked.errors import InputError, missing_package
 
 @dataclass(frozen=True)
 class Command:
-    """One stage."""
+    """One stage of the command, and the script that is the same."""
 
     module: str
     script: str  # the same stage in a checkout
@@ -86,13 +86,15 @@ def run(name: str, arguments: Sequence[str]) -> NoReturn:
     command = COMMANDS[name]
     try:
         stage = importlib.import_module(command.module)
+        from aliked import cli  # here: NumPy is not needed to print the list of commands
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("aliked"):
             raise
         print(f"aliked {name}: error: {missing_package(error)}", file=sys.stderr)
         sys.exit(2)
-    from aliked import cli  # here: NumPy is not needed to print the list of commands
-
+    except KeyboardInterrupt:  # as importing PyTorch takes seconds
+        print(f"aliked {name}: interrupted", file=sys.stderr)
+        sys.exit(130)
     parser = stage.parser()
     parser.prog = f"aliked {name}"
     cli.run(in_own_words(stage.main), parser, [*command.options, *arguments])

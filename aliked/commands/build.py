@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 
 from aliked.backends.tensorrt_library import BUILDERS, LIBRARIES, SEVERITIES, Library
-from aliked.cli import whole
+from aliked.cli import Parser, whole
 from aliked.errors import InputError
 from aliked.export.builder import COMPUTE_CAPABILITIES, BuildOptions, Shape, parse_file
 from aliked.export.engine import Request, convert, verify
@@ -26,7 +26,7 @@ def shape(text: str) -> Shape:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__,
         epilog="Exit status: 0 done, 1 findings or a wrong engine, 2 bad input.",
     )
@@ -154,7 +154,9 @@ def add_verification_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="how many of the folder to compare on (default: %(default)s)",
     )
-    group.add_argument("--weights", type=Path, help="of the PyTorch model (default: looked up)")
+    group.add_argument(
+        "--weights", type=Path, help="the PyTorch model's weights (default: looked up)"
+    )
     group.add_argument(
         "--memory",
         choices=["torch", "pycuda"],

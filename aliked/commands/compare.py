@@ -24,13 +24,9 @@ from aliked.cli import (
 from aliked.comparison import (
     ImageComparison,
     Numbers,
-    Side,
-    choose_side,
-    common_model,
     compare_image,
     compare_matches,
     draw_histogram,
-    open_side,
     report_text,
     write_histogram,
 )
@@ -50,6 +46,7 @@ from aliked.files import (
 from aliked.images import list_images, load_readable
 from aliked.matching import Matcher
 from aliked.parity import RADIUS_PX
+from aliked.sides import Side, choose_side, common_model, open_side
 from aliked.weights import find_weights
 
 WRITTEN = ("comparison.md", "comparison.json", "dot_products.png", "keypoints_*.png")

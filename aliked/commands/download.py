@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from aliked import hpatches
+from aliked.cli import Parser
 from aliked.configs import OFFICIAL
 from aliked.download import FileSet, datasets, fetch
 from aliked.errors import InputError
@@ -17,7 +18,7 @@ from aliked.weights import LIGHTGLUE, WEIGHTS, cache_dir, files_of
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     names = ["weights", *datasets(), "all", "hpatches"]
     parser.add_argument("names", nargs="+", choices=names, metavar="NAME", help=", ".join(names))
     parser.add_argument(

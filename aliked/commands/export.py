@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from aliked.backends.onnxruntime import CPU, deform_conv_missing, provider_missing
 from aliked.cli import (
+    Parser,
     add_model_options,
     add_selection_options,
     check_selection,
@@ -37,7 +38,7 @@ PACKAGES = ("torch", "torchvision", "onnx", "onnxscript", "onnxruntime", "numpy"
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         description=__doc__,
         epilog="In threshold mode (--top_k 0) the file has --n_limit rows per image in descending "
         "order; those below the threshold have score 0, and its output nms_scores can be cut "
@@ -206,7 +207,7 @@ def main(args: argparse.Namespace) -> int:
         )
         if args.verbose:
             print_graph(proto)
-        progress = tqdm(images, desc="PyTorch fp32 and ONNX Runtime", unit="image")
+        progress = tqdm(images, "PyTorch fp32 and ONNX Runtime", unit="image", disable=None)
         verdict = verify_onnx(candidate, reference, args.precision, options, progress)
         print(verdict.text)
         if not verdict.passed:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from aliked.cli import add_matcher_weights, add_model_options, command_line, whole
+from aliked.cli import Parser, add_matcher_weights, add_model_options, command_line, whole
 from aliked.configs import Form
 from aliked.doctor import installed_versions
 from aliked.download import offer_download
@@ -55,7 +55,7 @@ class Job(NamedTuple):
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(description=__doc__)
+    p = Parser(description=__doc__)
     p.add_argument(
         "images", type=Path, metavar="FOLDER", help="images: neighbours are the pairs of the check"
     )

@@ -9,10 +9,14 @@ from tqdm import tqdm
 
 from aliked.backends import BACKENDS, get_backend
 from aliked.cli import (
+    Parser,
     add_extractor_options,
     add_matcher_options,
+    add_video_options,
+    check_video_options,
     extractor_spec,
     matcher_from,
+    whole,
 )
 from aliked.colmap import (
     CAMERA_MODES,
@@ -31,7 +35,7 @@ from aliked.images import find_images
 from aliked.matching import Matcher
 from aliked.store import FeatureStore
 from aliked.threads import keep_freed_memory
-from aliked.video import add_video_options, check_video_options, is_video
+from aliked.video import is_video
 from aliked.workers import CORES, devices_of, extract_in_processes, extract_with_ray
 
 OVERLAP = 10  # images that each is matched with in a sequence, as in COLMAP
@@ -41,10 +45,11 @@ TWO_LANES = ("fused", "tensorrt", "tensorrt-cudagraph")  # keep a GPU busier tha
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__,
         epilog="FOLDER is searched with all folders below; a video file, or the number of a "
-        "camera, takes its place. At least one of --output and --colmap is needed.",
+        "camera, takes its place. At least one of --output and --colmap is needed. The backend "
+        "auto is what runs --model_path or, without that, fused on an NVIDIA GPU, else pytorch.",
     )
     add_extractor_options(parser)
     parser.set_defaults(backend="auto")
@@ -58,9 +63,10 @@ def parser() -> argparse.ArgumentParser:
 def _add_image_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--max_size",
-        type=_positive,
+        type=whole(1),
         metavar="PIXELS",
-        help="make images smaller whose longer side is longer; keypoints stay in the original",
+        help="reduce images to this longer side (default: as they are); keypoints stay in pixels "
+        "of the original",
     )
     group.add_argument(
         "--masks",
@@ -94,11 +100,11 @@ def _add_colmap_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--camera_mode",
         choices=CAMERA_MODES,
-        help="images with one camera: those of one model in EXIF (auto, the default), all, those "
-        "of a folder, none",
+        help="which images share a camera: those of one model in EXIF (auto, the default), all "
+        "(single), those of a folder, none (image)",
     )
     group.add_argument(
-        "--camera_model", metavar="NAME", help=f"of COLMAP's (default: {Cameras.model})"
+        "--camera_model", metavar="NAME", help=f"one of COLMAP's (default: {Cameras.model})"
     )
     group.add_argument(
         "--match",
@@ -108,7 +114,7 @@ def _add_colmap_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--overlap",
-        type=_positive,
+        type=whole(1),
         metavar="N",
         help=f"with --match sequential: images that each is matched with (default: {OVERLAP})",
     )
@@ -116,35 +122,34 @@ def _add_colmap_options(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_speed_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--batch_size", type=_positive, metavar="N", help="images at a time")
+    group.add_argument(
+        "--batch_size",
+        type=whole(1),
+        metavar="N",
+        help="images that go through the extractor together",
+    )
     group.add_argument(
         "--decoder",
         choices=DECODERS,
         default=DECODERS[0],
-        help="of JPEGs: the processor, or nvImageCodec on the GPU (default: %(default)s)",
+        help="what decodes JPEGs: OpenCV on the processor, or nvImageCodec on the GPU (default: "
+        "%(default)s)",
     )
     group.add_argument(
-        "--threads", type=_positive, metavar="N", help="that decode (default: one a core)"
+        "--threads", type=whole(1), metavar="N", help="threads that decode (default: one a core)"
     )
     group.add_argument(
         "--processes",
-        type=_positive,
+        type=whole(1),
         metavar="N",
-        help="on this machine, or in a Ray cluster (default: one for each GPU; of many images on "
-        f"this machine, one for {CORES} cores)",
+        help="processes on this machine, or in a Ray cluster (default: one for each GPU; of many "
+        f"images on this machine, one for {CORES} cores)",
     )
     group.add_argument(
         "--ray",
         metavar="ADDRESS",
         help="use a Ray cluster: its address, auto, or local for one of this machine",
     )
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not 1 or more")
-    return number
 
 
 def main(args: argparse.Namespace) -> None:

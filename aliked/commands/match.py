@@ -18,6 +18,8 @@ from aliked.cli import (
     add_lines_option,
     add_matcher_options,
     add_size_option,
+    add_video_options,
+    check_video_options,
     extractor_spec,
     matcher_from,
 )
@@ -36,7 +38,7 @@ from aliked.features import Extractor, Features
 from aliked.files import check_writable, remove_files, writable_folder
 from aliked.images import list_images, load_readable, reduced
 from aliked.matching import Matcher
-from aliked.video import add_video_options, check_video_options, frames, is_video
+from aliked.video import frames, is_video
 from aliked.weights import describe_weights
 
 MAX_FRAMES = 100  # of the animation, which is held in memory
@@ -67,7 +69,7 @@ class MatchedFrames:
         return float(np.hypot(*shift.T).sum())
 
     def summary(self) -> str:
-        """One line."""
+        """The pair in one line: names, keypoints, matches."""
         first, second = self.first, self.second
         return (
             f"{first.name} - {second.name}: "
@@ -117,7 +119,8 @@ class Files:
         """Write the animation and say where everything is."""
         animation = self.folder / ANIMATION
         write_animation(animation, self.frames)
-        print(f"pictures:  {self.pictures[0]} to {self.pictures[-1].name}")
+        last = f" to {self.pictures[-1].name}" if len(self.pictures) > 1 else ""
+        print(f"pictures:  {self.pictures[0]}{last}")
         shown = len(self.frames)
         part = f" (the first {shown} pairs)" if shown < len(self.pictures) else ""
         print(f"animation: {animation}{part}")
@@ -141,10 +144,13 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = Parser(
         description=__doc__,
-        epilog="A video file, or the number of a camera, takes FOLDER's place. In the window any "
-        "key goes on to the next pair, q or Esc quits.",
+        epilog="Two images or more, a video file, or the number of a camera, take FOLDER's place. "
+        "In the window any key goes on to the next pair, q or Esc quits.",
     )
     add_extractor_options(parser)
+    parser.add_argument(
+        "more", type=Path, nargs="*", metavar="IMAGE", help="further images, where FOLDER is one"
+    )
     add_size_option(parser)
     add_video_options(parser.add_argument_group("a video or a camera"))
     add_matcher_options(parser.add_argument_group("matching"))
@@ -191,17 +197,22 @@ def main(args: argparse.Namespace) -> None:
     if not count:
         only = "frame; give a video" if is_video(args.images) else "readable image; give a folder"
         raise InputError(f"{args.images} has one {only} with at least two")
-    print(f"in total: {count} pairs, {matches_text(matches, displacement)}")
+    pairs = "1 pair" if count == 1 else f"{count} pairs"
+    print(f"in total: {pairs}, {matches_text(matches, displacement)}")
     view.close()
 
 
 def open_images(args: argparse.Namespace) -> tuple[Iterator[tuple[str, np.ndarray]], str]:
     """Images with their names, each read when its turn comes, and what they are in words."""
     if is_video(args.images):
+        if args.more:
+            raise InputError(f"{args.images} is a video or a camera; leave {args.more[0]} out")
         images = frames(args.images, args.every or 1, args.frames)
         return ((name, reduced(image, args.max_size)) for name, image in images), str(args.images)
     offer_download(args.images)
-    paths = list_images(args.images)
+    if args.images.is_file() and not args.more:
+        raise InputError(f"{args.images} is one image; give another one as well, or a folder")
+    paths = [args.images, *args.more] if args.more else list_images(args.images)
     if len(paths) < 2:
         raise InputError(f"{args.images} has one image; give a folder with at least two")
     images = ((path.name, image) for path, image in load_readable(paths, args.max_size))

@@ -2,10 +2,8 @@
 
 import contextlib
 import copy
-import io
 import json
 import math
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,9 +26,9 @@ from aliked.export.deform_conv_onnx import standard_deform_conv
 from aliked.export.onnx_export import (
     OPSETS,
     exporting,
-    fold_constants,
     in_exported_form,
     silence,
+    trace,
 )
 from aliked.features import Features
 from aliked.files import whole_file
@@ -262,21 +260,8 @@ def _trace(
     opset: int,
 ) -> onnx.ModelProto:
     """The graph through TorchScript, whose exporter has the standard operators of ALIKED."""
-    buffer = io.BytesIO()
-    with torch.inference_mode(), silence(True), warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)
-        torch.onnx.export(
-            graph,
-            tuple(inputs[name] for name in graph.input_names),
-            buffer,
-            dynamo=False,
-            opset_version=opset,
-            input_names=list(graph.input_names),
-            output_names=list(graph.output_names),
-            dynamic_axes=axes,
-        )
-    return fold_constants(onnx.load_from_string(buffer.getvalue()))
+    with torch.inference_mode(), silence(True):
+        return trace(graph, {name: inputs[name] for name in graph.input_names}, axes, opset)
 
 
 def _name_rows(proto: onnx.ModelProto, top_k: int, dynamic: bool) -> None:

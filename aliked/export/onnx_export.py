@@ -213,7 +213,7 @@ def symbolic_axes(options: ExportOptions) -> dict[int, str]:
 
 
 def export_native(graph: nn.Module, options: ExportOptions, verbose: bool, rows: int):
-    """Through torch.export: the native DeformConv of opset 19. Returns the `ModelProto`."""
+    """Write `graph` by torch.export, with opset 19's DeformConv. Returns the `ModelProto`."""
     inputs = example_inputs(options)
     smallest = max(32, 2 * RADIUS + math.isqrt(max(rows, 1)) + 1)  # has room for `rows`
     bounds = {"batch": (1, 4096), "height": (smallest, MAX_SIDE), "width": (smallest, MAX_SIDE)}
@@ -236,24 +236,37 @@ def export_native(graph: nn.Module, options: ExportOptions, verbose: bool, rows:
 
 
 def export_standard(graph: nn.Module, options: ExportOptions, verbose: bool, rows: int):
-    """Through TorchScript: standard operators only, opsets 17 to 19. Returns the `ModelProto`."""
+    """Write `graph` by TorchScript, with standard operators only. Returns the `ModelProto`."""
     inputs = example_inputs(options)
     axes = {"image": symbolic_axes(options)} if symbolic_axes(options) else {}
     symbol = {1: "num_keypoints"} if options.io == "colmap" else {0: "batch"}
     if axes:
         axes |= {name: symbol for name in graph.output_names}
+    with standard_deform_conv(options.deform_conv, options.opset):
+        return trace(graph, inputs, axes, options.opset)
+
+
+def trace(
+    graph: nn.Module,
+    inputs: dict[str, torch.Tensor],
+    axes: dict[str, dict[int, str]],
+    opset: int,
+) -> onnx.ModelProto:
+    """What TorchScript's exporter writes of `graph`, whose `axes` stay symbolic, folded."""
     buffer = io.BytesIO()
-    with standard_deform_conv(options.deform_conv, options.opset), warnings.catch_warnings():
+    with warnings.catch_warnings():
         # The exporter says that it is deprecated, but for standard operators there is no other;
-        # the tracer says what torchvision and `longest_side` do with sizes, which is meant.
+        # the tracer says what torchvision and `longest_side` do with sizes, which is meant. What it
+        # does not fold of constants, `fold_constants` does.
         warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.filterwarnings("ignore", "Constant folding", UserWarning)
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         torch.onnx.export(
             graph,
             tuple(inputs.values()),
             buffer,
             dynamo=False,
-            opset_version=options.opset,
+            opset_version=opset,
             input_names=list(inputs),
             output_names=list(graph.output_names),
             dynamic_axes=axes,
@@ -352,7 +365,7 @@ def export_onnx(
 
 
 def in_exported_form(model: ALIKED, dynamic: bool, exported: bool = True) -> ALIKED:
-    """The same weights as a model that writes itself for runtimes, sampling as it does already."""
+    """A model of the same weights that writes itself for runtimes; how it samples stays."""
     model = copy.copy(model)
     model.form = Form(model.form.sampling, exported, dynamic)
     return model

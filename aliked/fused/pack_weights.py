@@ -100,9 +100,7 @@ def main(args: argparse.Namespace) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
-        prog="python -m aliked.fused.pack_weights", description=__doc__.splitlines()[0]
-    )
+    p = cli.Parser(prog="python -m aliked.fused.pack_weights", description=__doc__.splitlines()[0])
     p.add_argument("--model", default="aliked-t16-homography", choices=CONFIGS)
     p.add_argument("--output", type=Path, help="the file (default: MODEL.safetensors)")
     p.add_argument("--weights", type=Path, help="PyTorch weights (default: as everywhere)")

@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import importlib
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from aliked import cli
+from aliked.commands import COMMANDS
 from aliked.errors import InputError
 from aliked.files import locked, open_regular, read_text, whole_file
 
@@ -66,6 +68,14 @@ def test_a_number_out_of_range_is_one_sentence(text, capsys):
     assert ended(lambda args: None, [f"--share={text}"]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and f"{text} is no number from 0 to 1" in said
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_wrong_command_line_of_any_command_is_one_sentence(name, capsys):
+    stage = importlib.import_module(COMMANDS[name].module)
+    with pytest.raises(SystemExit) as end:
+        cli.run(stage.main, stage.parser(), ["--no_such_option"])
+    assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
 WRITING = """

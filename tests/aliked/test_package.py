@@ -105,6 +105,15 @@ def test_check_is_build_with_check_only(monkeypatch, capsys, tmp_path):
     assert error.startswith("aliked check: error: ") and "gone.onnx" in error
 
 
+def test_an_interrupt_while_a_stage_is_imported_is_one_line(monkeypatch, capsys):
+    def interrupted(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib, "import_module", interrupted)
+    assert run_command(monkeypatch, "export", "FOLDER") == 130
+    assert capsys.readouterr().err == "aliked export: interrupted\n"
+
+
 @pytest.mark.parametrize(("module", "extra"), [("onnx", "onnx"), ("onnxruntime", "onnx")])
 def test_a_missing_extra_is_named_with_the_command_that_installs_it(
     module, extra, monkeypatch, capsys
@@ -153,6 +162,17 @@ def test_a_manifest_holds_the_command_that_can_be_typed_again(monkeypatch):
     assert cli.command_line() == "aliked export FOLDER"
     monkeypatch.setattr(sys, "argv", ["convert_pytorch_to_onnx.py", "FOLDER"])
     assert cli.command_line() == "python convert_pytorch_to_onnx.py FOLDER"
+
+
+def test_a_command_that_is_kept_names_no_folder_of_this_machine(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    words = [tmp_path / "evaluate.py", "my photos", "--weights", tmp_path.parent / "w.pth"]
+    words += [f"--output={tmp_path / 'a=b' / 'r.jsonl'}", "--base_url", "https://host/a"]
+    monkeypatch.setattr(sys, "argv", list(map(str, words)))
+    assert cli.command_line() == (
+        "python evaluate.py 'my photos' --weights .../w.pth --output=a=b/r.jsonl "
+        "--base_url https://host/a"
+    )
 
 
 # what is installed

@@ -6,6 +6,7 @@ themselves where it is installed. Code that no test runs cannot use a name that 
 """
 
 import ast
+import functools
 import json
 import re
 from pathlib import Path
@@ -19,7 +20,11 @@ NAMES = {
         (PROJECT / "tests" / "helpers" / "tensorrt_names.json").read_text()
     ).items()
 }
-FILES = [*PROJECT.glob("*.py"), *(PROJECT / "aliked").rglob("*.py")]
+FILES = [
+    path
+    for path in [*PROJECT.glob("*.py"), *(PROJECT / "aliked").rglob("*.py")]
+    if re.search(r"\b_?(trt|rtx)\b", path.read_text())  # others spell none of its names
+]
 
 
 def dotted(node):
@@ -39,6 +44,7 @@ def annotation_of(argument):
     return dotted(note) if note is not None else ""
 
 
+@functools.cache
 def names_used(source):
     """Names below `trt` that some code spells, members of annotated parameters among them."""
     tree = ast.parse(source.replace("self._trt.", "trt."))
@@ -56,6 +62,7 @@ def names_used(source):
     return {name.removeprefix("trt.") for name in found}
 
 
+@functools.cache
 def names_asked_for(source):
     """Names that some code asks for with `hasattr` before it uses them."""
     calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]

@@ -18,11 +18,12 @@ from msgspec.structs import replace
 from aliked.matching import Matches, PairRuntime
 from aliked.parity import NO_TIES
 from aliked.ties import Expected
-from benchmark import artifacts, measure, process, runner
+from benchmark import artifacts, measure, process, runner, subjects
 from benchmark.environment import Describe, ProcessMemory
-from benchmark.measure import Batches, WrongAnswer, merged
+from benchmark.measure import merged
 from benchmark.records import Agreement
 from benchmark.rows import Grid, ImageSet
+from benchmark.subjects import Batches, ExtractorSubject, PairSubject, WrongAnswer
 from benchmark.timing import (
     Limits,
     Sample,
@@ -252,7 +253,7 @@ def measured_here(monkeypatch):
 
     def measure_row(row=ROW, **options) -> dict:
         backend = FakeBackend(**options)
-        monkeypatch.setattr(measure, "create_extractor", lambda name, spec: backend.create(spec))
+        monkeypatch.setattr(subjects, "create_extractor", lambda name, spec: backend.create(spec))
         random = np.random.default_rng(0)
         shape = (row.height, row.width, 3)
         images = {f"{i}.png": random.integers(0, 256, shape, np.uint8) for i in range(3)}
@@ -261,7 +262,7 @@ def measured_here(monkeypatch):
         }
         limits = Limits(repeats=12, warmup=5, max_seconds=5)
         spec = row.spec("cpu", None, None)
-        subject = functools.partial(measure.ExtractorSubject, row, spec, images, reference)
+        subject = functools.partial(ExtractorSubject, row, spec, images, reference)
         return measure.measure(subject, spec, limits, silent)
 
     return measure_row
@@ -338,7 +339,7 @@ def pair_measured_here(monkeypatch):
 
     def measure_row(matched: int) -> dict:
         row = replace(ROW, graph="matcher")
-        monkeypatch.setattr(measure, "create_pair_runtime", lambda *_: FakePairs(matched))
+        monkeypatch.setattr(subjects, "create_pair_runtime", lambda *_: FakePairs(matched))
         images = {f"{i}.png": np.full((row.height, row.width, 3), i, np.uint8) for i in range(3)}
         reference = {
             name: Expected(features_of(image, row.top_k), NO_TIES) for name, image in images.items()
@@ -346,9 +347,7 @@ def pair_measured_here(monkeypatch):
         order = np.arange(100)
         expected = [Matches(np.stack([order, order], 1), np.full(100, 0.5, np.float32))] * 2
         spec = row.spec("cpu", None, None)
-        subject = functools.partial(
-            measure.PairSubject, row, spec, images, reference, expected, None
-        )
+        subject = functools.partial(PairSubject, row, spec, images, reference, expected, None)
         return measure.measure(subject, spec, Limits(repeats=12, warmup=5, max_seconds=5), silent)
 
     return measure_row

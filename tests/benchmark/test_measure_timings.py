@@ -201,7 +201,8 @@ def test_what_demo_pair_takes_is_taken(tmp_path):
     demo = demo_pair.parser().parse_args(words.split())
     args = measure_timings.parser().parse_args(words.split())
     assert measure_timings.output_from(args) == (tmp_path / "timings.jsonl", tmp_path)
-    otherwise = {"images", "model", "backend", "top_k", "precision", "lines", "every", "frames"}
+    otherwise = {"images", "more", "model", "backend", "top_k", "precision", "lines"}
+    otherwise |= {"every", "frames"}
     for name in vars(demo).keys() - otherwise:
         assert getattr(args, name) == getattr(demo, name), name
     assert args.folders == [demo.images]

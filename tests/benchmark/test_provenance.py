@@ -19,11 +19,12 @@ from aliked.backends import Spec
 from aliked.backends.pytorch import PyTorchExtractor
 from aliked.errors import InputError
 from aliked.files import code_digest, sha256, write_json
-from benchmark import artifacts, measure, runner
+from benchmark import artifacts, measure, runner, subjects
 from benchmark.artifacts import cached_path, check_model_file
 from benchmark.environment import Monitor, git_commit, observed, tf32_of
 from benchmark.process import TaskFailed
 from benchmark.rows import ImageSet
+from benchmark.subjects import ExtractorSubject
 from benchmark.timing import Limits, contradiction
 from tests.helpers.fake_backends import FakeExtractor
 from tests.helpers.small_models import write_small_model
@@ -223,11 +224,11 @@ def measured_by(monkeypatch):
     """Measures a row with an extractor of the test's."""
 
     def run(extractor, row=SMALL) -> dict:
-        monkeypatch.setattr(measure, "create_extractor", lambda *_: extractor)
-        monkeypatch.setattr(measure.ExtractorSubject, "parity", lambda _: {"passed": True})
+        monkeypatch.setattr(subjects, "create_extractor", lambda *_: extractor)
+        monkeypatch.setattr(ExtractorSubject, "parity", lambda _: {"passed": True})
         images = {"a.png": np.zeros((row.height, row.width, 3), np.uint8)}
         spec, limits = row.spec("cpu", None, None), Limits(10, 3, 5.0)
-        subject = functools.partial(measure.ExtractorSubject, row, spec, images, {})
+        subject = functools.partial(ExtractorSubject, row, spec, images, {})
         return measure.measure(subject, spec, limits, lambda *_: None)
 
     return run

@@ -236,7 +236,7 @@ def test_two_measurements_of_one_row_are_refused(tables):
 @pytest.fixture
 def no_plots(monkeypatch):
     """Leaves out the drawing, which takes most of the time."""
-    monkeypatch.setattr(report, "draw_all", lambda records, folder: [])
+    monkeypatch.setattr(plots, "draw_all", lambda records, folder: [])
 
 
 def run(records: Path, **options) -> None:

@@ -11,7 +11,8 @@ from msgspec.structs import replace
 import draw_report as report
 from aliked.errors import InputError
 from benchmark.records import load_records
-from evaluation.report import frontier, load_outcomes, report_text
+from evaluation.records import load_outcomes
+from evaluation.report import frontier, report_text
 from evaluation.task import Score, paired_difference
 from tests.helpers import timing_records
 from tests.helpers.evaluation_records import FP16, FP32, SIFT, record

@@ -15,7 +15,7 @@ from aliked import hpatches
 from aliked.download import RemoteFile
 from aliked.errors import InputError
 from evaluation.changes import CHANGES, LEVELS
-from evaluation.homography import load_dataset, read_homographies
+from evaluation.homography_datasets import load_dataset, read_homographies
 from tests.helpers.file_server import FileServer
 from tests.helpers.planes import moved, write_scene, write_sequence
 

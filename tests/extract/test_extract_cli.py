@@ -347,4 +347,4 @@ def test_more_processes_than_cores_can_serve_are_refused(photos, tmp_path):
 def test_images_that_are_not_read_are_named(photos, tmp_path, extractor, capsys):
     (photos / "a" / "clip.gif").touch()
     extract(photos, "--output", tmp_path / "f.h5")
-    assert "a file passed over (a/clip.gif)" in capsys.readouterr().err
+    assert capsys.readouterr().err.count("a file passed over (a/clip.gif)") == 1

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 
-from evaluation.report import SCHEMA
+from evaluation.records import SCHEMA
 from evaluation.systems import System
 from tests.helpers.timing_records import CONFIGURATION
 

@@ -17,11 +17,9 @@ from aliked.backends import Spec
 from aliked.backends.tensorrt_library import Library
 from aliked.comparison import (
     Numbers,
-    Side,
     compare_image,
     compare_matches,
     draw_histogram,
-    open_side,
     report_text,
     write_histogram,
 )
@@ -33,6 +31,7 @@ from aliked.features import Features
 from aliked.files import sha256
 from aliked.matching import MutualMatcher
 from aliked.parity import compare_features, pair_features
+from aliked.sides import Side, open_side
 from tests.helpers.fake_tensorrt import VERSIONS
 from tests.helpers.fake_tensorrt.installed import install
 from tests.helpers.small_models import write_small_model

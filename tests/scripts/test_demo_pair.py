@@ -230,6 +230,15 @@ def test_one_image_is_not_a_pair(sequence, refused, tmp_path):
     assert "has one image" in refused(tmp_path)
 
 
+def test_two_images_take_the_place_of_a_folder(sequence, run, refused):
+    first, second = sequence / "2.png", sequence / "0.png"
+    status, out, err = run(first, second, "--top_k", 50, "--device", "cpu", "--output", "out")
+    assert status == 0, err
+    assert "2.png - 0.png: 50 and 50 keypoints" in out and "in total: 1 pair, " in out
+    assert "is one image; give another one as well" in refused(first)
+    assert "is a video or a camera; leave" in refused(0, first, "--frames", 1)
+
+
 def test_an_output_folder_that_cannot_be_made_is_refused_first(
     sequence, run, tmp_path, monkeypatch
 ):
@@ -250,7 +259,7 @@ def test_a_truncated_image_is_named_and_passed_over(sequence, run, tmp_path):
     (tmp_path / "2.jpg").write_bytes(cv2.imencode(".jpg", data.coffee())[1].tobytes()[:5000])
     (tmp_path / "2.png").unlink()
     status, out, err = run(tmp_path, "--top_k", 50, "--output", tmp_path / "out")
-    assert status == 0 and "in total: 1 pairs" in out
+    assert status == 0 and "in total: 1 pair, " in out
     assert "2.jpg is truncated" in err and "1 of 3 images skipped" in err
     (tmp_path / "1.png").write_bytes(b"")
     status, _, err = run(tmp_path, "--top_k", 50, "--output", tmp_path / "out")

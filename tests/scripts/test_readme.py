@@ -98,13 +98,14 @@ def test_every_file_that_is_named_is_there(path):
     assert missing == []
 
 
-def test_the_readme_is_short_and_leads_to_every_page_once():
+def test_the_readme_is_short_and_leads_to_every_page():
     assert len(README.read_text().splitlines()) <= 250
     linked = links(README)
     from_pages = {link for page in DOCS for link in links(page)}
     for page in DOCS:
         times = linked.count(f"docs/{page.name}")
-        assert times == 1 or (times == 0 and page.name in from_pages), page
+        # Twice: where a reader chooses a runtime, and at its stage.
+        assert times in (1, 2) or (times == 0 and page.name in from_pages), page
 
 
 def test_the_commands_that_are_tried_are_those_of_the_readme():
