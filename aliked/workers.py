@@ -173,7 +173,7 @@ class Team:
         self._grower, self._file = self._process(_grow, self.jobs[0], store.path)
         self._opened: Opened | None = None
         self._finished = False
-        self._post: queue.SimpleQueue[NamedTuple | None] = queue.SimpleQueue()
+        self._post: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._poster = threading.Thread(target=self._send_post, daemon=True)
         self._poster.start()
         for index in range(len(devices)):
@@ -245,12 +245,16 @@ class Team:
             _send(file, self._opened)
 
     def _hear(self, speaker: Connection, worker: Worker | None) -> None:
-        """Do what follows from what a worker, or the process of the file, says."""
+        """Hear what a worker, or the process of the file, says, or that it has ended."""
         try:
             said = speaker.recv()
         except (EOFError, OSError) as error:
             self._silent(speaker, worker, error)
-            return
+        else:
+            self._heed(said, worker)
+
+    def _heed(self, said: Any, worker: Worker | None) -> None:
+        """Do what follows from what was said."""
         match said:
             case Ask():
                 self._deal(worker)
@@ -270,8 +274,9 @@ class Team:
                 worker.batches.popleft()
                 self._post.put(said)
             case Done():
-                while worker.file.poll():
-                    self._hear(worker.file, worker)
+                with contextlib.suppress(EOFError, OSError):  # it may have left already
+                    while worker.file.poll():
+                        self._heed(worker.file.recv(), worker)
                 self._leave(worker)
                 self._leaving.append(worker.process)
             case Finished():
