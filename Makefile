@@ -34,7 +34,8 @@ demo: $(VENV)/.installed
 
 readme-tables: $(VENV)/.installed
 	$(RUN) draw_report.py results/*.jsonl results/tensorrt/h100.jsonl \
-	    results/tensorrt/h100-rtx-wide.jsonl results/evaluation/*.jsonl \
+	    results/tensorrt/h100-rtx-wide.jsonl results/tensorrt/h100-plugin.jsonl \
+	    results/evaluation/*.jsonl \
 	    --other_run results/other_run/*.jsonl --output results/report \
 	    --docs docs/results.md docs/evaluation.md --readme README.md
 	$(RUN) draw_report.py results/lightglue/h100.jsonl --output results/lightglue/report \

@@ -1,6 +1,8 @@
 """Differentiable keypoint detection, DKD (arXiv 2112.02906, section III-B)."""
 
 import functools
+import itertools
+import math
 from typing import NamedTuple
 
 import torch
@@ -15,6 +17,7 @@ TEMPERATURE = 0.1  # of the soft-argmax
 MAX_TOP_K = 3840  # that one TopK of TensorRT can return
 # Values that TensorRT sorts in one block; a TopK of twice as many takes four times as long.
 GROUP = 4096
+MAX_PAIRS = 8  # of lists that are merged at once: an operator each
 
 
 class Detections(NamedTuple):
@@ -97,25 +100,68 @@ def select_top_k(
 
 
 def top_k_of_groups(values: torch.Tensor, k: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`values.topk(k, dim)` of [B, N] along N, a known number, by a knock-out.
+    """`values.topk(k, dim)` of [B, N] along N, a known number, by several small top-k.
 
-    The k best of all are among the k best of their groups. Groups and their winners keep the order
-    of `values`, so where a top-k prefers the lower index among equals, this does too.
+    Groups are sorted, and what can be among the best of all is left of some together, until that
+    is one group. Equal values may come in another order.
     """
     size = max(GROUP, 2 * k)
     count = int(values.shape[dim])  # a number also where the model is traced
-    index = None
-    while count > size:
-        groups = -(-count // size)
-        length = -(-count // groups)
-        values = F.pad(values, (0, groups * length - count), value=-1.0)  # below every score
-        values, winners = values.unflatten(dim, (groups, length)).topk(k, dim=2)
-        first = torch.arange(groups, device=values.device)[:, None] * length
-        winners = (winners + first).flatten(1)
-        index = winners if index is None else index.gather(1, winners)
-        values, count = values.flatten(1), groups * k
-    values, winners = values.topk(k, dim=1)
-    return values, winners if index is None else index.gather(1, winners)
+    if count <= size:
+        return values.topk(k, dim=1)
+    kept = k + k % 2  # lists are halved below
+    merged = lists_to_merge(-(-count // size), min(2 * size // kept - 1, MAX_PAIRS))
+    groups = math.prod(merged)
+    length = -(-count // groups)
+    values = F.pad(values, (0, groups * length - count), value=-1.0)  # below every score
+    values, index = values.unflatten(dim, (groups, length)).topk(kept, dim=2)
+    index = index + torch.arange(groups, device=values.device)[:, None] * length
+    for lists in merged:
+        values, index = contenders(values, index, lists)
+        groups //= lists
+        values, winners = values.topk(kept if groups > 1 else k, dim=2)
+        index = index.gather(2, winners)
+    return values[:, 0], index[:, 0]
+
+
+def lists_to_merge(count: int, pairs: int) -> list[int]:
+    """How many lists become one in each round, at most `pairs` pairs, for `count` or a few more."""
+    rounds = next(n for n in itertools.count(1) if (2 * pairs) ** n >= count)
+    merged = []
+    for left in range(rounds, 0, -1):
+        merged.append(2 * math.ceil(count ** (1 / left) / 2 - 1e-9))
+        count = -(-count // merged[-1])
+    return merged
+
+
+def contenders(
+    values: torch.Tensor, index: torch.Tensor, lists: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the K best of every `lists` are among, of descending lists [B, G, K].
+
+    Of two lists, one of them turned round, the better at each place are the K best of both. They
+    fall and then rise, so that the better of each place in their two halves are the better half
+    (K. E. Batcher, Sorting networks and their applications, 1968). Of all worse halves together
+    one is left: a value below one of another worse half is below both better halves as well.
+    """
+    both = [x.unflatten(1, (-1, 2, lists // 2)) for x in (values, index)]
+    best, _ = compare([x[:, :, 0] for x in both], [x[:, :, 1].flip(3) for x in both])
+    halves = [x.unflatten(3, (2, -1)) for x in best]  # [B, G / lists, lists / 2, 2, K / 2]
+    upper, lower = compare(*([x[:, :, :, half] for x in halves] for half in (0, 1)))
+    rest = [x[:, :, 0] for x in lower]
+    for other in range(1, lists // 2):
+        rest, _ = compare(rest, [x[:, :, other] for x in lower])
+    values, index = (torch.cat((x.flatten(2), y), 2) for x, y in zip(upper, rest, strict=True))
+    return values, index
+
+
+def compare(
+    one: list[torch.Tensor], other: list[torch.Tensor]
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The better and the worse at each place, of values and their indices."""
+    first = one[0] >= other[0]
+    better = [torch.maximum(one[0], other[0]), torch.where(first, one[1], other[1])]
+    return better, [torch.minimum(one[0], other[0]), torch.where(first, other[1], one[1])]
 
 
 def above_or_mean(

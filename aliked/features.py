@@ -2,6 +2,7 @@
 
 import abc
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,16 +34,33 @@ class Features:
         return len(self.keypoints)
 
 
-def drop_fill_ins(keypoints: np.ndarray, descriptors: np.ndarray, scores: np.ndarray) -> Features:
+def room_for(keypoints: np.ndarray, descriptors: np.ndarray, scores: np.ndarray) -> Features:
+    """Memory for one image's [K, 2], [K, D] and [K] outputs, which `drop_fill_ins` may return.
+
+    It is written to, as a copy waits at each page that is new: make it while the device works.
+    """
+    return Features(*(np.full_like(rows, 0) for rows in (keypoints, scores, descriptors)))
+
+
+def drop_fill_ins(
+    keypoints: np.ndarray,
+    descriptors: np.ndarray,
+    scores: np.ndarray,
+    room: Features | None = None,
+) -> Features:
     """One image's [K, 2], [K, D] and [K] outputs to `Features`, without the rows of score 0.
 
     A model with a fixed K fills the outputs of an image that has fewer keypoints with rows
-    whose score is exactly 0. Nothing of the result shares memory with the outputs. `InputError`
-    where a score is NaN.
+    whose score is exactly 0. Nothing of the result shares memory with the outputs. `room` is of
+    `room_for` these outputs, made before. `InputError` where a score is NaN.
     """
     outputs = keypoints, scores, descriptors
     if (scores > 0).all():  # as most often: a whole is copied twice as fast as its rows
-        return Features(*(rows.copy() for rows in outputs))
+        if room is None:
+            return Features(*(rows.copy() for rows in outputs))
+        for to, rows in zip((room.keypoints, room.scores, room.descriptors), outputs, strict=True):
+            np.copyto(to, rows)
+        return room
     if np.isnan(scores).any():  # no more than 0 either, but no fill-in
         raise InputError(
             "the runtime returned scores that are NaN, so its model is damaged or its precision "
@@ -53,10 +71,14 @@ def drop_fill_ins(keypoints: np.ndarray, descriptors: np.ndarray, scores: np.nda
 
 
 def features_of_batch(
-    keypoints: np.ndarray, descriptors: np.ndarray, scores: np.ndarray
+    keypoints: np.ndarray,
+    descriptors: np.ndarray,
+    scores: np.ndarray,
+    rooms: Sequence[Features | None] | None = None,
 ) -> list[Features]:
     """`drop_fill_ins` of every image of a batch's [B, K, 2], [B, K, D] and [B, K] outputs."""
-    images = list(zip(keypoints, descriptors, scores, strict=True))
+    rooms = rooms or [None] * len(keypoints)
+    images = list(zip(keypoints, descriptors, scores, rooms, strict=True))
 
     def of_part(part: slice) -> list[Features]:
         return [drop_fill_ins(*image) for image in images[part]]

@@ -82,7 +82,10 @@ class PairAttention(NamedTuple):
     def _attend(self, q, k, v, bias) -> torch.Tensor:
         """[B, N, H, d], [B, M, H, d] twice to [B, N, H * d]."""
         q, k, v = (rows.transpose(1, 2) for rows in (q, k, v))
-        return self.attention(q, k, v, bias).transpose(1, 2).flatten(2)
+        rows = self.attention(q, k, v, bias).transpose(1, 2)
+        batch, count, heads, dim = rows.shape
+        # A file's size of -1 says nothing where there are no rows, and what is no int becomes that.
+        return rows.reshape(batch, count, int(heads) * int(dim))
 
 
 class Prepared(NamedTuple):
@@ -127,7 +130,8 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, heads: int, projections: int) -> None:
         super().__init__()
-        self.heads, self.projections = heads, projections
+        self.heads = heads
+        self.parts = (projections, heads, dim // heads)
         self.project = nn.Linear(dim, projections * dim)
         self.ffn = nn.Sequential(
             nn.Linear(2 * dim, 2 * dim), nn.LayerNorm(2 * dim), nn.GELU(), nn.Linear(2 * dim, dim)
@@ -135,7 +139,7 @@ class Block(nn.Module):
 
     def projected(self, x: torch.Tensor) -> torch.Tensor:
         """[B, M + N, D] to [B, M + N, projections, H, d]."""
-        return self.project(x).unflatten(2, (self.projections, self.heads, -1))
+        return self.project(x).unflatten(2, self.parts)
 
     def update(self, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         """The rows [B, M + N, D] after what attention gathered for them, the same shape."""

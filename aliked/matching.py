@@ -68,6 +68,16 @@ class Matcher(abc.ABC):
 
 Arrays = dict[str, np.ndarray]
 
+FEATURES = ("keypoints", "descriptors", "mask", "size")  # what is matched of an image
+SIDES = (0, 1)  # behind the names of tensors that each of both images has
+TENSORS = {  # LightGlue's graphs by name: their inputs and outputs
+    "matcher": (
+        tuple(f"{name}{side}" for side in SIDES for name in FEATURES),
+        ("matches0", "scores0"),
+    ),
+    "pair": (("image0", "image1"), ("keypoints0", "keypoints1", "matches0", "scores0")),
+}
+
 
 class PairRuntime(abc.ABC):
     """One runtime of LightGlue, with the inputs and outputs of its ONNX file, by name.

@@ -7,7 +7,7 @@ device copies one while threads prepare the next ones.
 """
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -95,9 +95,6 @@ def download(tensors: Iterable[torch.Tensor], asleep: bool = False) -> list[np.n
     return [copy.numpy() for copy in copies]
 
 
-SENT_BYTES = 256 << 10  # of a part at least: one is on its way while the next is copied
-
-
 class Part(NamedTuple):
     """A part of page-locked memory, and where both sides of its copy are."""
 
@@ -115,36 +112,50 @@ class Twin:
     """
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        self._both = tensor, page_locked(tensor)  # they live as long as this
-        self._on_device, self._on_host = (t.data_ptr() for t in self._both)
-        self.array = self._both[1].numpy()
+        self._tensor, self._on_device = tensor, tensor.data_ptr()
         self._whole = slice(None) if len(tensor) > 1 else 0
 
     @functools.cached_property
-    def _parts(self) -> tuple[Callable, list[Part]]:
-        """What goes through the parts, by several threads or one, and the parts."""
-        array, through = self.array[self._whole], each
-        slices = in_parts(len(array), array.nbytes)
+    def _host(self) -> torch.Tensor:
+        return page_locked(self._tensor)
+
+    @functools.cached_property
+    def array(self) -> np.ndarray:
+        """The page-locked memory."""
+        return self._host.numpy()
+
+    @functools.cached_property
+    def _parts(self) -> list[Part]:
+        """What several threads copy, one part each; nothing where it is not worth waking them."""
+        slices = in_parts(len(self._tensor[self._whole]), self._tensor.nbytes)
         if len(slices) == 1:
-            slices, through = in_parts(len(array), array.nbytes, SENT_BYTES), map
+            return []
+        array = self.array[self._whole]
         offsets = [rows.start * array.strides[0] for rows in slices]
-        return through, [
-            Part(rows, array[rows], self._on_device + offset, self._on_host + offset)
+        return [
+            Part(rows, array[rows], self._on_device + offset, self._host.data_ptr() + offset)
             for rows, offset in zip(slices, offsets, strict=True)
         ]
 
-    def send(self, values: np.ndarray, stream: int) -> None:
-        """Copy an array [B, H, ...] here, and queue the copy to the device, part by part."""
-        values = values[self._whole]
+    def send(self, values: np.ndarray, stream: int) -> np.ndarray:
+        """Queue the copy of an array [B, H, ...] to the device.
+
+        Keep what is returned until the stream has been waited for: it may be read until then.
+        """
+        if not self._parts:  # by the driver's own page-locked memory it takes less than by ours
+            values = np.ascontiguousarray(values)
+            gpu.copy_async(self._on_device, values.ctypes.data, values.nbytes, stream)
+            return values
+        rows_of = values[self._whole]
 
         def copy(part: Part) -> Part:
-            np.copyto(part.array, values[part.rows])
+            np.copyto(part.array, rows_of[part.rows])
             return part
 
-        through, parts = self._parts
-        for part in through(copy, parts):
+        for part in each(copy, self._parts):
             gpu.copy_async(part.on_device, part.on_host, part.array.nbytes, stream)
+        return values
 
     def fetch(self, stream: int) -> None:
         """Queue the copy of all values from the device."""
-        gpu.copy_async(self._on_host, self._on_device, self.array.nbytes, stream)
+        gpu.copy_async(self._host.data_ptr(), self._on_device, self.array.nbytes, stream)

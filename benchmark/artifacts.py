@@ -52,6 +52,11 @@ def cached_path(row: Row, suffix: str, weights: Path | None, made_on: dict) -> P
     return cache_dir() / "benchmark" / name
 
 
+def share_the_processor(jobs: int) -> None:
+    """Give PyTorch in this process its share of the threads: all of them in each slow all down."""
+    torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
+
+
 @dataclass(frozen=True)
 class BuildFile:
     """Make the file that a backend runs, for images of one shape, and note how long that took."""
@@ -61,6 +66,7 @@ class BuildFile:
     path: Path
     graph: str = "extractor"
     matcher_weights: Path | None = None  # of the other graphs
+    jobs: int = 1  # that run at the same time
 
     @property
     def device(self) -> str:
@@ -74,6 +80,7 @@ class BuildFile:
 
     def run(self, progress: Progress) -> None:
         """Write the file, then the note."""
+        share_the_processor(self.jobs)  # exporters run the model
         start = time.perf_counter()
         if self.graph == "extractor":
             build_model_file(self.spec, self.shape, self.path)
@@ -101,7 +108,7 @@ def build_files(
 
     Calls `done()` after every build.
     """
-    builds = list(builds)
+    builds = [replace(build, jobs=jobs) for build in builds]
     missing = [build for build in builds if build.seconds() is None]
     for build in missing:
         build.path.parent.mkdir(parents=True, exist_ok=True)
@@ -218,8 +225,7 @@ class MakeReference:
 
     def run(self, progress: Progress) -> None:
         """Write the features, and where rounding decides about them, of every image."""
-        # Each on its share of the processor: as many threads as cores in each would slow all down.
-        torch.set_num_threads(max(1, torch.get_num_threads() // self.jobs))
+        share_the_processor(self.jobs)
         extractor = PyTorchExtractor(replace(self.spec, device="cpu", precision="fp32"))
         arrays = {}
         for name, image in self.images.load().items():

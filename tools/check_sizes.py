@@ -3,7 +3,9 @@
     python -m tools.check_sizes assets/sequence_640x480 assets/sequence_1241x376 \
         --output results/tensorrt/h100-sizes.jsonl
 
-Needs a GPU. Of sizes that no folder has, parts of the first folder's images are taken.
+Needs a GPU. Of sizes that no folder has, parts of the first folder's images are taken. Lines of
+FP16 also say whether PyTorch's own half precision passes: where K is about as many as an image has
+maxima, it does not always.
 """
 
 import argparse
@@ -24,8 +26,10 @@ from aliked.configs import OFFICIAL, PRECISIONS
 from aliked.export.build import build_onnx
 from aliked.export.builder import BuildOptions
 from aliked.export.engine import Request, convert
+from aliked.features import Features
 from aliked.images import list_images, load_image
 from aliked.parity import TOLERANCES, compare_features, judge
+from aliked.ties import Expected
 from benchmark.environment import git_commit
 from benchmark.subjects import overall
 
@@ -54,24 +58,34 @@ def images_of(folders: list[Path], width: int, height: int) -> np.ndarray:
     return np.stack([image[:height, :width] for image in (whole or found)[0]])
 
 
+def outcome(expected: list[Expected], found: list[Features], precision: str) -> dict:
+    """The verdict on the features of several images, and its figures."""
+    pairs = {
+        str(i): compare_features(e.features, f, ties=e.ties)
+        for i, (e, f) in enumerate(zip(expected, found, strict=True))
+    }
+    verdict = judge(pairs, TOLERANCES[precision])
+    passed = {"passed": verdict.passed, "reasons": verdict.reasons[:5]}
+    return passed | overall(list(pairs.values()))
+
+
 def check(
-    engine: TensorRTExtractor, reference: PyTorchExtractor, folders: list[Path], precision: str
+    engine: TensorRTExtractor, reference: PyTorchExtractor, spec: Spec, folders: list[Path]
 ) -> Iterator[dict]:
     """Compare at every size, in every batch; yields the figures and the verdict of each."""
+    half = PyTorchExtractor(spec) if spec.precision == "fp16" else None
     for width, height in SIZES:
         images = images_of(folders, width, height)
         expected = [reference.expect(image) for image in images]
+        beside = {}
+        if half:
+            own = outcome(expected, half.extract_batch(images), spec.precision)
+            beside["pytorch"] = {key: own[key] for key in ("passed", "reasons")}
         for batch in BATCHES:
             parts = np.split(images, len(images) // batch)
             found = [features for part in parts for features in engine.extract_batch(part)]
-            pairs = {
-                str(i): compare_features(e.features, f, ties=e.ties)
-                for i, (e, f) in enumerate(zip(expected, found, strict=True))
-            }
-            verdict = judge(pairs, TOLERANCES[precision])
             size = {"width": width, "height": height, "batch": batch}
-            outcome = {"passed": verdict.passed, "reasons": verdict.reasons[:5]}
-            yield size | outcome | overall(list(pairs.values()))
+            yield size | outcome(expected, found, spec.precision) | beside
 
 
 def parser() -> argparse.ArgumentParser:
@@ -94,14 +108,16 @@ def main(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as folder, args.output.open("a") as output:
         for model in args.models:
             spec, path = Spec(model, top_k=1000), Path(folder) / f"{model}.engine"
-            build(replace(spec, precision=args.precision), args.builder, path)
+            own = replace(spec, precision=args.precision)
+            build(own, args.builder, path)
             engine = TensorRTExtractor(path, cuda_graph=args.cuda_graph)
-            library = {"library": engine.library.name, "version": engine.library.version}
+            builder = engine.engine.library
+            library = {"library": builder.name, "version": builder.version}
             row = {"model": model, "precision": args.precision, "cuda_graph": args.cuda_graph}
-            for outcome in check(engine, PyTorchExtractor(spec), args.folders, args.precision):
-                line = row | outcome | library | {"gpu": card, "commit": git_commit()}
-                wrong += not outcome["passed"]
-                print(json.dumps(row | outcome), flush=True)
+            for found in check(engine, PyTorchExtractor(spec), own, args.folders):
+                line = row | found | library | {"gpu": card, "commit": git_commit()}
+                wrong += not found["passed"]
+                print(json.dumps(row | found), flush=True)
                 output.write(json.dumps(line) + "\n")
                 output.flush()
     return int(wrong > 0)

@@ -1,10 +1,12 @@
-"""Time the published LightGlue on this GPU, as it is and with its own `compile()`, all layers.
+"""Time the published LightGlue on this GPU: as it is, with its own `compile()`, and adaptively.
 
     python -m tools.time_published_lightglue assets/sequence_640x480 --published lightglue.py
 
 The file is lightglue/lightglue.py of github.com/cvg/LightGlue. The first two images' features, of
 PyTorch in float32, stay on the GPU; half precision is its `mp`, autocast. Compare with the rows
-"LightGlue alone" of `measure_timings.py --matcher lightglue`, which times by the same clock.
+"LightGlue alone" of `measure_timings.py --matcher lightglue`, which times by the same clock: they
+run all layers on all keypoints. Adaptive depth and width depend on the data, so they stand here for
+both codes; on a GPU the published one drops keypoints only where there are 1024 or 1536 of them.
 Writes a JSON line for each K and form, with what it matches beside this project's float32.
 """
 
@@ -12,21 +14,27 @@ import argparse
 import importlib.util
 import json
 import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 
 from aliked import cli, files
+from aliked.features import Features
 from aliked.images import list_images, load_image
 from aliked.lightglue import LightGlue
-from aliked.matching import Matches, matches_of_rows
+from aliked.matching import Matches, Size, matches_of_rows
 from aliked.model import ALIKED
 from aliked.parity import compare_matches
 from aliked.weights import LIGHTGLUE, load_state_dict
+from benchmark.environment import git_commit
 from benchmark.timing import CudaClock
 
 RUNS, WARMUP = 200, 30
+CONFIDENCES = {"depth_confidence": 0.95, "width_confidence": 0.99}  # the paper's
 
 
 def parser() -> argparse.ArgumentParser:
@@ -49,59 +57,111 @@ def load_module(path: Path) -> ModuleType:
     return module
 
 
-def features_of(args: argparse.Namespace, top_k: int) -> tuple[dict, Matches]:
-    """Both images' features as the published code takes them, and what ours matches of them."""
-    model = ALIKED.from_pretrained(args.model, top_k, weights=args.weights, device="cuda")
-    matcher = LightGlue.from_pretrained(args.weights, device="cuda")
-    images = [load_image(path) for path in list_images(args.images)[:2]]
-    features = [model.extract(image) for image in images]
-    sizes = [image.shape[1::-1] for image in images]
-    sides = zip(features, sizes, strict=True)
-    data = {
-        f"image{number}": {
-            "keypoints": torch.from_numpy(side.keypoints).cuda()[None],
-            "descriptors": torch.from_numpy(side.descriptors).cuda()[None],
-            "image_size": torch.tensor([size], dtype=torch.float32, device="cuda"),
+class Pair(NamedTuple):
+    """Two images' features and sizes (width, height)."""
+
+    features: tuple[Features, Features]
+    sizes: tuple[Size, Size]
+
+    def published(self) -> dict:
+        """What the published code takes, on the GPU."""
+        return {
+            f"image{number}": {
+                "keypoints": torch.from_numpy(features.keypoints).cuda()[None],
+                "descriptors": torch.from_numpy(features.descriptors).cuda()[None],
+                "image_size": torch.tensor([size], dtype=torch.float32, device="cuda"),
+            }
+            for number, (features, size) in enumerate(zip(*self, strict=True))
         }
-        for number, (side, size) in enumerate(sides)
-    }
-    return data, matcher.match(*features, *sizes)
+
+
+def features_of(args: argparse.Namespace, top_k: int) -> Pair:
+    """The features of the first two images, by PyTorch in float32."""
+    model = ALIKED.from_pretrained(args.model, top_k, weights=args.weights, device="cuda")
+    first, second = (load_image(path) for path in list_images(args.images)[:2])
+    features = model.extract(first), model.extract(second)
+    return Pair(features, (first.shape[1::-1], second.shape[1::-1]))
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way to run a matcher."""
+
+    code: str  # "published" or "ours"
+    compiled: bool = False  # by its own `compile()`
+    adaptive: bool = False  # depth and width, with the paper's confidences
+
+
+FORMS = (
+    Form("published"),
+    Form("published", compiled=True),
+    Form("published", adaptive=True),
+    Form("ours", adaptive=True),
+)
+
+
+def published(form: Form, args: argparse.Namespace, pair: "Pair") -> Callable[[], Any]:
+    """What runs the published code once."""
+    module = load_module(args.published)
+    options = dict(CONFIDENCES) if form.adaptive else dict.fromkeys(CONFIDENCES, -1)
+    matcher = module.LightGlue(features=None, input_dim=128, mp=True, **options)
+    matcher.load_state_dict(load_state_dict(LIGHTGLUE, args.weights), strict=False)
+    matcher = matcher.eval().cuda()
+    if form.compiled:
+        matcher.compile(static_lengths=[len(pair.features[0])])
+    data = pair.published()
+    return lambda: matcher(data)
+
+
+def ours(form: Form, args: argparse.Namespace, pair: "Pair") -> Callable[[], Matches]:
+    """What runs this project's matcher once, on features that are on the device already."""
+    options = CONFIDENCES if form.adaptive else {}
+    matcher = LightGlue.from_pretrained(args.weights, "cuda", "fp16", **options)
+    prepared = [matcher.prepare(*side) for side in zip(pair.features, pair.sizes, strict=True)]
+    return lambda: matcher.match_prepared(*prepared)
+
+
+def to_matches(output: Any) -> tuple[Matches, int]:
+    """The matches of either code, and how many layers ran."""
+    if isinstance(output, Matches):
+        return output, output.layers
+    rows = (output[name][0].cpu().numpy() for name in ("matches0", "matching_scores0"))
+    return matches_of_rows(*rows), output["stop"]
 
 
 @torch.inference_mode()
-def row(args: argparse.Namespace, module: ModuleType, top_k: int, compiled: bool) -> dict:
+def row(args: argparse.Namespace, form: Form, top_k: int) -> dict:
     """One form's time and matches."""
-    data, expected = features_of(args, top_k)
-    options = {"depth_confidence": -1, "width_confidence": -1, "mp": True}
-    matcher = module.LightGlue(features=None, input_dim=128, **options)
-    matcher.load_state_dict(load_state_dict(LIGHTGLUE, args.weights), strict=False)
-    matcher = matcher.eval().cuda()
-    if compiled:
-        matcher.compile(static_lengths=[top_k])
+    pair = features_of(args, top_k)
+    run = (published if form.code == "published" else ours)(form, args, pair)
     clock = CudaClock("cuda")
     for _ in range(WARMUP):
-        output = matcher(data)
-    found = matches_of_rows(*(output[n][0].cpu().numpy() for n in ("matches0", "matching_scores0")))
-    parity = compare_matches(expected, found)
-    times = [clock(lambda: matcher(data), torch.cuda.synchronize)[0].ms for _ in range(RUNS)]
+        output = run()
+    found, layers = to_matches(output)
+    options = CONFIDENCES if form.adaptive else {}
+    reference = LightGlue.from_pretrained(args.weights, device="cuda", **options)
+    parity = compare_matches(reference.match(*pair.features, *pair.sizes), found)
+    times = [clock(run, torch.cuda.synchronize)[0].ms for _ in range(RUNS)]
     return {
+        **asdict(form),
         "top_k": top_k,
-        "compiled": compiled,
         "p50": statistics.median(times),
         "p90": statistics.quantiles(times, n=10)[-1],
+        "layers": layers,
         "matches": [parity.reference, parity.other, parity.common],
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
+        "commit": git_commit(),
     }
 
 
 def main(args: argparse.Namespace) -> None:
     """Every K and form, printed and written."""
     torch._dynamo.config.recompile_limit = 64  # a layer is a recompilation
-    module, rows = load_module(args.published), []
+    rows = []
     for top_k in args.top_k:
-        for compiled in (False, True):
-            rows.append(row(args, module, top_k, compiled))
+        for form in FORMS:
+            rows.append(row(args, form, top_k))
             print(rows[-1], flush=True)
     with files.whole_file(args.output) as partial:
         partial.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -72,9 +72,15 @@ BACKENDS = {
     "onnxruntime-tensorrt-rtx": with_tf32(
         "onnxruntime", "ONNXRuntimeExtractor", {"provider": "tensorrt-rtx"}, suffix=".onnx"
     ),
-    "tensorrt": with_tf32("tensorrt", "TensorRTExtractor", {"library": "tensorrt"}, suffix=".trt"),
+    "tensorrt": with_tf32(
+        "tensorrt", "TensorRTExtractor", {"library": "tensorrt"}, suffix=".trt", lightglue=True
+    ),
     "tensorrt-cudagraph": with_tf32(
-        "tensorrt", "TensorRTExtractor", {"library": "tensorrt", "cuda_graph": True}, suffix=".trt"
+        "tensorrt",
+        "TensorRTExtractor",
+        {"library": "tensorrt", "cuda_graph": True},
+        suffix=".trt",
+        lightglue=True,
     ),
     "tensorrt-pycuda": with_tf32(
         "tensorrt", "TensorRTExtractor", {"library": "tensorrt", "memory": "pycuda"}, suffix=".trt"

@@ -5,7 +5,7 @@ import ctypes
 import importlib.util
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -48,8 +48,11 @@ class Memory(Protocol):
     def copy(self, source: Any, target: Any) -> None:
         """Enqueue a copy on the device, between buffers of one shape and type."""
 
-    def replay(self, graph: "CudaGraph", source: Any, target: Any) -> None:
-        """`copy`, then launch the graph; not inside `active()`, but ordered as if it were."""
+    def replay(self, graph: "CudaGraph", sources: Iterable[Any]) -> None:
+        """Launch a graph that copies from these buffers first.
+
+        Not inside `active()`, but ordered as if it were.
+        """
 
     def synchronize(self) -> None:
         """Wait for the stream."""
@@ -70,6 +73,7 @@ class TorchMemory:
         self._stream = torch.cuda.Stream(self._device)
         self.stream = self._stream.cuda_stream
         self._latest = self._stream  # what is enqueued there comes after all that was here
+        self._dtypes: dict[np.dtype, Any] = {}
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -85,7 +89,9 @@ class TorchMemory:
             self._latest = caller
 
     def _dtype(self, dtype: np.dtype) -> Any:
-        return self._torch.from_numpy(np.empty(0, dtype)).dtype
+        if dtype not in self._dtypes:
+            self._dtypes[dtype] = self._torch.from_numpy(np.empty(0, dtype)).dtype
+        return self._dtypes[dtype]
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Any:
         try:
@@ -97,8 +103,9 @@ class TorchMemory:
         return buffer.data_ptr()
 
     def matches(self, buffer: Any, dtype: np.dtype) -> bool:
-        here = isinstance(buffer, self._torch.Tensor) and buffer.device == self._device
-        return here and buffer.is_contiguous() and buffer.dtype == self._dtype(dtype)
+        here = isinstance(buffer, self._torch.Tensor) and buffer.is_cuda
+        here = here and buffer.get_device() == self._device.index
+        return here and buffer.dtype == self._dtype(dtype) and buffer.is_contiguous()
 
     def pinned(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         return self._torch.empty(shape, dtype=self._dtype(dtype), pin_memory=True).numpy()
@@ -112,17 +119,20 @@ class TorchMemory:
     def copy(self, source: Any, target: Any) -> None:
         target.copy_(source, non_blocking=True)
 
-    def replay(self, graph: "CudaGraph", source: Any, target: Any) -> None:
+    def replay(self, graph: "CudaGraph", sources: Iterable[Any]) -> None:
         # On the caller's stream: to wait for one another costs streams some ten microseconds.
+        # All that this does the GPU waits for: of a stream only its handle is asked, which is not
+        # public; the public way makes an object first, which takes longer than the launch.
+        index = self._device.index
         cuda = self._torch.cuda
-        here = cuda.current_device() == self._device.index
+        here = cuda.current_device() == index
         with contextlib.nullcontext() if here else cuda.device(self._device):
-            caller = cuda.current_stream(self._device)
-            if self._latest != caller:
+            handle = self._torch._C._cuda_getCurrentRawStream(index)
+            if self._latest.cuda_stream != handle:
+                caller = cuda.current_stream(self._device)
                 caller.wait_stream(self._latest)
-            target.copy_(source, non_blocking=True)
-            graph.launch(caller.cuda_stream)
-            self._latest = caller
+                self._latest = caller
+            graph.launch(handle, [source.data_ptr() for source in sources])
 
     def synchronize(self) -> None:
         self._stream.synchronize()
@@ -177,10 +187,9 @@ class PyCudaMemory:
         size = math.prod(source.shape) * source.dtype.itemsize
         self._driver.memcpy_dtod_async(target.gpudata, source.gpudata, size, self._stream)
 
-    def replay(self, graph: "CudaGraph", source: Any, target: Any) -> None:
+    def replay(self, graph: "CudaGraph", sources: Iterable[Any]) -> None:
         with self.active():
-            self.copy(source, target)
-            graph.launch(self.stream)
+            graph.launch(self.stream, [self.address(source) for source in sources])
 
     def synchronize(self) -> None:
         self._stream.synchronize()
@@ -202,41 +211,93 @@ def create_memory(name: str, index: int) -> Memory:
 
 
 CAPTURE_MODE_THREAD_LOCAL = 1  # CUstreamCaptureMode: other threads may go on calling CUDA
+MEMCPY_NODE = 1  # CUgraphNodeType
+# A CUDA_MEMCPY3D as 64-bit words, and those that hold the device addresses.
+WORDS, SOURCE, TARGET = 25, 6, 17
 
 
 class CudaGraph:
     """The work that one call puts on a stream, recorded once and launched again and again.
 
-    Shapes and addresses are recorded with it. `RuntimeError` where something in the call cannot
-    be recorded.
+    Shapes and addresses are recorded with it, but for the sources of the copies that it begins
+    with. `RuntimeError` where something in the call cannot be recorded.
     """
 
-    def __init__(self, stream: int, enqueue: Callable[[], None]) -> None:
-        """Record `enqueue()`, which must only enqueue on `stream`: nothing runs meanwhile."""
-        graph = self._record(ctypes.c_void_p(stream), enqueue)
+    def __init__(
+        self,
+        stream: int,
+        enqueue: Callable[[], None],
+        copies: Sequence[tuple[int, int, int]] = (),
+    ) -> None:
+        """Record `enqueue()`, which must only enqueue on `stream`: nothing runs meanwhile.
+
+        `copies` are what runs before it: (target, source, bytes) of each.
+        """
+
+        def work() -> None:
+            for target, source, size in copies:
+                gpu.copy_async(target, source, size, stream)
+            enqueue()
+
+        self._driver = gpu.driver()
+        graph = self._record(ctypes.c_void_p(stream), work)
+        weakref.finalize(self, self._driver.cuGraphDestroy, graph)  # its nodes are named below
         self._executable = ctypes.c_void_p()
-        status = gpu.driver().cuGraphInstantiateWithFlags(
+        status = self._driver.cuGraphInstantiateWithFlags(
             ctypes.byref(self._executable), graph, ctypes.c_ulonglong(0)
         )
-        gpu.driver().cuGraphDestroy(graph)
         gpu.check(status, "cuGraphInstantiateWithFlags")
-        weakref.finalize(self, gpu.driver().cuGraphExecDestroy, self._executable)
+        weakref.finalize(self, self._driver.cuGraphExecDestroy, self._executable)
+        self._copies = self._find(graph, [target for target, _, _ in copies])
+        self._context = ctypes.c_void_p()
+        status = self._driver.cuCtxGetCurrent(ctypes.byref(self._context))
+        gpu.check(status, "cuCtxGetCurrent")
 
     def _record(self, stream: ctypes.c_void_p, enqueue: Callable[[], None]) -> ctypes.c_void_p:
         mode = ctypes.c_int(CAPTURE_MODE_THREAD_LOCAL)
-        gpu.check(gpu.driver().cuStreamBeginCapture_v2(stream, mode), "cuStreamBeginCapture")
+        gpu.check(self._driver.cuStreamBeginCapture_v2(stream, mode), "cuStreamBeginCapture")
         graph, failure = ctypes.c_void_p(), None
         try:
             enqueue()
         except Exception as error:  # the capture must be ended before anything else is called
             failure = error
-        status = gpu.driver().cuStreamEndCapture(stream, ctypes.byref(graph))
+        status = self._driver.cuStreamEndCapture(stream, ctypes.byref(graph))
         if failure is not None:
             raise failure
         gpu.check(status, "cuStreamEndCapture")
         return graph
 
-    def launch(self, stream: int) -> None:
-        """Enqueue the recorded work on a stream."""
-        status = gpu.driver().cuGraphLaunch(self._executable, ctypes.c_void_p(stream))
+    def _find(
+        self, graph: ctypes.c_void_p, targets: list[int]
+    ) -> list[tuple[ctypes.c_void_p, ctypes.Array]]:
+        """The nodes of a graph that copy to these addresses, and their parameters."""
+        if not targets:
+            return []
+        count = ctypes.c_size_t()
+        status = self._driver.cuGraphGetNodes(graph, None, ctypes.byref(count))
+        nodes = (ctypes.c_void_p * count.value)()
+        status = status or self._driver.cuGraphGetNodes(graph, nodes, ctypes.byref(count))
+        gpu.check(status, "cuGraphGetNodes")
+        found = {}
+        for node in map(ctypes.c_void_p, nodes):
+            kind, copy = ctypes.c_int(), (ctypes.c_uint64 * WORDS)()
+            status = self._driver.cuGraphNodeGetType(node, ctypes.byref(kind))
+            if kind.value == MEMCPY_NODE:
+                status = status or self._driver.cuGraphMemcpyNodeGetParams(node, copy)
+                found[copy[TARGET]] = (node, copy)
+            gpu.check(status, "cuGraphMemcpyNodeGetParams")
+        if not found.keys() >= set(targets):
+            raise RuntimeError("a copy is not in the graph")
+        return [found[target] for target in targets]
+
+    def launch(self, stream: int, sources: Sequence[int] = ()) -> None:
+        """Enqueue the recorded work on a stream; `sources` are the addresses to copy from."""
+        for (node, copy), source in zip(self._copies, sources, strict=True):
+            if copy[SOURCE] != source:  # what has been launched already keeps its own
+                copy[SOURCE] = source
+                status = self._driver.cuGraphExecMemcpyNodeSetParams(
+                    self._executable, node, copy, self._context
+                )
+                gpu.check(status, "cuGraphExecMemcpyNodeSetParams")
+        status = self._driver.cuGraphLaunch(self._executable, ctypes.c_void_p(stream))
         gpu.check(status, "cuGraphLaunch")

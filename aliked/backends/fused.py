@@ -13,7 +13,14 @@ from aliked import gpu
 from aliked.backends import Spec
 from aliked.backends.pytorch import choose_device, load_model, named
 from aliked.errors import InputError
-from aliked.features import OUTPUTS, Extractor, Features, check_images, features_of_batch
+from aliked.features import (
+    OUTPUTS,
+    Extractor,
+    Features,
+    check_images,
+    features_of_batch,
+    room_for,
+)
 from aliked.model import PRECISIONS
 from aliked.transfer import Twin, upload
 
@@ -33,12 +40,12 @@ class Plan:
 
     @functools.cached_property
     def staged(self) -> Twin:
-        """Page-locked memory for images on their way to the device, from the first use on."""
+        """What sends images to the device, from the first use on."""
         return Twin(self.images)
 
     @functools.cached_property
     def results(self) -> list[Twin]:
-        """The same for outputs on their way home."""
+        """Page-locked memory for outputs on their way home."""
         return [Twin(self.outputs[name]) for name in OUTPUTS]
 
 
@@ -68,13 +75,13 @@ class FusedExtractor(Extractor):
         if spec.precision not in PRECISIONS:
             choices = " or ".join(PRECISIONS)
             raise InputError(f"unknown precision {spec.precision!r}; choose {choices}")
-        selection = spec.selection
+        self.selection = spec.selection
         model = load_model(replace(spec, precision="fp32"), torch.device("cpu"))
         with torch.cuda.device(self.torch_device):
             packed = weights.pack(model, PRECISIONS[spec.precision], self.torch_device)
             self.context = gpu.Context()
         self.run = functools.partial(
-            pipeline.extract, weights=packed, selection=selection, ops=kernels
+            pipeline.extract, weights=packed, selection=self.selection, ops=kernels
         )
         self.plans: OrderedDict[tuple, Plan] = OrderedDict()
 
@@ -83,12 +90,17 @@ class FusedExtractor(Extractor):
         check_images(images)
         with self.context:
             plan = self._plan(images)
-            plan.staged.send(images, plan.stream)
+            sent = plan.staged.send(images, plan.stream)
             plan.graph.replay()
             for output in plan.results:
                 output.fetch(plan.stream)
+            outputs = [output.array for output in plan.results]
+            rooms = None  # where a threshold decides, few of the rows are keypoints
+            if not self.selection.by_threshold:
+                rooms = [room_for(*image) for image in zip(*outputs, strict=True)]
             gpu.wait(plan.stream)
-        return features_of_batch(*(output.array for output in plan.results))
+            del sent  # it could be read until now
+        return features_of_batch(*outputs, rooms)
 
     def to_device(self, images: np.ndarray) -> torch.Tensor:
         """Return uint8 [B, H, W, 3] RGB on the device."""

@@ -20,7 +20,8 @@ from aliked.errors import InputError
 from aliked.features import Features, check_image
 from aliked.files import as_path
 from aliked.matching import (
-    NO_MATCHES,
+    FEATURES,
+    TENSORS,
     Arrays,
     Matcher,
     Matches,
@@ -32,8 +33,6 @@ from aliked.matching import (
     padded_rows,
 )
 
-MATCHES = ["matches0", "scores0"]
-FEATURES = ("keypoints", "descriptors", "mask", "size")  # each with 0 and 1 behind its name
 COLMAP_FEATURES = ("kpts", "desc", "image_size")
 
 
@@ -41,7 +40,7 @@ class MatcherSession(Matcher):
     """What the files with a matcher alone have in common: one session, by default on CUDA."""
 
     features: tuple[str, ...]
-    outputs: list[str]
+    outputs: tuple[str, ...]
 
     def __init__(self, path: str | Path, device: str = "auto"):
         (provider, options), *others = choose_providers(device)
@@ -55,20 +54,18 @@ class MatcherSession(Matcher):
                 "with convert_lightglue_to_onnx.py"
             )
 
-    def prepare(self, features: Features, size: Size) -> dict[str, np.ndarray] | None:
-        """An image's inputs by name, without 0 or 1 behind it; None where it has no keypoint.
+    def prepare(self, features: Features, size: Size) -> dict[str, np.ndarray]:
+        """An image's inputs by name, without 0 or 1 behind it.
 
         Raises `InputError` as `LightGlue.prepare` does, and for more keypoints than the file takes.
         """
         check_matchable(features, size, self.shapes[f"{self.features[1]}0"][2])
-        return self.rows(features, size) if len(features) else None
+        return self.rows(features, size)
 
     def match_prepared(
-        self, first: dict[str, np.ndarray] | None, second: dict[str, np.ndarray] | None
+        self, first: dict[str, np.ndarray], second: dict[str, np.ndarray]
     ) -> Matches:
         """Matches of what `prepare` made of two images."""
-        if first is None or second is None:
-            return NO_MATCHES
         sides = enumerate((first, second))
         inputs = {f"{name}{i}": rows[None] for i, side in sides for name, rows in side.items()}
         matches0, scores0 = (rows.reshape(-1) for rows in self.session.run(self.outputs, inputs))
@@ -82,7 +79,7 @@ class MatcherSession(Matcher):
 class ONNXRuntimeMatcher(MatcherSession):
     """A file of the default contract; fewer than its K keypoints are padded and masked."""
 
-    features, outputs = FEATURES, MATCHES
+    features, outputs = FEATURES, TENSORS["matcher"][1]
 
     def rows(self, features: Features, size: Size) -> dict[str, np.ndarray]:
         """`keypoints`, `descriptors`, `mask` and `size`, with the file's K rows."""
@@ -100,7 +97,7 @@ class ONNXRuntimeMatcher(MatcherSession):
 class ColmapMatcher(MatcherSession):
     """A file written with `--io colmap`, run the way COLMAP does."""
 
-    features, outputs = COLMAP_FEATURES, ["matches0", "mscores0"]
+    features, outputs = COLMAP_FEATURES, ("matches0", "mscores0")
 
     def __init__(self, path: str | Path, device: str = "auto", min_score: float = 0.1):
         super().__init__(path, device)
@@ -121,22 +118,22 @@ class ColmapMatcher(MatcherSession):
 class ONNXRuntimePair:
     """A file from two images to keypoints and matches."""
 
-    outputs = ("keypoints0", "keypoints1", *MATCHES)
+    inputs, outputs = TENSORS["pair"]
 
     def __init__(self, path: str | Path, device: str = "auto"):
         (provider, options), *others = choose_providers(device)
         self.path = as_path(path)
         self.session = open_session(self.path, provider, options, others)
-        self.inputs = {tensor.name: tensor for tensor in self.session.get_inputs()}
-        if set(self.inputs) != {"image0", "image1"}:
+        self.tensors = {tensor.name: tensor for tensor in self.session.get_inputs()}
+        if set(self.tensors) != set(self.inputs):
             raise InputError(
-                f"{self.path} has inputs {sorted(self.inputs)}; write it with "
+                f"{self.path} has inputs {sorted(self.tensors)}; write it with "
                 "convert_lightglue_to_onnx.py --graph pair"
             )
 
     def __call__(self, image0: np.ndarray, image1: np.ndarray) -> PairMatches:
         """Two images, uint8 [H, W, 3] RGB, to their keypoints and matches."""
-        images = {"image0": image0, "image1": image1}
+        images = dict(zip(self.inputs, (image0, image1), strict=True))
         batches = {name: self._prepare(name, image) for name, image in images.items()}
         rows = self.session.run(self.outputs, batches)
         keypoints0, keypoints1, matches0, scores0 = (row[0] for row in rows)
@@ -145,8 +142,8 @@ class ONNXRuntimePair:
     def _prepare(self, name: str, image: np.ndarray) -> np.ndarray:
         """A batch of one image as the file's input takes it; `InputError` for another size."""
         check_image(image)
-        uint8 = self.inputs[name].type == "tensor(uint8)"
-        sides = self.inputs[name].shape[1:3] if uint8 else self.inputs[name].shape[2:4]
+        uint8 = self.tensors[name].type == "tensor(uint8)"
+        sides = self.tensors[name].shape[1:3] if uint8 else self.tensors[name].shape[2:4]
         for want, got in zip(sides, image.shape[:2], strict=True):
             if isinstance(want, int) and want != got:
                 raise InputError(

@@ -135,8 +135,6 @@ class AutocastExtractor(ForwardExtractor):
             with torch.autocast(device.type, torch.float16):
                 return named(model(batch))
 
-        if _installed("torch-tensorrt-rtx"):
-            settle_tf32(forward.tf32)
         super().__init__(name, device, forward)
 
 
@@ -300,9 +298,13 @@ class EngineForward:
     def _compile(self, batch: torch.Tensor) -> torch.nn.Module:
         torch_tensorrt = import_torch_tensorrt()
         program = torch.export.export(self.model, (batch,))
-        # The model's own types are the precision, as in the other runtimes.
         return torch_tensorrt.dynamo.compile(
-            program, arg_inputs=[batch], use_explicit_typing=True, disable_tf32=not self.tf32
+            program,
+            arg_inputs=[batch],
+            use_explicit_typing=True,  # precision is in the model, as in the other runtimes
+            disable_tf32=not self.tf32,
+            # Torch-TensorRT-RTX 2.11's other runtime ends the process with library 1.6.1.
+            use_python_runtime=_installed("torch-tensorrt-rtx") is not None,
         )
 
 

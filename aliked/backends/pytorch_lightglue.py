@@ -10,7 +10,7 @@ from torch import nn
 from aliked.backends import Spec
 from aliked.backends.pytorch import capture, choose_device, load_model
 from aliked.lightglue import LightGlue, Output
-from aliked.matching import Arrays, PairRuntime
+from aliked.matching import TENSORS, Arrays, PairRuntime
 from aliked.model import ALIKED, plain_float32, to_tensor
 from aliked.transfer import download
 
@@ -24,10 +24,7 @@ class MatcherGraph(nn.Module):
     keypoints, `size` [B, 2], width and height in pixels; each with 0 and 1 behind its name.
     """
 
-    input_names = tuple(
-        f"{name}{side}" for side in (0, 1) for name in ("keypoints", "descriptors", "mask", "size")
-    )
-    output_names = ("matches0", "scores0")
+    input_names, output_names = TENSORS["matcher"]
 
     def __init__(self, matcher: LightGlue):
         super().__init__()
@@ -45,8 +42,7 @@ class PairGraph(nn.Module):
     `uint8_input`. Fill-ins have the score 0 and match nothing.
     """
 
-    input_names = ("image0", "image1")
-    output_names = ("keypoints0", "keypoints1", "matches0", "scores0")
+    input_names, output_names = TENSORS["pair"]
 
     def __init__(
         self, model: ALIKED, matcher: LightGlue, uint8_input: bool, sizes: Sizes | None

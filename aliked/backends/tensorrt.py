@@ -9,8 +9,11 @@ import functools
 import hashlib
 import importlib.util
 import json
+import math
 import re
 import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -45,6 +48,7 @@ if TYPE_CHECKING:
 
 INPUT = "image"
 Shape = tuple[int, ...]
+Buffers = dict[str, Any]  # of a device, by tensor
 
 # The manifest
 
@@ -336,57 +340,41 @@ def runtime_cache_path(engine: Path, version: str, device: gpu.Device) -> Path:
 # Running
 
 
-class TensorRTExtractor(Extractor):
+@dataclass(frozen=True)
+class Contract:
+    """The tensors by which an engine is known, and how to make one that has them."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]  # at least these
+    cure: str
+
+
+class Engine:
     """One engine on a stream of its own; not for several threads at once.
 
-    Device buffers and pinned arrays, by tensor name, are made for one input shape at a time and
-    used again with every run: what `infer` returns is overwritten by the next call.
+    Device buffers and pinned arrays, by tensor name, are made for one set of input shapes at a
+    time and used again with every run. All methods but `infer` and `synchronize` are called inside
+    `memory.active()`.
     """
-
-    @classmethod
-    def unavailable(cls, library: str = "tensorrt", memory: str = "torch", **_: Any) -> str | None:
-        """Return why engines, or this form of running them, cannot run here, or None."""
-        if memory == "pycuda" and importlib.util.find_spec("pycuda") is None:
-            return f"the package pycuda is not installed; {how_to_install('pycuda')}"
-        return LIBRARIES[library].unavailable()
-
-    @classmethod
-    def from_spec(cls, spec: Spec, name: str, **options: Any) -> "TensorRTExtractor":
-        """Return the engine `spec.model_path`; `InputError` where it is not of `spec`."""
-        if spec.model_path is None:
-            raise InputError(
-                f"backend {name} needs an engine; pass --model_path FILE.trt, as written by "
-                "convert_onnx_to_trt.py"
-            )
-        manifest = read_manifest(Path(spec.model_path))
-        _check_export(spec, manifest["source"]["export"])
-        if spec.precision == "fp16" and manifest["precision"] == "FP32":
-            raise InputError(
-                f"{spec.model_path} is float32; ask for fp32, or build it of an FP16 file"
-            )
-        return cls(
-            spec.model_path, spec.top_k, spec.device, name=name, manifest=manifest, **options
-        )
 
     def __init__(
         self,
         path: Path,
-        top_k: int = 0,
+        contract: Contract,
         device: str = "auto",
         library: str | None = None,
         memory: str = "torch",
         cuda_graph: bool = False,
-        name: str = "tensorrt",
         manifest: dict | None = None,
     ) -> None:
-        """Load the engine at `path`.
+        """Load the engine at `path`, which has the tensors of `contract`.
 
-        `top_k` > 0 keeps the first `top_k` keypoints. `library` is "tensorrt", "tensorrt-lean"
-        or "tensorrt-rtx", by default the one that built the engine. `memory` is "torch" or
-        "pycuda". `cuda_graph` records the engine's work once per input size. `manifest` is the
-        engine's, where the caller has read it. `InputError` for an engine that cannot run here.
+        `library` is "tensorrt", "tensorrt-lean" or "tensorrt-rtx", by default the one that built
+        the engine. `memory` is "torch" or "pycuda". `cuda_graph` records the engine's work once
+        per set of shapes. `manifest` is the engine's, where the caller has read it. `InputError`
+        for an engine that cannot run here.
         """
-        self.name, self.path, self.cuda_graph = name, Path(path), cuda_graph
+        self.path, self.cuda_graph = Path(path), cuda_graph
         self.manifest = manifest or read_manifest(self.path)
         self.library = LIBRARIES[library or self.manifest["library"]]
         index, self.gpu = gpu.device(device)  # first: without a driver the library crashes
@@ -397,44 +385,43 @@ class TensorRTExtractor(Extractor):
         self._trt = self.library.load()
         self.memory = create_memory(memory, index)
         self.cache: RuntimeCache | None = None
-        self.shape: Shape | None = None  # of the input, for which all below is made
-        self._new_shape = True  # nothing has run in this shape yet
+        self.shapes: dict[str, Shape] = {}  # of the inputs, for which all below is made
+        self._new_shapes = True  # nothing has run in these shapes yet
         self.buffers: dict[str, Any] = {}
         self.pinned: dict[str, np.ndarray] = {}
-        self._batch: Any = None
-        self._graph: CudaGraph | None = None
+        self._batch: Buffers = {}
+        self._graphs: dict[bool, CudaGraph] = {}  # with the inputs copied first, and without
         with self.memory.active():
-            self.engine = open_engine(self.path, self.manifest, self.library, self.gpu)
-            self._check_contract()
+            self._engine = open_engine(self.path, self.manifest, self.library, self.gpu)
+            self._check_contract(contract)
             self.context = self._create_context()
-        self.dtype = self._dtype(INPUT)
-        self.top_k = self._check_top_k(top_k)
+        self.dtypes = {name: self._dtype(name) for name in (*self.inputs, *self.outputs)}
 
-    def _check_contract(self) -> None:
+    def _check_contract(self, contract: Contract) -> None:
         """The engine is one of this project's: its tensors have the names and live on the GPU."""
-        names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
+        names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         is_input = self._trt.TensorIOMode.INPUT
-        inputs = [name for name in names if self.engine.get_tensor_mode(name) == is_input]
-        self.outputs = [name for name in names if name not in inputs]
-        if inputs != [INPUT] or not set(OUTPUTS) <= set(self.outputs):
+        self.inputs = [name for name in names if self._engine.get_tensor_mode(name) == is_input]
+        self.outputs = [name for name in names if name not in self.inputs]
+        given, wanted = set(self.inputs), set(contract.inputs)
+        if given != wanted or not set(contract.outputs) <= set(self.outputs):
             raise InputError(
-                f"{self.path} has inputs {inputs} and outputs {self.outputs}, not "
-                f"{INPUT} and {', '.join(OUTPUTS)}; build it from a file that "
-                "convert_pytorch_to_onnx.py wrote with its default --io"
+                f"{self.path} has inputs {self.inputs} and outputs {self.outputs}, not "
+                f"{', '.join(contract.inputs)} and {', '.join(contract.outputs)}; {contract.cure}"
             )
         for name in names:
-            if self.engine.get_tensor_location(name) != self._trt.TensorLocation.DEVICE:
+            if self._engine.get_tensor_location(name) != self._trt.TensorLocation.DEVICE:
                 raise InputError(f"{self.path} wants {name} in host memory; export it again")
 
     def _create_context(self) -> "trt.IExecutionContext":
         journal().errors.clear()
         if self.library is RTX:  # compiles the engine for this GPU, or takes what was kept
-            config = runtime_config(self._trt, self.engine, self.cuda_graph)
+            config = runtime_config(self._trt, self._engine, self.cuda_graph)
             facts = (self.manifest["sha256"], self._trt.__version__, self.gpu)
             self.cache = RuntimeCache(config, self.path, *facts)
-            context = self.engine.create_execution_context(config)
+            context = self._engine.create_execution_context(config)
         else:
-            context = self.engine.create_execution_context()
+            context = self._engine.create_execution_context()
         if context is None:
             why = journal().last_words(self.library)
             if self.library is RTX and "memory" not in why.lower():
@@ -448,7 +435,7 @@ class TensorRTExtractor(Extractor):
 
     def _dtype(self, name: str) -> np.dtype:
         """Element type of a tensor; `InputError` where NumPy does not have it."""
-        dtype = self.engine.get_tensor_dtype(name)
+        dtype = self._engine.get_tensor_dtype(name)
         try:
             return np.dtype(self._trt.nptype(dtype))
         except TypeError as error:
@@ -456,52 +443,51 @@ class TensorRTExtractor(Extractor):
                 f"{name} of {self.path} is {dtype.name}; export it with float32 inputs and outputs"
             ) from error
 
-    def _check_top_k(self, top_k: int) -> int | None:
-        rows = self.engine.get_tensor_shape("scores")[1]
-        if 0 < rows < top_k:
-            raise InputError(
-                f"top_k {top_k} was asked for, but {self.path} gives {rows} keypoints; "
-                f"ask for at most {rows}, or export and build with --top_k {top_k}"
-            )
-        return top_k if top_k > 0 else None
+    def fixed_shape(self, name: str) -> Shape:
+        """A tensor's shape in the file, -1 for each dynamic size."""
+        return tuple(self._engine.get_tensor_shape(name))
 
-    def limits(self) -> tuple[Shape, Shape]:
-        """Return the smallest and the largest shape that the input takes."""
-        fixed = tuple(self.engine.get_tensor_shape(INPUT))
+    def limits(self, name: str) -> tuple[Shape, Shape]:
+        """The smallest and the largest shape that an input takes."""
+        fixed = self.fixed_shape(name)
         if -1 not in fixed:
             return fixed, fixed
-        smallest, _, largest = self.engine.get_tensor_profile_shape(INPUT, 0)
+        smallest, _, largest = self._engine.get_tensor_profile_shape(name, 0)
         return tuple(smallest), tuple(largest)
 
-    # One input shape
+    # One set of input shapes
 
-    def _prepare(self, shape: Shape) -> None:
-        """Set the input's shape and make the buffers that go with it, once per shape.
+    def prepare(self, shapes: dict[str, Shape]) -> None:
+        """Set the inputs' shapes and make the buffers that go with them, once per set.
 
         `InputError` for a shape outside the engine's limits, for outputs whose size depends on
         the data, and where the device has no room.
         """
-        if shape == self.shape:
+        if shapes == self.shapes:
             return
-        self._check_shape(shape)
+        for name, shape in shapes.items():
+            self._check_shape(name, shape)
         self.memory.synchronize()  # the old buffers may still be written to
-        self.shape, self._graph = None, None
+        self.shapes, self._graphs = {}, {}
         journal().errors.clear()
-        self._require(self.context.set_input_shape(INPUT, shape), f"the input shape {list(shape)}")
-        self._make_buffers({INPUT: shape, **self._output_shapes()})
-        self.shape, self._new_shape = shape, True
+        for name, shape in shapes.items():
+            accepted = self.context.set_input_shape(name, shape)
+            self._require(accepted, f"the shape {list(shape)} of {name}")
+        self._make_buffers(shapes | self._output_shapes())
+        self.shapes, self._new_shapes = dict(shapes), True
 
-    def _check_shape(self, shape: Shape) -> None:
-        smallest, largest = self.limits()
+    def _check_shape(self, name: str, shape: Shape) -> None:
+        smallest, largest = self.limits(name)
         inside = len(shape) == len(smallest) and all(
             low <= size <= high for low, size, high in zip(smallest, shape, largest, strict=True)
         )
         if inside:
             return
         takes = list(smallest) if smallest == largest else f"{list(smallest)} to {list(largest)}"
+        what = "the input" if len(self.inputs) == 1 else name
         raise InputError(
-            f"the input is {list(shape)}, but {self.path} takes {takes}; give images of that "
-            "size, or build an engine for this one"
+            f"{what} is {list(shape)}, but {self.path} takes {takes}; give one of that size, or "
+            "build an engine for this one"
         )
 
     def _output_shapes(self) -> dict[str, Shape]:
@@ -521,14 +507,14 @@ class TensorRTExtractor(Extractor):
         self.buffers.clear()
         self.pinned.clear()
         for name, shape in shapes.items():
-            self.buffers[name] = self._empty(shape, self._dtype(name))
-            self.pinned[name] = self.memory.pinned(shape, self._dtype(name))
+            self.buffers[name] = self.empty(name, shape)
+            self.pinned[name] = self.memory.pinned(shape, self.dtypes[name])
             self._set_address(name, self.buffers[name])
 
-    def _empty(self, shape: Shape, dtype: np.dtype) -> Any:
-        """A device buffer; `InputError` where the device has no room."""
+    def empty(self, name: str, shape: Shape) -> Any:
+        """A device buffer in a tensor's type; `InputError` where the device has no room."""
         try:
-            return self.memory.empty(shape, dtype)
+            return self.memory.empty(shape, self.dtypes[name])
         except MemoryError as error:
             raise self._out_of_memory(str(error), shape[0]) from error
 
@@ -548,54 +534,190 @@ class TensorRTExtractor(Extractor):
         """What to do where the device has no room for `batch` images (by default the most)."""
         workspace = self.manifest["max_workspace_size_mib"]
         limit = f"a workspace of {workspace} MiB" if workspace else "no limit on its workspace"
+        most = batch or self.limits(self.inputs[0])[1][0]
         return InputError(
             f"out of device memory on {self.gpu.name} ({why}): {self.path} was built with "
-            f"{limit} and is to run a batch of {batch or self.limits()[1][0]}; build it with a "
-            "smaller --max_workspace_size or a smaller batch, or free the GPU"
+            f"{limit} and is to run a batch of {most}; build it with a smaller "
+            "--max_workspace_size or a smaller batch, or free the GPU"
         )
 
-    # One batch
+    # One run
 
-    def _run(self, batch: Any) -> None:
-        """Enqueue the engine on `batch`, a device buffer of the prepared shape."""
+    def run(self, batch: Buffers) -> None:
+        """Enqueue the engine on `batch`, device buffers by input, of the prepared shapes."""
         journal().errors.clear()
         self._batch = batch  # the caller may let go of it before the stream has read it
-        mine = self.buffers[INPUT]
-        # A recorded graph reads where it was recorded; TensorRT wants aligned addresses.
-        if batch is not mine and (self.cuda_graph or self.memory.address(batch) % ALIGNMENT):
-            self.memory.copy(batch, mine)
-            batch = mine
-        if self._graph:
-            self._graph.launch(self.memory.stream)
+        copied = any(buffer is not self.buffers[name] for name, buffer in batch.items())
+        graph = self._graphs.get(copied)
+        if graph:
+            graph.launch(self.memory.stream, self._addresses(batch) if copied else ())
             return
-        self._set_address(INPUT, batch)
+        for name, buffer in batch.items():
+            mine = self.buffers[name]
+            # A recorded graph reads where it was recorded; TensorRT wants aligned addresses.
+            if buffer is not mine and (self.cuda_graph or self.memory.address(buffer) % ALIGNMENT):
+                self.memory.copy(buffer, mine)
+                buffer = mine
+            self._set_address(name, buffer)
         self._enqueue()
-        if self.cache and self._new_shape:  # kernels may have been compiled for it
+        if self.cache and self._new_shapes:  # kernels may have been compiled for them
             self.memory.synchronize()
             self.cache.save()
-        self._new_shape = False
+        self._new_shapes = False
         if self.cuda_graph:  # the run above has settled what the engine allocates late
-            self._record()
+            self._graphs[copied] = self._record(batch if copied else {})
 
     def _enqueue(self) -> None:
         self._require(self.context.execute_async_v3(self.memory.stream), "the execution")
 
-    def _record(self) -> None:
+    def _addresses(self, batch: Buffers) -> list[int]:
+        return [self.memory.address(batch[name]) for name in self.shapes]
+
+    def _record(self, batch: Buffers) -> CudaGraph:
+        """The engine's work as a graph, which begins by copying `batch` to its own buffers."""
         self.memory.synchronize()
+        copies = [
+            (self.memory.address(self.buffers[name]), self.memory.address(batch[name]), size)
+            for name, size in self._sizes().items()
+            if name in batch
+        ]
         try:
-            self._graph = CudaGraph(self.memory.stream, self._enqueue)
+            return CudaGraph(self.memory.stream, self._enqueue, copies)
         except RuntimeError as error:
             raise InputError(
                 f"{self.path} cannot be recorded as a CUDA graph ({error}); run it without"
             ) from error
+
+    def _sizes(self) -> dict[str, int]:
+        """Bytes of each input."""
+        return {
+            name: math.prod(shape) * self.dtypes[name].itemsize
+            for name, shape in self.shapes.items()
+        }
+
+    def infer(self, batch: Buffers) -> Buffers:
+        """Enqueue the engine on device buffers by input; returns those of its outputs.
+
+        Not inside `memory.active()`. The next call overwrites what is returned.
+        """
+        for name, buffer in batch.items():
+            dtype = self.dtypes[name]
+            if not self.memory.matches(buffer, dtype):
+                raise InputError(
+                    f"the batch is no contiguous {dtype} buffer of this engine's device and "
+                    "memory; make it with to_device"
+                )
+        graph = self._graphs.get(True)
+        if graph and all(self.shapes.get(name) == batch[name].shape for name in batch):
+            self._batch = batch
+            self.memory.replay(graph, [batch[name] for name in self.shapes])
+        else:
+            with self.memory.active():
+                self.prepare({name: tuple(buffer.shape) for name, buffer in batch.items()})
+                self.run(batch)
+        return {name: self.buffers[name] for name in self.outputs}
+
+    def uploaded(self) -> Buffers:
+        """New device buffers that hold what was written into the inputs' pinned arrays."""
+        batch = {name: self.empty(name, shape) for name, shape in self.shapes.items()}
+        for name, buffer in batch.items():
+            self.memory.upload(self.pinned[name], buffer)
+        self.memory.synchronize()  # the pinned arrays are used again
+        return batch
+
+    def run_pinned(self, outputs: Iterable[str]) -> dict[str, np.ndarray]:
+        """Run on the inputs' pinned arrays; returns the outputs' pinned arrays, filled."""
+        for name in self.shapes:
+            self.memory.upload(self.pinned[name], self.buffers[name])
+        self.run({name: self.buffers[name] for name in self.shapes})
+        for name in outputs:
+            self.memory.download(self.buffers[name], self.pinned[name])
+        self.memory.synchronize()
+        return {name: self.pinned[name] for name in outputs}
+
+    def synchronize(self) -> None:
+        """Wait for the stream; not inside `memory.active()`."""
+        with self.memory.active():
+            self.memory.synchronize()
+
+
+def manifest_for(spec: Spec, name: str) -> dict:
+    """The manifest of the engine `spec.model_path`; `InputError` for another precision, or none."""
+    if spec.model_path is None:
+        raise InputError(
+            f"backend {name} needs an engine; pass --model_path FILE.trt, as written by "
+            "convert_onnx_to_trt.py"
+        )
+    manifest = read_manifest(Path(spec.model_path))
+    if spec.precision == "fp16" and manifest["precision"] == "FP32":
+        raise InputError(f"{spec.model_path} is float32; ask for fp32, or build it of an FP16 file")
+    return manifest
+
+
+EXTRACTOR = Contract(
+    (INPUT,),
+    OUTPUTS,
+    "build it from a file that convert_pytorch_to_onnx.py wrote with its default --io",
+)
+
+
+class TensorRTExtractor(Extractor):
+    """An `Engine` of a model: what `infer` returns is overwritten by the next call."""
+
+    @classmethod
+    def unavailable(cls, library: str = "tensorrt", memory: str = "torch", **_: Any) -> str | None:
+        """Return why engines, or this form of running them, cannot run here, or None."""
+        if memory == "pycuda" and importlib.util.find_spec("pycuda") is None:
+            return f"the package pycuda is not installed; {how_to_install('pycuda')}"
+        return LIBRARIES[library].unavailable()
+
+    @classmethod
+    def from_spec(cls, spec: Spec, name: str, **options: Any) -> "TensorRTExtractor":
+        """Return the engine `spec.model_path`; `InputError` where it is not of `spec`."""
+        manifest = manifest_for(spec, name)
+        _check_export(spec, manifest["source"]["export"])
+        return cls(
+            spec.model_path, spec.top_k, spec.device, name=name, manifest=manifest, **options
+        )
+
+    def __init__(
+        self,
+        path: Path,
+        top_k: int = 0,
+        device: str = "auto",
+        name: str = "tensorrt",
+        **options: Any,
+    ) -> None:
+        """Load the engine at `path`; `options` are those of `Engine`.
+
+        `top_k` > 0 keeps the first `top_k` keypoints. `InputError` for an engine that cannot run
+        here.
+        """
+        self.name, self.engine = name, Engine(path, EXTRACTOR, device, **options)
+        self.path, self.device = self.engine.path, self.engine.device
+        self.manifest, self.dtype = self.engine.manifest, self.engine.dtypes[INPUT]
+        self.top_k = self._check_top_k(top_k)
+
+    def _check_top_k(self, top_k: int) -> int | None:
+        rows = self.engine.fixed_shape("scores")[1]
+        if 0 < rows < top_k:
+            raise InputError(
+                f"top_k {top_k} was asked for, but {self.path} gives {rows} keypoints; "
+                f"ask for at most {rows}, or export and build with --top_k {top_k}"
+            )
+        return top_k if top_k > 0 else None
+
+    def limits(self) -> tuple[Shape, Shape]:
+        """Return the smallest and the largest shape that the input takes."""
+        return self.engine.limits(INPUT)
 
     def _stage(self, images: np.ndarray) -> None:
         """Write uint8 [B, H, W, 3] into the pinned input, in the engine's type and layout."""
         check_images(images)
         uint8 = self.dtype == np.uint8
         values = images if uint8 else images.transpose(0, 3, 1, 2)
-        self._prepare(values.shape)
-        pinned = self.pinned[INPUT]
+        self.engine.prepare({INPUT: values.shape})
+        pinned = self.engine.pinned[INPUT]
         if uint8:
             list(copied_parts(pinned, values))
         else:
@@ -603,47 +725,26 @@ class TensorRTExtractor(Extractor):
 
     def to_device(self, images: np.ndarray) -> Any:
         """uint8 [B, H, W, 3] RGB to a new buffer of the engine's input type and layout."""
-        with self.memory.active():
+        with self.engine.memory.active():
             self._stage(images)
-            buffer = self._empty(self.shape, self.dtype)
-            self.memory.upload(self.pinned[INPUT], buffer)
-            self.memory.synchronize()  # the pinned array is used again
-        return buffer
+            return self.engine.uploaded()[INPUT]
 
     def infer(self, batch: Any) -> dict[str, Any]:
         """`to_device`'s buffer to `keypoints`, `descriptors` and `scores` on the device."""
-        if not self.memory.matches(batch, self.dtype):
-            raise InputError(
-                f"the batch is no contiguous {self.dtype} buffer of this extractor's device and "
-                "memory; make it with to_device"
-            )
-        if self._graph and tuple(batch.shape) == self.shape:
-            self._batch = batch
-            self.memory.replay(self._graph, batch, self.buffers[INPUT])
-        else:
-            with self.memory.active():
-                self._prepare(tuple(batch.shape))
-                self._run(batch)
-        return {name: self.buffers[name] for name in OUTPUTS}
+        found = self.engine.infer({INPUT: batch})
+        return {name: found[name] for name in OUTPUTS}
 
     def extract_batch(self, images: np.ndarray) -> list[Features]:
         """uint8 [B, H, W, 3] RGB to each image's `Features`, copies included."""
-        with self.memory.active():
+        with self.engine.memory.active():
             self._stage(images)
-            self.memory.upload(self.pinned[INPUT], self.buffers[INPUT])
-            self._run(self.buffers[INPUT])
-            for name in OUTPUTS:
-                self.memory.download(self.buffers[name], self.pinned[name])
-            self.memory.synchronize()
-        rows = (
-            self.pinned[name][:, : self.top_k].astype(np.float32, copy=False) for name in OUTPUTS
-        )
+            found = self.engine.run_pinned(OUTPUTS)
+        rows = (found[n][:, : self.top_k].astype(np.float32, copy=False) for n in OUTPUTS)
         return features_of_batch(*rows)
 
     def synchronize(self) -> None:
         """Wait for the stream."""
-        with self.memory.active():
-            self.memory.synchronize()
+        self.engine.synchronize()
 
 
 def _check_export(spec: Spec, export: dict) -> None:

@@ -79,8 +79,8 @@ def add_build_options(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="SM",
         help="GPUs of an engine by TensorRT for RTX, of "
-        f"{', '.join(COMPUTE_CAPABILITIES)}; Turing, SM75, only on its own (default: Ampere and "
-        "later)",
+        f"{', '.join(COMPUTE_CAPABILITIES)}; Turing, SM75, and the GPU of this machine, "
+        "CURRENT, only on their own (default: Ampere and later)",
     )
     group.add_argument(
         "--optimization_level",

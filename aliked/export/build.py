@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 
+from aliked import gpu
 from aliked.backends import Spec
 from aliked.backends.pytorch import NamedOutputs, choose_device, load_model, plain_float32
-from aliked.backends.tensorrt_library import RTX
-from aliked.export.builder import BuildOptions, build_plan
-from aliked.export.engine import Request, convert, read_source
+from aliked.backends.tensorrt_library import RTX, TENSORRT
+from aliked.export.builder import THIS_GPU, BuildOptions
+from aliked.export.engine import Request, build_lightglue, convert, read_source
 from aliked.export.lightglue import MatcherOptions, PairOptions, export_matcher, export_pair
 from aliked.export.onnx_export import ExportOptions, export_onnx
 from aliked.files import whole_file
@@ -20,6 +21,7 @@ from aliked.lightglue import LightGlue
 from aliked.model import to_tensor
 
 Shape = tuple[int, int, int]  # B, H, W
+JUDGE = "whoever times it"
 
 
 def build_onnx(spec: Spec, shape: Shape, path: Path) -> None:
@@ -34,19 +36,22 @@ def build_onnx(spec: Spec, shape: Shape, path: Path) -> None:
 def build_engine(spec: Spec, shape: Shape, path: Path, builder: str = "tensorrt") -> None:
     """Export the model of `spec` for images of `shape` and build its engine by `builder`.
 
-    It is not verified: whoever times it compares what it gives.
+    It is not verified: whoever times it compares what it gives. One of TensorRT for RTX and of one
+    size is for the GPU of this machine, where there is one.
     """
+    here = builder == RTX.name and shape[0] == 1 and gpu.unavailable() is None
+    options = BuildOptions(tf32=spec.tf32, compute_capabilities=(THIS_GPU,) if here else ())
     with tempfile.TemporaryDirectory() as folder:
         onnx_path = Path(folder) / f"{path.stem}.onnx"
         build_onnx(spec, shape, onnx_path)
         request = Request(
             onnx_path,
             path,
-            BuildOptions(tf32=spec.tf32),
+            options,
             builder=builder,
             shapes=((*shape, 3),) * 3 if -1 in read_source(onnx_path).shape else (None,) * 3,
             verify=False,
-            judged_by="whoever times it",
+            judged_by=JUDGE,
         )
         convert(request)
 
@@ -73,8 +78,8 @@ def build_lightglue_file(
 ) -> None:
     """Export LightGlue alone ("matcher") or behind the model ("pair") to `path`, ONNX or engine.
 
-    For `spec.top_k` keypoints and images of `size`, (width, height). An engine is one of TensorRT
-    for RTX, without a manifest: it is for whoever made it.
+    For `spec.top_k` keypoints and images of `size`, (width, height). A path that ends in .rtx is an
+    engine of TensorRT for RTX, .trt of TensorRT; neither is verified, as in `build_engine`.
     """
     own = spec.in_its_types()
     matcher = LightGlue.from_pretrained(matcher_weights, precision=own.precision)
@@ -88,10 +93,11 @@ def build_lightglue_file(
 
     if path.suffix == ".onnx":
         return export(path)
-    with tempfile.TemporaryDirectory() as folder, whole_file(path) as partial:
+    with tempfile.TemporaryDirectory() as folder:
         onnx_path = Path(folder) / f"{path.stem}.onnx"
         export(onnx_path)
-        partial.write_bytes(build_plan(RTX, onnx_path, BuildOptions(tf32=spec.tf32)))
+        library = RTX if path.suffix == ".rtx" else TENSORRT
+        build_lightglue(onnx_path, path, library, BuildOptions(tf32=spec.tf32), JUDGE)
 
 
 BUILDERS: dict[str, Callable[[Spec, Shape, Path], None]] = {

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from aliked import gpu
 from aliked.backends.tensorrt_library import (
     RTX,
     Library,
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
 Shape = tuple[int, ...]
 
 
-COMPUTE_CAPABILITIES = ("SM75", "SM80", "SM86", "SM89", "SM120", "SM121")
+THIS_GPU = "CURRENT"  # TensorRT for RTX's name for the GPU that it builds on
+COMPUTE_CAPABILITIES = (THIS_GPU, "SM75", "SM80", "SM86", "SM89", "SM120", "SM121")
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,21 @@ def check_options(library: Library, options: BuildOptions) -> None:
     for name, in_use in (ONLY_TENSORRT if library is RTX else ONLY_RTX).items():
         if in_use(options):
             raise InputError(f"{library} has no {name}; leave it out or choose another --builder")
+    targets = options.compute_capabilities
+    if THIS_GPU not in targets:
+        return
+    if len(targets) > 1:
+        raise InputError(f"--compute_capability {THIS_GPU} is for one GPU; leave the others out")
+    if reason := gpu.unavailable():
+        raise InputError(f"there is no GPU to build for ({reason}); give --compute_capability SM86")
+
+
+def targets_of(options: BuildOptions) -> list[str]:
+    """The GPUs that an engine is for as "SM86" and so on; (): the library's default."""
+    names = options.compute_capabilities
+    if THIS_GPU not in names:
+        return list(names)
+    return [f"SM{gpu.devices()[0].compute_capability.replace('.', '')}"]
 
 
 class Progress:

@@ -41,11 +41,13 @@ from aliked.export.builder import (
     check_options,
     has_weak_fp16,
     layer_information,
+    targets_of,
 )
 from aliked.export.onnx_checks import check_model
 from aliked.export.onnx_graph import Target, graph_precision, load_model
 from aliked.features import OUTPUTS
 from aliked.files import read_text, sha256, writable_folder, write_json
+from aliked.matching import TENSORS
 from aliked.parity import TOLERANCES
 
 if TYPE_CHECKING:
@@ -85,6 +87,11 @@ def read_source(path: Path) -> Source:
     inputs = [value for value in model.graph.input if value.name not in weights]
     names = [value.name for value in inputs]
     outputs = [value.name for value in model.graph.output]
+    if any(set(names) == set(taken) for taken, _ in TENSORS.values()):
+        raise InputError(
+            f"{path} holds LightGlue, whose engines build_lightglue_file of aliked.export.build "
+            "makes and measure_timings.py --matcher lightglue judges; give a file of a model"
+        )
     if names != [INPUT] or not set(OUTPUTS) <= set(outputs):
         raise InputError(
             f"{path} has inputs {names} and outputs {outputs}, not {INPUT} and "
@@ -100,8 +107,7 @@ def read_source(path: Path) -> Source:
     return Source(path, model, export, shape, precision)
 
 
-def _export_metadata(path: Path, model: onnx.ModelProto) -> dict:
-    prefix = "aliked."
+def _export_metadata(path: Path, model: onnx.ModelProto, prefix: str = "aliked.") -> dict:
     try:
         export = {
             entry.key.removeprefix(prefix): json.loads(entry.value)
@@ -319,7 +325,7 @@ def convert(request: Request) -> bool:
     writable_folder(request.engine_path.parent)
     with tempfile.TemporaryDirectory(dir=request.engine_path.parent, prefix=".build-") as folder:
         draft = Path(folder) / request.engine_path.name
-        _build(source, options, library, manifest, draft)
+        _build(source.path, options, library, manifest, draft)
         try:
             passed = judge is None or judge(draft)
         except InputError:  # an engine that does not even run
@@ -429,10 +435,10 @@ def _weak_fp16(library: Library, source: Source, precision: str | None) -> bool:
 
 
 def _build(
-    source: Source, options: BuildOptions, library: Library, manifest: dict, draft: Path
+    onnx_path: Path, options: BuildOptions, library: Library, manifest: dict, draft: Path
 ) -> None:
     """Write the engine, its manifest and, if asked for, its layers."""
-    draft.write_bytes(build_plan(library, source.path, options))
+    draft.write_bytes(build_plan(library, onnx_path, options))
     write_json(manifest_path(draft), {"sha256": sha256(draft), **manifest})
     if options.detailed:
         engine = deserialize(draft, options.version_compatible, library)
@@ -447,27 +453,53 @@ def _build(
 def _manifest(request: Request, source: Source, options: BuildOptions, library: Library) -> dict:
     """What is known of the engine before it is built: all but its SHA-256 and the verdict."""
     images = request.images or source.images
+    made_of = _made_of(source.path, source.export, str(images) if images else None)
+    precision = request.precision or source.precision
+    return _description(library, options, precision, made_of, request.judged_by)
+
+
+def _made_of(onnx_path: Path, export: dict, images: str | None = None) -> dict:
+    """What a manifest says of the ONNX file."""
+    file = {"file": onnx_path.name, "sha256": sha256(onnx_path)}
+    return {**file, "export": export, "images": images}
+
+
+def _description(
+    library: Library, options: BuildOptions, precision: str, made_of: dict, judged_by: str | None
+) -> dict:
+    """The fields of a manifest but for the engine's SHA-256."""
     flags = dataclasses.asdict(options)
     flags["timing_cache"] = str(options.timing_cache) if options.timing_cache else None
-    flags["compute_capabilities"] = list(options.compute_capabilities)
+    flags["compute_capabilities"] = targets_of(options)
     built_on = None if library is RTX else gpu.devices()[0]
     return {
         "library": library.name,
         "version": library.version,
         "gpu": built_on
         and {"name": built_on.name, "compute_capability": built_on.compute_capability},
-        "precision": request.precision or source.precision,
+        "precision": precision,
         **flags,
-        "source": {
-            "file": source.path.name,
-            "sha256": sha256(source.path),
-            "export": source.export,
-            "images": str(images) if images else None,
-        },
+        "source": made_of,
         "verified": None,
-        "judged_by": request.judged_by,
+        "judged_by": judged_by,
         "verify_with": None,
     }
+
+
+def build_lightglue(
+    onnx_path: Path, path: Path, library: Library, options: BuildOptions, judged_by: str
+) -> None:
+    """Build the engine `path` of a file that holds LightGlue, with its manifest, unverified."""
+    options = dataclasses.replace(options, tf32=options.tf32 and not tf32_is_off())
+    model = load_model(onnx_path)
+    export = _export_metadata(onnx_path, model, "lightglue.")
+    made_of = _made_of(onnx_path, export)
+    manifest = _description(library, options, export["precision"].upper(), made_of, judged_by)
+    writable_folder(path.parent)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as folder:
+        draft = Path(folder) / path.name
+        _build(onnx_path, options, library, manifest, draft)
+        _keep(draft, path, passed=True)
 
 
 def _verify_command(engine: Path, manifest: dict) -> str:

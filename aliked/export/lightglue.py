@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import onnx
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from aliked.backends.onnxruntime_lightglue import (
@@ -30,6 +31,7 @@ from aliked.export.onnx_export import (
     silence,
     trace,
 )
+from aliked.export.onnx_graph import spell_out_selu
 from aliked.features import Features
 from aliked.files import whole_file
 from aliked.lightglue import LightGlue, Output, filter_matches
@@ -105,6 +107,13 @@ def mutual_best_by_comparison(log_scores: torch.Tensor, threshold: float) -> Out
     return filter_matches(best0.squeeze(2), partner0, partner1, threshold)
 
 
+def mutual_best_of_any(log_scores: torch.Tensor, threshold: float) -> Output:
+    """`mutual_best_by_comparison` of any counts: of no keypoints there would be no maximum."""
+    with_one_more = F.pad(log_scores, (0, 1, 0, 1), value=-torch.inf)
+    output = mutual_best_by_comparison(with_one_more, threshold)
+    return Output(*(rows[:, :-1] for rows in output))
+
+
 def _first(found: torch.Tensor, dim: int) -> torch.Tensor:
     """Where the first True of [B, M, N] is along `dim`, int64; the last place where none is."""
     places = torch.arange(found.shape[dim], dtype=torch.float32, device=found.device)
@@ -114,11 +123,16 @@ def _first(found: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def written_in_steps(matcher: LightGlue, threshold: float) -> Iterator[None]:
-    """The matcher in the operators that a file is made of, with its threshold, until the end."""
+def written_in_steps(
+    matcher: LightGlue, threshold: float, counts_open: bool = False
+) -> Iterator[None]:
+    """The matcher in the operators that a file is made of, with its threshold, until the end.
+
+    With `counts_open` the numbers of keypoints are decided when the file runs, 0 among them.
+    """
     written = {
         "attention": attention_in_steps,
-        "select": mutual_best_by_comparison,
+        "select": mutual_best_of_any if counts_open else mutual_best_by_comparison,
         "filter_threshold": threshold,
     }
     usual = {name: getattr(matcher, name) for name in written}
@@ -141,7 +155,7 @@ def export_matcher(matcher: LightGlue, path: Path, options: MatcherOptions) -> o
     matcher = copy.copy(matcher)  # as others may run it meanwhile
     graph = (ColmapMatcherGraph if colmap else MatcherGraph)(matcher).eval()
     threshold = 0.0 if colmap else matcher.filter_threshold
-    with exporting, written_in_steps(matcher, threshold):
+    with exporting, written_in_steps(matcher, threshold, colmap or options.top_k is None):
         inputs = _example_features(matcher, options)
         proto = _trace(graph, inputs, _matcher_axes(options), options.opset)
     facts = {"graph": "matcher", "filter_threshold": threshold, **asdict(options)}
@@ -278,6 +292,7 @@ def _write(proto: onnx.ModelProto, path: Path, matcher: LightGlue, facts: dict) 
     facts = {"precision": matcher.precision} | facts
     metadata = {f"lightglue.{name}": json.dumps(value) for name, value in facts.items()}
     onnx.helper.set_model_props(proto, metadata)
+    spell_out_selu(proto)
     onnx.checker.check_model(proto, full_check=True)
     with whole_file(path) as partial:
         onnx.save(proto, partial)

@@ -295,6 +295,20 @@ def infinite_constants(graph: Graph) -> Iterator[Finding]:
 
 
 Rule = Callable[[Node, Target], Iterator[Finding]]
+
+
+def selu(node: Node, target: Target) -> Iterator[Finding]:
+    """Selu's parameters, where the file leaves them to ONNX's definition."""
+    left_out = None in (node.attribute("alpha"), node.attribute("gamma"))
+    if left_out and target.library != RTX.title:  # which gets them from `build_plan`
+        yield warning(
+            node,
+            "it leaves alpha and gamma to ONNX's definition (1.67326 and 1.05070), and TensorRT's "
+            "parser takes 1.6732 and 1.0507, which float32 shows",
+            "export it again",
+        )
+
+
 RULES: dict[str, tuple[Rule, ...]] = {
     "GridSample": (grid_sample,),
     "DeformConv": (deform_conv,),
@@ -304,4 +318,5 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "LpNormalization": (half_precision_squares,),
     "ReduceL2": (half_precision_squares,),
     "ReduceSumSquare": (half_precision_squares,),
+    "Selu": (selu,),
 }

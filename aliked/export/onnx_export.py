@@ -22,6 +22,7 @@ from aliked.configs import RADIUS, STRIDE, Form
 from aliked.detection import inner, refine, suppress_non_maxima
 from aliked.errors import InputError
 from aliked.export.deform_conv_onnx import NATIVE_TRANSLATION, standard_deform_conv
+from aliked.export.onnx_graph import spell_out_selu
 from aliked.files import whole_file
 from aliked.model import ALIKED, to_tensor
 
@@ -356,6 +357,7 @@ def export_onnx(
         square_kernels(proto)
     if options.uint8_input:
         measure_behind_the_cast(proto)
+    spell_out_selu(proto)
     name_axes(proto, options, rows)
     onnx.helper.set_model_props(proto, describe(model, options))
     onnx.checker.check_model(proto, full_check=True)

@@ -12,10 +12,18 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
+from aliked.export.onnx_graph import spell_out_selu
+
 FOLDED = {"Abs", "Cast", "LessOrEqual", "Sub"}  # what the exporters leave of large constants
 SELU_ALPHA, SELU_SCALE = 1.6732632423543772, 1.0507009873554805
 PIXELS = 2**17  # of a map for which wide convolutions are faster
+FEW = 1024  # pixels of a map up to which a convolution is better spread over its taps
 AT_ONCE = {4: 4, 8: 4}  # by the channels that come out: pixels that a convolution gives
+SIDE, TAPS = 3, 9  # of a deformable convolution
+XY = np.arange(2 * TAPS).reshape(TAPS, 2)[:, ::-1].ravel()  # channels of (y, x) per tap as (x, y)
+# What the export makes of offsets, from the grid of a GridSample back to their convolution.
+FROM_GRID = ("Concat", "Unsqueeze", "Div", "Add", "Mul", "Reshape", "Clip", "Add", "Slice")
+FROM_GRID += ("Transpose", "Reshape", "Clip", "Cast", "Conv")
 
 
 class Rewriter:
@@ -41,10 +49,51 @@ class Rewriter:
         sizes = [dim.dim_value for dim in dims]
         return sizes if sizes and all(sizes) else None
 
+    def is_half(self, name: str) -> bool:
+        """Whether a tensor is in half precision and of a known shape."""
+        known = self.shape(name) is not None
+        return known and self.types[name].elem_type == TensorProto.FLOAT16
+
     def constant(self, name: str, values: np.ndarray) -> str:
         """Add a constant; returns its name."""
         self.constants[name] = numpy_helper.from_array(values, name)
         return name
+
+    def value(self, name: str) -> np.ndarray:
+        """The values of a constant."""
+        return numpy_helper.to_array(self.constants[name])
+
+    def following(self, node: onnx.NodeProto, *op_types: str) -> list[onnx.NodeProto]:
+        """As many nodes of these kinds as follow, each the only reader of the one before."""
+        nodes = [node]
+        for op_type in op_types:
+            name = nodes[-1].output[0]
+            users = self.users[name]
+            if name in self.outputs or len(users) != 1 or users[0].op_type != op_type:
+                break
+            nodes += users
+        return nodes[1:]
+
+    def preceding(self, name: str, *op_types: str) -> list[onnx.NodeProto]:
+        """As many makers of these kinds as lead to a tensor, each by its first input; backwards."""
+        nodes: list[onnx.NodeProto] = []
+        for op_type in op_types:
+            maker = self.makers.get(name)
+            if maker is None or maker.op_type != op_type:
+                break
+            nodes.append(maker)
+            name = maker.input[0]
+        return nodes
+
+    def replace(self, instead: dict[str, "Nodes"]) -> None:
+        """Put nodes in the place of those of these first outputs, and drop what nothing reads."""
+        nodes = [new for old in self.graph.node for new in instead.get(old.output[0], [old])]
+        wanted, kept = set(self.outputs), []
+        for node in reversed(nodes):
+            if wanted.intersection(node.output):
+                wanted.update(node.input)
+                kept.append(node)
+        self.finish(kept[::-1])
 
     def finish(self, nodes: list[onnx.NodeProto]) -> None:
         """Put nodes in the place of the graph's, with the constants that they read."""
@@ -54,13 +103,49 @@ class Rewriter:
         self.graph.initializer.extend(t for name, t in self.constants.items() if name in used)
 
 
+class Nodes(list[onnx.NodeProto]):
+    """New nodes of a graph, their outputs and constants named after `name`."""
+
+    def __init__(self, rewriter: Rewriter, name: str):
+        super().__init__()
+        self.rewriter, self.name = rewriter, name
+
+    def add(
+        self, op_type: str, *inputs: str | np.ndarray, out: str | None = None, **attributes: object
+    ) -> str:
+        """Add a node; returns its output. Arrays among the inputs become constants."""
+        name = f"{self.name} {len(self)}"
+        names = [
+            x if isinstance(x, str) else self.rewriter.constant(f"{name} input {i}", x)
+            for i, x in enumerate(inputs)
+        ]
+        self.append(helper.make_node(op_type, names, [out or name], **attributes))
+        return out or name
+
+    def part(
+        self, x: str, axes: list[int], starts: list[int], ends: list[int], out: str | None = None
+    ) -> str:
+        """Add a Slice; returns its output."""
+        return self.add("Slice", x, *map(np.array, (starts, ends, axes)), out=out)
+
+
+def attributes_of(node: onnx.NodeProto) -> dict:
+    """A node's attributes by name."""
+    return {a.name: helper.get_attribute_value(a) for a in node.attribute}
+
+
 def for_rtx(model: onnx.ModelProto, pixels: int = PIXELS) -> onnx.ModelProto:
     """The same function of the same inputs, `model` being left as it is."""
     rewritten = onnx.ModelProto()
     rewritten.CopyFrom(model)
+    spell_out_selu(rewritten)  # of files from before the export did
     fold_large(Rewriter(rewritten))
+    spread_offsets(Rewriter(rewritten))
+    sum_samples(Rewriter(rewritten))
     fuse_selu(Rewriter(rewritten))
+    selu_in_float32(Rewriter(rewritten))
     widen(Rewriter(rewritten), pixels)
+    average(Rewriter(rewritten))
     return rewritten
 
 
@@ -78,35 +163,179 @@ def fold_large(rewriter: Rewriter) -> None:
     rewriter.finish(nodes)
 
 
+def spread_offsets(rewriter: Rewriter) -> None:
+    """Give 3x3 convolutions for offsets more channels: the library has slow kernels for 18.
+
+    On maps of more than `FEW` pixels they are filled up with zeros. On smaller ones, whose long
+    sums few blocks would do one after another, the convolution is one of 1x1 that gives what every
+    tap adds, and the positions add that up. A block's shortcut joins its first convolution.
+    """
+    instead: dict[str, Nodes] = {}
+    for sample in rewriter.graph.node:
+        if sample.op_type != "GridSample":
+            continue
+        steps = rewriter.preceding(sample.input[1], *FROM_GRID)
+        if len(steps) < len(FROM_GRID) or not _is_plain(rewriter, steps[-1]):
+            continue
+        grid, clip, conv = steps[0].output[0], steps[-3], steps[-1]
+        height, width = rewriter.shape(conv.input[0])[2:]
+        if rewriter.shape(grid) != [1, height * width, TAPS, 2]:
+            continue
+        shortcut = _shortcut(rewriter, conv.input[0])
+        if shortcut is not None:
+            instead[shortcut.output[0]] = Nodes(rewriter, "")
+        give = _spread if height * width <= FEW else _filled
+        new = instead[conv.output[0]] = Nodes(rewriter, conv.output[0])
+        offsets = instead[grid] = Nodes(rewriter, grid)
+        _to_grid(offsets, give(new, offsets, conv, shortcut), conv, clip)
+    rewriter.replace(instead)
+
+
+def _shortcut(rewriter: Rewriter, name: str) -> onnx.NodeProto | None:
+    """A 1x1 convolution of a tensor, with a bias, that only one sum reads."""
+    for node in rewriter.users[name]:
+        with_bias = _is_plain(rewriter, node, side=1) and len(node.input) == 3
+        if with_bias and rewriter.following(node, "Add"):
+            return node
+    return None
+
+
+def _filled(new: Nodes, later: Nodes, conv: onnx.NodeProto, shortcut: onnx.NodeProto | None) -> str:
+    """Offsets [1, h, w, 18] of a convolution with a multiple of 64 channels."""
+    rewriter = new.rewriter
+    kernel, bias = (rewriter.value(name)[XY] for name in conv.input[1:])
+    if shortcut is not None:
+        weight, more = (rewriter.value(name) for name in shortcut.input[1:])
+        kernel = np.concatenate([kernel, np.pad(weight, ((0, 0), (0, 0), (1, 1), (1, 1)))])
+        bias = np.concatenate([bias, more])
+    done, zeros = len(bias), -len(bias) % 64
+    kernel, bias = np.pad(kernel, ((0, zeros),) + ((0, 0),) * 3), np.pad(bias, (0, zeros))
+    size = {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1]}
+    given = new.add("Conv", conv.input[0], kernel, bias, **size)
+    if shortcut is not None:
+        new.part(given, [1], [2 * TAPS], [done], out=shortcut.output[0])
+    x = later.add("Transpose", later.add("Cast", given, to=TensorProto.FLOAT), perm=[0, 2, 3, 1])
+    return later.part(x, [3], [0], [2 * TAPS])
+
+
+def _spread(new: Nodes, later: Nodes, conv: onnx.NodeProto, shortcut: onnx.NodeProto | None) -> str:
+    """Offsets [1, h, w, 18] as sums of what the taps add, each shifted to its place."""
+    rewriter = new.rewriter
+    height, width = rewriter.shape(conv.input[0])[2:]
+    weight, bias = (rewriter.value(name)[XY] for name in conv.input[1:])
+    kernels = [weight[:, :, tap // 3, tap % 3] for tap in range(TAPS)]
+    if shortcut is not None:
+        kernels.append(rewriter.value(shortcut.input[1])[..., 0, 0])
+    kernel = np.concatenate(kernels)[..., None, None]
+    given = new.add("Conv", conv.input[0], kernel, kernel_shape=[1, 1], pads=[1, 1, 1, 1])
+    if shortcut is not None:
+        ends = [len(kernel), height + 1, width + 1]
+        inner = new.part(given, [1, 2, 3], [2 * TAPS * TAPS, 1, 1], ends)
+        more = rewriter.value(shortcut.input[2])[:, None, None]
+        new.add("Add", inner, more, out=shortcut.output[0])
+    x = later.add("Transpose", later.add("Cast", given, to=TensorProto.FLOAT), perm=[0, 2, 3, 1])
+    total = None
+    for tap in range(TAPS):
+        row, column, first = tap // 3, tap % 3, 2 * TAPS * tap
+        ends = [row + height, column + width, first + 2 * TAPS]
+        part = later.part(x, [1, 2, 3], [row, column, first], ends)
+        total = later.add("Add", total, part) if total else part
+    return later.add("Add", total, bias.astype(np.float32))
+
+
+def _to_grid(new: Nodes, offsets: str, conv: onnx.NodeProto, clip: onnx.NodeProto) -> None:
+    """Make offsets [1, h, w, 18], (x, y) per tap, the grid [1, h * w, 9, 2] that `new` is named."""
+    height, width = new.rewriter.shape(conv.input[0])[2:]
+    size = np.array([width, height])
+    row, column, tap = np.ogrid[:height, :width, :TAPS]
+    places = np.stack(np.broadcast_arrays(column + tap % 3 - 1, row + tap // 3 - 1), axis=-1)
+    places = (2 * places + 1 - size) / size  # the first and last pixel's outer edges at -1 and 1
+    offsets = new.add("Clip", offsets, *clip.input[1:])
+    offsets = new.add("Mul", offsets, np.tile(2 / size, TAPS).astype(np.float32))
+    places = places.reshape(1, height, width, 2 * TAPS).astype(np.float32)
+    new.add("Reshape", new.add("Add", offsets, places), np.array([1, -1, TAPS, 2]), out=new.name)
+
+
+def sum_samples(rewriter: Rewriter) -> None:
+    """Let the sum over the samples of a deformable convolution give a map, without a Reshape.
+
+    The samples of a pixel come to lie as the taps do, in blocks of 3x3, and their sum is a
+    convolution with a stride of 3; what follows becomes part of it. As rows of 9 with a stride of
+    9 the library (1.6.1) computes other values: the tensor cores' loads know strides up to 8.
+    """
+    instead: dict[str, Nodes] = {}
+    for sample in rewriter.graph.node:
+        chain = rewriter.following(sample, "Reshape", "Conv", "Reshape", "Cast")
+        if sample.op_type != "GridSample" or len(chain) < 4:
+            continue
+        conv, half = chain[1], chain[3].output[0]
+        weight = rewriter.value(conv.input[1])
+        if not rewriter.is_half(half) or weight.shape[2:] != (1, TAPS):
+            continue
+        batch, _, height, width = rewriter.shape(half)
+        new = instead[half] = Nodes(rewriter, conv.output[0])
+        blocks = np.array([batch, height, width, SIDE, SIDE, 2])
+        grid = new.add("Reshape", sample.input[1], blocks)
+        grid = new.add("Transpose", grid, perm=[0, 1, 3, 2, 4, 5])
+        grid = new.add("Reshape", grid, np.array([batch, height * SIDE, width * SIDE, 2]))
+        samples = new.add("GridSample", sample.input[0], grid, **attributes_of(sample))
+        window = {"kernel_shape": [SIDE, SIDE], "strides": [SIDE, SIDE]}
+        kernel = weight.reshape(*weight.shape[:2], SIDE, SIDE)
+        total = new.add("Conv", samples, kernel, *conv.input[2:], **window)
+        new.add("Cast", total, out=half, to=TensorProto.FLOAT16)
+    rewriter.replace(instead)
+
+
 def fuse_selu(rewriter: Rewriter) -> None:
     """Write Selu as Elu and a factor, which become part of the convolution before them.
 
-    Not where that makes another kernel slower: where the result is also wanted in float32, and
-    behind the sum of the levels, whose convolution can run beside the encoder.
+    Not behind the sum of the levels, whose convolution can run beside the encoder. Where the
+    result is also wanted in float32, a factor of one makes that cast part of the convolution too.
+    """
+    instead: dict[str, Nodes] = {}
+    for node in rewriter.graph.node:
+        out = node.output[0]
+        if node.op_type != "Selu" or not rewriter.is_half(out) or _sums_levels(rewriter, node):
+            continue
+        new = instead[out] = Nodes(rewriter, out)
+        elu = new.add("Elu", node.input[0], alpha=SELU_ALPHA)
+        new.add("Mul", elu, np.array(SELU_SCALE, np.float16), out=out)
+        for user in rewriter.users[out]:
+            if user.op_type == "Cast":
+                copy = instead[user.output[0]] = Nodes(rewriter, user.output[0])
+                same = copy.add("Mul", out, np.array(1, np.float16))
+                copy.add("Cast", same, out=user.output[0], **attributes_of(user))
+    rewriter.replace(instead)
+
+
+def _sums_levels(rewriter: Rewriter, selu: onnx.NodeProto) -> bool:
+    maker = rewriter.makers.get(selu.input[0])
+    before = [rewriter.makers.get(name) for name in maker.input] if maker is not None else []
+    return any(node is not None and node.op_type == "Resize" for node in before)
+
+
+def selu_in_float32(rewriter: Rewriter) -> None:
+    """Let what is left of Selu be computed in float32 in half precision of symbolic sizes.
+
+    Keypoints come nearer to float32's. Of images of one size other forms were chosen, for speed.
     """
     nodes = []
     for node in rewriter.graph.node:
-        if node.op_type != "Selu" or not _fuses(rewriter, node):
+        out = node.output[0]
+        known = node.op_type == "Selu" and out in rewriter.types
+        half = known and rewriter.types[out].elem_type == TensorProto.FLOAT16
+        if not half or rewriter.shape(out) is not None:
             nodes.append(node)
             continue
-        out = node.output[0]
-        scale = rewriter.constant(f"{out} scale", np.array(SELU_SCALE, np.float16))
+        selu = onnx.NodeProto()
+        selu.CopyFrom(node)
+        selu.input[0], selu.output[0] = f"{out} input", f"{out} float32"
         nodes += [
-            helper.make_node("Elu", node.input, [f"{out} elu"], alpha=SELU_ALPHA),
-            helper.make_node("Mul", [f"{out} elu", scale], [out]),
+            helper.make_node("Cast", node.input, selu.input, to=TensorProto.FLOAT),
+            selu,
+            helper.make_node("Cast", selu.output, [out], to=TensorProto.FLOAT16),
         ]
     rewriter.finish(nodes)
-
-
-def _fuses(rewriter: Rewriter, selu: onnx.NodeProto) -> bool:
-    out = selu.output[0]
-    if rewriter.shape(out) is None or rewriter.types[out].elem_type != TensorProto.FLOAT16:
-        return False  # not measured
-    if any(user.op_type == "Cast" for user in rewriter.users[out]):
-        return False
-    maker = rewriter.makers.get(selu.input[0])
-    before = [rewriter.makers.get(name) for name in maker.input] if maker is not None else []
-    return not any(node is not None and node.op_type == "Resize" for node in before)
 
 
 def widen(rewriter: Rewriter, pixels: int) -> None:
@@ -123,7 +352,7 @@ def widen(rewriter: Rewriter, pixels: int) -> None:
         if at_once == 1:
             nodes.append(node)
             continue
-        follow = _followers(rewriter, node)
+        follow = rewriter.following(node, "Elu", "Mul")
         done |= {step.output[0] for step in follow}
         nodes += _wide(rewriter, node, follow, at_once)
     rewriter.finish(nodes)
@@ -131,30 +360,22 @@ def widen(rewriter: Rewriter, pixels: int) -> None:
 
 def _pixels_at_once(rewriter: Rewriter, node: onnx.NodeProto, pixels: int) -> int:
     """How many pixels a convolution is to give at once; 1: it stays as it is."""
-    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-    plain = {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1], "strides": [1, 1], "group": 1}
-    plain["dilations"] = [1, 1]
-    if node.op_type != "Conv" or any(attributes.get(k, v) != v for k, v in plain.items()):
+    if not _is_plain(rewriter, node):
         return 1
-    weight, shape = rewriter.constants.get(node.input[1]), rewriter.shape(node.input[0])
-    if weight is None or weight.data_type != TensorProto.FLOAT16 or shape is None:
-        return 1
-    if list(weight.dims[2:]) != [3, 3] or "pads" not in attributes:
-        return 1
-    at_once = AT_ONCE.get(weight.dims[0], 1)
-    return at_once if shape[2] * shape[3] >= pixels and shape[3] % at_once == 0 else 1
+    at_once = AT_ONCE.get(rewriter.constants[node.input[1]].dims[0], 1)
+    height, width = rewriter.shape(node.input[0])[2:]
+    return at_once if height * width >= pixels and width % at_once == 0 else 1
 
 
-def _followers(rewriter: Rewriter, node: onnx.NodeProto) -> list[onnx.NodeProto]:
-    """The activation behind a convolution, where nothing else reads what it reads."""
-    follow: list[onnx.NodeProto] = []
-    for op_type in ("Elu", "Mul"):
-        name = (follow or [node])[-1].output[0]
-        users = rewriter.users[name]
-        if name in rewriter.outputs or len(users) != 1 or users[0].op_type != op_type:
-            break
-        follow += users
-    return follow
+def _is_plain(rewriter: Rewriter, node: onnx.NodeProto, side: int = 3) -> bool:
+    """Whether a node is a convolution in half precision that gives a pixel for a pixel."""
+    if node.op_type != "Conv" or not rewriter.is_half(node.input[0]):
+        return False
+    weight, attributes = rewriter.constants.get(node.input[1]), attributes_of(node)
+    plain = {"pads": [side // 2] * 4, "strides": [1, 1], "dilations": [1, 1], "group": 1}
+    known = weight is not None and list(weight.dims[2:]) == [side, side]
+    padded = "pads" in attributes or side == 1
+    return known and padded and all(attributes.get(k, v) == v for k, v in plain.items())
 
 
 def _wide(
@@ -188,3 +409,56 @@ def _wide(
         helper.make_node("Reshape", [f"{out} turned", shape], [f"{out} rows"]),
         helper.make_node("Transpose", [f"{out} rows"], [out], perm=[0, 3, 1, 2]),
     ]
+
+
+def average(rewriter: Rewriter) -> None:
+    """Write averages of blocks of pixels as sums of slices, which other steps can join.
+
+    Those of 2x2 pixels behind a wide convolution read its pixels where they lie.
+    """
+    instead: dict[str, Nodes] = {}
+    for node in rewriter.graph.node:
+        if node.op_type != "AveragePool" or not rewriter.is_half(node.input[0]):
+            continue
+        attributes, side = attributes_of(node), attributes_of(node)["kernel_shape"][0]
+        tiles = {"kernel_shape": [side] * 2, "strides": [side] * 2, "pads": [0] * 4}
+        sizes = rewriter.shape(node.input[0])
+        whole = len(sizes) == 4 and sizes[2] % side == 0 and sizes[3] % side == 0
+        if not whole or any(attributes.get(name, [0] * 4) != tiles[name] for name in tiles):
+            continue
+        new = instead[node.output[0]] = Nodes(rewriter, node.output[0])
+        steps = rewriter.preceding(node.input[0], "Transpose", "Reshape", "Transpose")
+        wide = steps[-1].input[0] if len(steps) == 3 else None
+        if wide and side == 2 and rewriter.shape(wide)[1] % (2 * sizes[1]) == 0:
+            _average_wide(new, wide, sizes)
+            continue
+        x = new.add("Cast", node.input[0], to=TensorProto.FLOAT)
+        x = _add_slices(new, _add_slices(new, x, 2, side, sizes[2]), 3, side, sizes[3])
+        x = new.add("Mul", x, np.array(side**-2, np.float32))
+        new.add("Cast", x, out=new.name, to=TensorProto.FLOAT16)
+    rewriter.replace(instead)
+
+
+def _add_slices(new: Nodes, x: str, axis: int, step: int, size: int) -> str:
+    """The sum of every `step` neighbours along an axis of `size`."""
+    total = None
+    for start in range(step):
+        part = new.add("Slice", x, *map(np.array, ([start], [size], [axis], [step])))
+        total = new.add("Add", total, part) if total else part
+    return total
+
+
+def _average_wide(new: Nodes, wide: str, sizes: list[int]) -> None:
+    """Averages of 2x2 pixels of a map of `sizes` whose pixels lie in the channels of `wide`."""
+    batch, channels, height, width = sizes
+    at_once = new.rewriter.shape(wide)[1] // channels
+    # A column is one of width / at_once, a pair in it, and a pixel of that.
+    shape = [batch, at_once // 2, 2, channels, height // 2, 2, width // at_once]
+    x = new.add("Reshape", new.add("Cast", wide, to=TensorProto.FLOAT), np.array(shape))
+    x = _add_slices(new, _add_slices(new, x, 5, 2, 2), 2, 2, 2)
+    x = new.add("Mul", x, np.array(0.25, np.float32))
+    x = new.add("Cast", x, to=TensorProto.FLOAT16)
+    x = new.add("Reshape", x, np.array([*shape[:2], *shape[3:5], shape[6]]))
+    x = new.add("Transpose", x, perm=[0, 3, 4, 1, 2])
+    x = new.add("Reshape", x, np.array([batch, height // 2, width // 2, channels]))
+    new.add("Transpose", x, out=new.name, perm=[0, 3, 1, 2])

@@ -222,7 +222,9 @@ def verify_engine(
     """Compare an engine with `reference` on every image, two at a time where it takes batches."""
     smallest, largest = extractor.limits()
     parities = {}
-    with tqdm(total=len(images), desc=f"{extractor.library} and PyTorch fp32", unit="image") as bar:
+    with tqdm(
+        total=len(images), desc=f"{extractor.engine.library} and PyTorch fp32", unit="image"
+    ) as bar:
         for names, batch in _batches(images, max(smallest[0], min(2, largest[0]))):
             found = extractor.extract_batch(batch)
             for name, image, features in zip(names, batch, found, strict=False):

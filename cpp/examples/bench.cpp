@@ -13,6 +13,10 @@
 
 namespace {
 
+const std::string USAGE =
+    "aliked_bench --model FILE [--image IMAGE] [--batch N] [--runs N] [--top_k N] [--device N]"
+    " [--output FILE.jsonl]";
+
 using Clock = std::chrono::steady_clock;
 
 struct Percentiles {
@@ -55,8 +59,7 @@ int body(int count, char **words) {
                          {"model", "image", "batch", "runs", "top_k", "device", "output"});
   const std::string file = line.get("model", std::string());
   if (file.empty() || !line.names.empty())
-    throw std::runtime_error("give --model FILE; others: --image IMAGE, --batch N, --runs N, "
-                             "--top_k N, --device N, --output FILE.jsonl");
+    throw std::runtime_error("usage: " + USAGE);
   aliked_options options = ALIKED_OPTIONS;
   options.top_k = line.get("top_k", options.top_k);
   options.device = line.get("device", options.device);
@@ -113,4 +116,4 @@ int body(int count, char **words) {
 
 }  // namespace
 
-int main(int count, char **words) { return run_program("aliked_bench", body, count, words); }
+int main(int count, char **words) { return run_program(USAGE, body, count, words); }

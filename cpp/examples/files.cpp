@@ -4,7 +4,9 @@
 #include <cstdint>
 #include <cstdio>
 #include <exception>
+#include <filesystem>
 #include <fstream>
+#include <iomanip>
 #include <sstream>
 #include <stdexcept>
 
@@ -73,13 +75,22 @@ Image read_image(const std::string &file) {
   return read_other(file);
 }
 
-void write_npy(const std::string &file, const float *values, const std::vector<size_t> &shape) {
+namespace {
+
+void write_text(const std::string &file, const aliked::Features &features) {
+  std::ofstream stream(file);
+  stream << std::setprecision(9);
+  for (size_t i = 0; i < features.count(); ++i)
+    stream << features.keypoints[2 * i] << ' ' << features.keypoints[2 * i + 1] << ' '
+           << features.scores[i] << '\n';
+  if (!stream.flush()) throw std::runtime_error("cannot write " + file);
+}
+
+// A float32 array as NumPy's .npy (format 1.0).
+void write_npy(const std::string &file, std::span<const float> values,
+               const std::vector<size_t> &shape) {
   std::ostringstream sides;
-  size_t count = 1;
-  for (size_t side : shape) {
-    sides << side << ", ";
-    count *= side;
-  }
+  for (size_t side : shape) sides << side << ", ";
   std::string header = "{'descr': '<f4', 'fortran_order': False, 'shape': (" + sides.str() + "), }";
   header.resize((header.size() + 10 + 1 + 63) / 64 * 64 - 10 - 1, ' ');  // data aligned to 64
   header += '\n';
@@ -87,8 +98,22 @@ void write_npy(const std::string &file, const float *values, const std::vector<s
   stream.write("\x93NUMPY\x01\x00", 8);
   stream.put(char(header.size() & 255)).put(char(header.size() >> 8));
   stream << header;
-  stream.write((const char *)values, std::streamsize(count * sizeof(float)));
+  stream.write((const char *)values.data(), std::streamsize(values.size_bytes()));
   if (!stream.flush()) throw std::runtime_error("cannot write " + file);
+}
+
+}  // namespace
+
+void write_features(const std::string &folder, const std::string &image,
+                    const aliked::Features &features) {
+  std::filesystem::create_directories(folder);
+  const std::string stem = (std::filesystem::path(folder) /
+                            std::filesystem::path(image).stem()).string();
+  const size_t count = features.count();
+  write_text(stem + ".txt", features);
+  write_npy(stem + ".keypoints.npy", features.keypoints, {count, 2});
+  write_npy(stem + ".scores.npy", features.scores, {count});
+  write_npy(stem + ".descriptors.npy", features.descriptors, {count, size_t(features.length)});
 }
 
 CommandLine::CommandLine(int count, char **words, const std::vector<std::string> &known) {
@@ -136,11 +161,16 @@ float CommandLine::get(const std::string &name, float otherwise) const {
   return found == options.end() ? otherwise : number<float>(name, found->second);
 }
 
-int run_program(const char *name, int (*body)(int, char **), int count, char **words) {
+int run_program(const std::string &usage, int (*body)(int, char **), int count, char **words) {
+  if (std::find(words, words + count, std::string("--help")) != words + count) {
+    std::printf("usage: %s\n", usage.c_str());
+    return 0;
+  }
   try {
     return body(count, words);
   } catch (const std::exception &error) {
-    std::fprintf(stderr, "%s: error: %s\n", name, error.what());
+    std::fprintf(stderr, "%s: error: %s\n", usage.substr(0, usage.find(' ')).c_str(),
+                 error.what());
     return 2;
   }
 }

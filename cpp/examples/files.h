@@ -6,6 +6,8 @@
 #include <string>
 #include <vector>
 
+#include "aliked.hpp"
+
 struct Image {
   int height = 0, width = 0;
   std::vector<unsigned char> rgb;  // [height, width, 3]
@@ -14,8 +16,10 @@ struct Image {
 // PNG or JPEG where the build found a reader, PPM (P6) always. Throws std::runtime_error.
 Image read_image(const std::string &file);
 
-// A float32 array as NumPy's .npy (format 1.0).
-void write_npy(const std::string &file, const float *values, const std::vector<size_t> &shape);
+// An image's features in a folder, which is made: NAME.txt has a line x, y, score per keypoint,
+// NAME.keypoints.npy, .scores.npy and .descriptors.npy are NumPy's arrays.
+void write_features(const std::string &folder, const std::string &image,
+                    const aliked::Features &features);
 
 struct CommandLine {
   std::vector<std::string> names;              // what is no option
@@ -28,5 +32,6 @@ struct CommandLine {
   float get(const std::string &name, float otherwise) const;
 };
 
-// Calls `body`; an error becomes a sentence on stderr and status 2.
-int run_program(const char *name, int (*body)(int, char **), int count, char **words);
+// Calls `body`, or prints `usage` for --help; an error becomes a sentence on stderr and status 2.
+// `usage` begins with the program's name.
+int run_program(const std::string &usage, int (*body)(int, char **), int count, char **words);

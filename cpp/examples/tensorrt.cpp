@@ -1,5 +1,5 @@
-// One image through an engine of this project (convert_onnx_to_trt.py), from C++: features as text.
-// Built where NVIDIA's headers are; TensorRT 10 or 11, TensorRT for RTX.
+// One image through an engine of this project (convert_onnx_to_trt.py), from C++: its features as
+// aliked_extract writes them. Built where NVIDIA's headers are: TensorRT 10, 11 or for RTX.
 //   aliked_tensorrt IMAGE --engine FILE
 #include <NvInferRuntime.h>
 #include <cuda_runtime_api.h>
@@ -16,6 +16,9 @@
 #include "files.h"
 
 namespace {
+
+const std::string USAGE =
+    "aliked_tensorrt IMAGE --engine FILE [--output FOLDER]";
 
 struct Logger : nvinfer1::ILogger {
   void log(Severity severity, const char *text) noexcept override {
@@ -58,14 +61,24 @@ std::size_t count(const nvinfer1::Dims &dims) {
   return count;
 }
 
+// The rows of a [K, width] output that are keypoints.
+std::vector<float> kept(const std::vector<float> &rows, const std::vector<float> &scores) {
+  const std::size_t width = scores.empty() ? 0 : rows.size() / scores.size();
+  std::vector<float> kept;
+  for (std::size_t i = 0; i < scores.size(); ++i)
+    if (scores[i] > 0)  // rows of score 0 are none
+      kept.insert(kept.end(), &rows[i * width], &rows[i * width] + width);
+  return kept;
+}
+
 int body(int words_count, char **words) {
-  const CommandLine line(words_count, words, {"engine"});
+  const CommandLine line(words_count, words, {"engine", "output"});
   const std::string file = line.get("engine", std::string());
   if (line.names.size() != 1 || file.empty())
-    throw std::runtime_error("give one image and --engine FILE");
+    throw std::runtime_error("usage: " + USAGE);
   const Image image = read_image(line.names[0]);
-  std::ifstream stream(file, std::ios::binary);
-  const std::vector<char> plan{std::istreambuf_iterator<char>(stream), {}};
+  std::ifstream bytes_of(file, std::ios::binary);
+  const std::vector<char> plan{std::istreambuf_iterator<char>(bytes_of), {}};
   if (plan.empty()) throw std::runtime_error("cannot read " + file);
 
   Logger logger;
@@ -75,12 +88,14 @@ int body(int words_count, char **words) {
       runtime->deserializeCudaEngine(plan.data(), plan.size()));
   if (!engine) throw std::runtime_error(file + " is no engine of this TensorRT and this GPU");
   const std::unique_ptr<nvinfer1::IExecutionContext> context(engine->createExecutionContext());
+  if (!context) throw std::runtime_error("there is not enough memory for " + file);
 
   // "image" goes in; "keypoints", "descriptors" and "scores" come out, found by name.
   using nvinfer1::DataType, nvinfer1::Dims4;
   const bool bytes = engine->getTensorDataType("image") == DataType::kUINT8;
   if (!bytes) check_type(*engine, "image", DataType::kFLOAT);
-  for (const char *name : {"keypoints", "scores"}) check_type(*engine, name, DataType::kFLOAT);
+  for (const char *name : {"keypoints", "scores", "descriptors"})
+    check_type(*engine, name, DataType::kFLOAT);
   if (!context->setInputShape("image", bytes ? Dims4(1, image.height, image.width, 3)
                                              : Dims4(1, 3, image.height, image.width)))
     throw std::runtime_error("the engine does not take images of this size");
@@ -97,19 +112,25 @@ int body(int words_count, char **words) {
   const std::vector<float> floats = bytes ? std::vector<float>() : planes(image);
   check(cudaMemcpy(buffers["image"].memory, bytes ? (const void *)image.rgb.data() : floats.data(),
                    bytes ? image.rgb.size() : buffers["image"].size, cudaMemcpyHostToDevice));
-  if (!context->enqueueV3(nullptr)) throw std::runtime_error("the engine does not run");
-  check(cudaDeviceSynchronize());
+  cudaStream_t stream;  // TensorRT waits more often on the default one
+  check(cudaStreamCreate(&stream));
+  if (!context->enqueueV3(stream)) throw std::runtime_error("the engine does not run");
+  check(cudaStreamSynchronize(stream));
+  check(cudaStreamDestroy(stream));
   for (auto &[name, values] : outputs)
     check(cudaMemcpy(values.data(), buffers[name].memory, buffers[name].size,
                      cudaMemcpyDeviceToHost));
 
-  const std::vector<float> &keypoints = outputs.at("keypoints"), &scores = outputs.at("scores");
-  for (std::size_t i = 0; i < scores.size(); ++i)
-    if (scores[i] > 0)  // rows of score 0 are none
-      std::printf("%.9g %.9g %.9g\n", keypoints[2 * i], keypoints[2 * i + 1], scores[i]);
+  const std::vector<float> &all = outputs.at("scores");
+  const std::vector<float> keypoints = kept(outputs.at("keypoints"), all), scores = kept(all, all),
+                           descriptors = kept(outputs.at("descriptors"), all);
+  const int length = scores.empty() ? 0 : int(descriptors.size() / scores.size());
+  write_features(line.get("output", std::string(".")), line.names[0],
+                 {keypoints, scores, descriptors, length});
+  std::printf("%s: %zu keypoints\n", line.names[0].c_str(), scores.size());
   return 0;
 }
 
 }  // namespace
 
-int main(int count, char **words) { return run_program("aliked_tensorrt", body, count, words); }
+int main(int count, char **words) { return run_program(USAGE, body, count, words); }

@@ -1,6 +1,7 @@
 // A tracking loop: features and matches of every frame with the one before it, with one wait per
 // frame. Descriptors stay on the GPU; what comes home are keypoints and the matches.
 //   aliked_track FRAME... --model FILE
+#include <cmath>
 #include <cstdio>
 #include <vector>
 
@@ -9,13 +10,15 @@
 
 namespace {
 
-// The features of one frame on the GPU; two of them take turns.
+const std::string USAGE = "aliked_track FRAME... --model FILE [--top_k N]";
+
+// The features of one frame; two of them take turns.
 struct Slot {
   aliked::Memory<float> keypoints, scores, descriptors;
   aliked_buffers buffers;
 
   Slot(const aliked::Extractor &extractor, int capacity, int length)
-      : keypoints(extractor, ALIKED_DEVICE, std::size_t(capacity) * 2),
+      : keypoints(extractor, ALIKED_PAGE_LOCKED, std::size_t(capacity) * 2),
         scores(extractor, ALIKED_DEVICE, std::size_t(capacity)),
         descriptors(extractor, ALIKED_DEVICE, std::size_t(capacity) * std::size_t(length)),
         buffers{ALIKED_DEVICE, capacity, keypoints.data(), scores.data(), descriptors.data(),
@@ -26,7 +29,10 @@ int body(int count, char **words) {
   const CommandLine line(count, words, {"model", "top_k"});
   aliked_options options = ALIKED_OPTIONS;
   options.top_k = line.get("top_k", options.top_k);
-  aliked::Extractor extractor(line.get("model", std::string("model.safetensors")), options);
+  const std::string file = line.get("model", std::string());
+  if (file.empty() || line.names.empty() || options.top_k < 1)
+    throw std::runtime_error("usage: " + USAGE);
+  aliked::Extractor extractor(file, options);
   aliked::Matcher matcher;
 
   const int length = extractor.info().descriptor_length;
@@ -44,8 +50,16 @@ int body(int count, char **words) {
     extractor.synchronize();  // the one wait
 
     int matched = 0;
-    for (int i = 0; i < matches.count; ++i) matched += matches.index[i] >= 0;
-    std::printf("%s: %d matches\n", line.names[frame].c_str(), matched);
+    double moved = 0;
+    for (int i = 0; i < matches.count; ++i) {
+      if (matches.index[i] < 0) continue;
+      const float *before = previous.keypoints + 2 * i;
+      const float *now = current.keypoints + 2 * matches.index[i];
+      moved += std::hypot(now[0] - before[0], now[1] - before[1]);
+      ++matched;
+    }
+    std::printf("%s: %d matches, %.2f pixels apart\n", line.names[frame].c_str(), matched,
+                matched ? moved / matched : 0);
     previous = current;
   }
   return 0;
@@ -53,4 +67,4 @@ int body(int count, char **words) {
 
 }  // namespace
 
-int main(int count, char **words) { return run_program("aliked_track", body, count, words); }
+int main(int count, char **words) { return run_program(USAGE, body, count, words); }

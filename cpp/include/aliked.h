@@ -12,7 +12,7 @@
 
 #include <stddef.h>
 
-#define ALIKED_VERSION "1.0.0"
+#define ALIKED_VERSION "1.1.0"
 #define ALIKED_FORMAT_VERSION 1 /* of the weights files that it reads */
 
 #if defined(_WIN32)
@@ -54,16 +54,17 @@ typedef void *aliked_stream; /* a CUstream or cudaStream_t of the device's prima
 
 /* What to select, and where to run. Start from `ALIKED_OPTIONS`. */
 typedef struct aliked_options {
-  size_t size;       /* sizeof(aliked_options) */
+  size_t size;       /* sizeof(aliked_options); a library also takes those of older headers */
   int device;        /* number of the GPU */
   int top_k;         /* the best so many keypoints; 0 or less: those above `scores_th` */
-  float scores_th;   /* detection score in [0, 1]; where none passes, the image's mean score, as
-                        in the official code (in Python strict=False) */
+  float scores_th;   /* detection score in [0, 1] */
   int n_limit;       /* most keypoints of an image above `scores_th`; not used with top_k */
   int max_plans;     /* image sizes whose buffers are kept; the one unused for longest goes */
   const char *model; /* the model that the file must be of, or null */
+  int strict;        /* where no score is above `scores_th`: 1, no keypoint; 0, those above the
+                        image's mean score, as in the official code. Since 1.1, before it 0 */
 } aliked_options;
-#define ALIKED_OPTIONS {sizeof(aliked_options), 0, 1000, 0.2f, 5000, 16, 0}
+#define ALIKED_OPTIONS {sizeof(aliked_options), 0, 1000, 0.2f, 5000, 16, 0, 1}
 
 typedef struct aliked_info {
   char model[64];       /* "aliked-n16rot" */
@@ -100,7 +101,8 @@ typedef struct aliked_features {
 } aliked_features;
 
 /* The caller's own memory for features, of `aliked_capacity` rows per image or more. What is null
- * is not written. `counts` is host memory, and null with ALIKED_DEVICE. */
+ * is not written. `counts` is host memory, and null with ALIKED_DEVICE; there each of the others
+ * may also be page-locked memory, which has its rows once the stream has got there. */
 typedef struct aliked_buffers {
   aliked_memory memory;
   int capacity; /* rows per image */
@@ -108,7 +110,7 @@ typedef struct aliked_buffers {
   int *counts;
 } aliked_buffers;
 
-/* "1.0.0": of the library that runs, which may differ from the header's. */
+/* "1.1.0": of the library that runs, which may differ from the header's. */
 ALIKED_API const char *aliked_version(void);
 
 /* One sentence about the last error of this thread, "" before the first. */

@@ -14,8 +14,7 @@ namespace aliked {
 
 struct Error : std::runtime_error {
   aliked_status status;
-  explicit Error(aliked_status status)
-      : std::runtime_error(aliked_last_error()), status(status) {}
+  explicit Error(aliked_status of) : std::runtime_error(aliked_last_error()), status(of) {}
 };
 
 inline void check(aliked_status status) {
@@ -69,6 +68,13 @@ class Extractor {
     return features;
   }
 
+  // Into buffers of the caller's, which no later call overwrites.
+  aliked_features extract_into(const aliked_images &images, const aliked_buffers &buffers) {
+    aliked_features features;
+    check(aliked_extract_into(get(), &images, &buffers, &features));
+    return features;
+  }
+
   void submit(const aliked_images &images) { check(aliked_submit(get(), &images)); }
   aliked_features wait() {
     aliked_features features;
@@ -117,7 +123,7 @@ template <typename T> class Memory {
       : extractor_(extractor.get()), memory_(memory), count_(count) {
     void *allocated = nullptr;
     check(aliked_allocate(extractor_, memory, count * sizeof(T), &allocated));
-    data_ = (T *)allocated;
+    data_ = static_cast<T *>(allocated);
   }
   Memory(Memory &&other) noexcept
       : extractor_(other.extractor_), memory_(other.memory_), count_(other.count_),

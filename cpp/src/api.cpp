@@ -1,4 +1,6 @@
 // The C interface: null pointers, and exceptions into a status and a sentence.
+#include <cstddef>
+#include <cstring>
 #include <exception>
 #include <new>
 #include <string>
@@ -52,9 +54,21 @@ aliked_extractor &existing(aliked_extractor *extractor) {
   return *extractor;
 }
 
+// The options, whichever header the caller was compiled with. What an older one has no field for is
+// 0, which means what the library did then.
+aliked_options complete(const aliked_options *given) {
+  constexpr size_t SIZE_1_0 = offsetof(aliked_options, strict);
+  if (!given) return ALIKED_OPTIONS;
+  require(given->size == sizeof(aliked_options) || given->size == SIZE_1_0,
+          text("the options have a size of %zu bytes where this library has %zu: start from "
+               "ALIKED_OPTIONS", given->size, sizeof(aliked_options)));
+  aliked_options options = {};
+  std::memcpy(&options, given, given->size);
+  return options;
+}
+
 aliked_extractor *create(const Weights &weights, const aliked_options *given) {
-  const aliked_options standard = ALIKED_OPTIONS;
-  const aliked_options &options = given ? *given : standard;
+  const aliked_options options = complete(given);
   if (options.model && weights.model() != options.model)
     throw Error(ALIKED_BAD_WEIGHTS, text("the weights are those of %s and not of %.60s",
                                          weights.model().c_str(), options.model));

@@ -18,8 +18,9 @@ namespace aliked::core {
   F(cuDevicePrimaryCtxRetain) F(cuDevicePrimaryCtxRelease) F(cuCtxPushCurrent)                    \
   F(cuCtxPopCurrent) F(cuModuleLoadData) F(cuModuleUnload) F(cuModuleGetFunction)                 \
   F(cuMemAlloc) F(cuMemFree) F(cuMemHostAlloc) F(cuMemFreeHost) F(cuMemHostGetDevicePointer)      \
-  F(cuMemcpyHtoDAsync) F(cuMemcpyDtoHAsync) F(cuMemcpyDtoDAsync) F(cuMemcpy2DAsync)               \
-  F(cuMemsetD8Async) F(cuStreamCreate) F(cuStreamDestroy) F(cuStreamSynchronize)                  \
+  F(cuMemcpyAsync) F(cuMemcpyHtoDAsync) F(cuMemcpyDtoHAsync) F(cuMemcpyDtoDAsync)                 \
+  F(cuMemcpy2DAsync) F(cuMemsetD8Async) F(cuMemsetD32Async)                                       \
+  F(cuStreamCreate) F(cuStreamDestroy) F(cuStreamSynchronize)                                     \
   F(cuStreamWaitEvent) F(cuStreamBeginCapture) F(cuStreamEndCapture)                              \
   F(cuEventCreate) F(cuEventRecord) F(cuEventSynchronize) F(cuEventDestroy)                       \
   F(cuGraphInstantiateWithFlags)                                                                  \

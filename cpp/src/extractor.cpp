@@ -12,15 +12,15 @@ namespace {
 constexpr size_t MAPPED = 4 << 20;
 
 Selection check_options(const aliked_options &options) {
-  require(options.size == sizeof(aliked_options),
-          text("the options have a size of %zu bytes where this library has %zu: start from "
-               "ALIKED_OPTIONS", options.size, sizeof(aliked_options)));
   require(options.top_k > 0 || options.n_limit > 0,
           text("n_limit is %d in threshold mode; it must be at least 1", options.n_limit));
-  require(options.scores_th == options.scores_th, "scores_th is not a number");
+  require(options.scores_th >= 0 && options.scores_th <= 1,
+          text("scores_th is %g; give a number from 0 to 1", double(options.scores_th)));
+  require(options.strict == 0 || options.strict == 1,
+          text("strict is %d; give 0 or 1", options.strict));
   require(options.max_plans > 0,
           text("max_plans is %d; it must be at least 1", options.max_plans));
-  return {std::max(0, options.top_k), options.scores_th, options.n_limit};
+  return {std::max(0, options.top_k), options.scores_th, options.n_limit, options.strict == 1};
 }
 
 // Rows of one image to the front where their score is above 0, as `drop_fill_ins` does in Python;
@@ -102,8 +102,8 @@ void Extractor::drop_oldest() {
 std::unique_ptr<Plan> Extractor::make_plan(const Frame &frame) {
   auto plan = std::make_unique<Plan>(state_->network, frame);
   plan->done = make_event();
-  plan->buffers.clear(state_->stream.get());
-  check(driver().cuStreamSynchronize(state_->stream.get()), "clear a buffer");
+  plan->buffers.prepare(state_->stream.get());
+  check(driver().cuStreamSynchronize(state_->stream.get()), "prepare buffers");
   return plan;
 }
 
@@ -301,7 +301,8 @@ void copy_features(aliked_features *features, const aliked_buffers &buffers) {
   if (buffers.counts) features->counts = buffers.counts;
 }
 
-// Queue the copy of [batch, rows, width] floats on the device to [batch, capacity, width].
+// Queue the copy of [batch, rows, width] floats on the device to [batch, capacity, width], there or
+// in page-locked memory.
 void copy_rows_async(CUstream stream, int batch, int rows, int capacity, int width,
                      CUdeviceptr source, const float *to) {
   if (!to) return;
@@ -309,9 +310,8 @@ void copy_rows_async(CUstream stream, int batch, int rows, int capacity, int wid
   const size_t stride = size_t(capacity) * size_t(width) * sizeof(float);
   const int copies = rows == capacity ? 1 : batch;  // all at once where there are no gaps
   for (int b = 0; b < copies; ++b)
-    check(driver().cuMemcpyDtoDAsync(CUdeviceptr(to) + size_t(b) * stride,
-                                     source + size_t(b) * bytes,
-                                     copies == 1 ? bytes * size_t(batch) : bytes, stream),
+    check(driver().cuMemcpyAsync(CUdeviceptr(to) + size_t(b) * stride, source + size_t(b) * bytes,
+                                 copies == 1 ? bytes * size_t(batch) : bytes, stream),
           "copy features on the GPU");
 }
 

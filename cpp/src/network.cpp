@@ -85,7 +85,9 @@ Buffers::Buffers(const Network &network, const Frame &frame)
   score_map_ = arena_.add(image * FLOAT, SCORE_HEAD, REFINE);
   tally_ = arena_.add(batch * TALLY * sizeof(int), SCORE_HEAD, REFINE);
   keys_ = arena_.add(batch * size_t(capacity_) * KEY, MAXIMA, SELECT);
-  means_ = arena_.add(batch * FLOAT, MEAN, SELECT);
+  // What takes the threshold's place where no score passes: means, or what `prepare` writes.
+  const bool by_mean = network.selection().by_mean();
+  means_ = arena_.add(batch * FLOAT, by_mean ? MEAN : BLOCK1, by_mean ? SELECT : END);
   totals_ = arena_.add(batch * TOTAL, BLOCK1, END);  // zero between two runs
   chosen_ = arena_.add(batch * size_t(room_) * KEY, SELECT, REFINE);
   nms_scores_ = arena_.add(rows * FLOAT, REFINE, REFINE);
@@ -101,9 +103,15 @@ Buffers::Buffers(const Network &network, const Frame &frame)
                                               frame.width, frame.height).c_str());
 }
 
-void Buffers::clear(CUstream stream) const {
+void Buffers::prepare(CUstream stream) const {
   check(driver().cuMemsetD8Async(at(totals_), 0, size_t(frame_.batch) * TOTAL, stream),
         "clear a buffer");
+  const Selection &selection = network_.selection();
+  if (selection.by_mean()) return;
+  // No score is above 1, and each maximum is above 0.
+  const int instead = bits(selection.scores_th > 0 ? 1.f : 0.f);
+  check(driver().cuMemsetD32Async(at(means_), unsigned(instead), size_t(frame_.batch), stream),
+        "fill a buffer");
 }
 
 void Buffers::launch(CUstream stream, Kernels &kernels, CUdeviceptr images, const Outputs &outputs,
@@ -171,7 +179,7 @@ void Buffers::launch(CUstream stream, Kernels &kernels, CUdeviceptr images, cons
   run("find_maxima", find_build("maxima", {}), sizes,
       Arguments() << at(score_map_) << at(keys_) << at(tally_) << frame_.height << frame_.width);
   const Selection &selection = n.selection();
-  if (selection.by_threshold())
+  if (selection.by_mean())
     run("mean_scores", find_build("mean", {}), sizes,
         Arguments() << at(score_map_) << at(totals_) << at(means_)
                     << frame_.height * frame_.width);

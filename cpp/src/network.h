@@ -11,13 +11,15 @@
 
 namespace aliked::core {
 
-// Which keypoints to keep, as in `aliked.fused.pipeline.Selection`.
+// Which keypoints to keep, as in `aliked.configs.Selection`.
 struct Selection {
   int top_k;
   float scores_th;
   int n_limit;
+  bool strict;
 
   bool by_threshold() const { return top_k <= 0; }
+  bool by_mean() const { return by_threshold() && !strict; }
   int limit() const { return by_threshold() ? n_limit : top_k; }
 };
 
@@ -73,8 +75,8 @@ class Buffers {
   size_t bytes() const { return memory_.size(); }
   int keypoints() const { return int(k_); }
 
-  // Zero what the kernels expect to be zero on their first run, and leave so.
-  void clear(CUstream stream) const;
+  // Write what the kernels expect on their first run, and leave so.
+  void prepare(CUstream stream) const;
 
   // Queue all kernels, from `images` to `outputs`; keypoints are always in `outputs()` too, from
   // the moment that `when_refined` is called.

@@ -9,6 +9,7 @@
 #include <cuda.h>
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstdio>
@@ -60,7 +61,7 @@ struct FakeFunction {
 };
 
 std::mutex mutex;
-std::map<uintptr_t, size_t> device_memory;
+std::map<uintptr_t, size_t> device_memory, page_locked;
 size_t device_bytes = 0;
 std::atomic<long> live_objects{0};
 thread_local std::vector<CUcontext> contexts;
@@ -73,12 +74,16 @@ CUresult queue(CUstream stream, Work work) {
   return CUDA_SUCCESS;
 }
 
-bool is_on_device(uintptr_t address, size_t size) {
+bool lies_in(const std::map<uintptr_t, size_t> &blocks, uintptr_t address, size_t size) {
   const std::lock_guard lock(mutex);
-  auto after = device_memory.upper_bound(address);
-  if (after == device_memory.begin()) return false;
+  auto after = blocks.upper_bound(address);
+  if (after == blocks.begin()) return false;
   --after;
   return address + size <= after->first + after->second;
+}
+bool is_on_device(uintptr_t address, size_t size) { return lies_in(device_memory, address, size); }
+bool device_writes_to(uintptr_t address, size_t size) {
+  return is_on_device(address, size) || lies_in(page_locked, address, size);
 }
 
 CUresult copy(CUstream stream, uintptr_t to, uintptr_t from, size_t size, bool to_device,
@@ -235,10 +240,14 @@ EXPORT CUresult cuMemHostAlloc(void **memory, size_t size, unsigned) {
   *memory = malloc(size);
   if (!*memory) return CUDA_ERROR_OUT_OF_MEMORY;
   memset(*memory, 0xFF, size);
+  const std::lock_guard lock(mutex);
+  page_locked[uintptr_t(*memory)] = size;
   ++live_objects;
   return CUDA_SUCCESS;
 }
 EXPORT CUresult cuMemFreeHost(void *memory) {
+  const std::lock_guard lock(mutex);
+  if (!page_locked.erase(uintptr_t(memory))) return CUDA_ERROR_INVALID_VALUE;
   --live_objects;
   free(memory);
   return CUDA_SUCCESS;
@@ -246,6 +255,11 @@ EXPORT CUresult cuMemFreeHost(void *memory) {
 EXPORT CUresult cuMemHostGetDevicePointer(CUdeviceptr *device, void *memory, unsigned) {
   *device = CUdeviceptr(memory);
   return CUDA_SUCCESS;
+}
+EXPORT CUresult cuMemcpyAsync(CUdeviceptr to, CUdeviceptr from, size_t size, CUstream stream) {
+  if (!device_writes_to(uintptr_t(to), size) || !device_writes_to(uintptr_t(from), size))
+    return CUDA_ERROR_INVALID_VALUE;
+  return copy(stream, uintptr_t(to), uintptr_t(from), size, false, false);
 }
 EXPORT CUresult cuMemcpyHtoDAsync(CUdeviceptr to, const void *from, size_t size, CUstream stream) {
   return copy(stream, uintptr_t(to), uintptr_t(from), size, true, false);
@@ -269,10 +283,14 @@ EXPORT CUresult cuMemcpy2DAsync(const CUDA_MEMCPY2D *c, CUstream stream) {
   return CUDA_SUCCESS;
 }
 EXPORT CUresult cuMemsetD8Async(CUdeviceptr to, unsigned char value, size_t size, CUstream stream) {
-  if (!is_on_device(uintptr_t(to), size)) return CUDA_ERROR_INVALID_VALUE;
+  if (!device_writes_to(uintptr_t(to), size)) return CUDA_ERROR_INVALID_VALUE;
   return queue(stream, [=] { memset((void *)to, value, size); });
 }
 
+EXPORT CUresult cuMemsetD32Async(CUdeviceptr to, unsigned value, size_t count, CUstream stream) {
+  if (!device_writes_to(uintptr_t(to), 4 * count)) return CUDA_ERROR_INVALID_VALUE;
+  return queue(stream, [=] { std::fill_n((unsigned *)to, count, value); });
+}
 EXPORT CUresult cuStreamCreate(CUstream *stream, unsigned) {
   ++live_objects;
   *stream = (CUstream) new FakeStream;

@@ -20,6 +20,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int, c_size_t, c_void_p
+from dataclasses import asdict, astuple
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from aliked.backends import Spec, create_extractor
-from aliked.configs import CONFIGS
+from aliked.configs import CONFIGS, Selection
 from aliked.fused.pack_weights import write_packed
 from aliked.images import load_image
 from aliked.matching import match_mutual
@@ -43,7 +44,7 @@ class Options(Structure):
 
     _fields_ = (
         ("size", c_size_t), ("device", c_int), ("top_k", c_int), ("scores_th", c_float),
-        ("n_limit", c_int), ("max_plans", c_int), ("model", c_char_p),
+        ("n_limit", c_int), ("max_plans", c_int), ("model", c_char_p), ("strict", c_int),
     )  # fmt: skip
 
 
@@ -102,9 +103,11 @@ class Library:
         if status:
             raise RuntimeError(self.c.aliked_last_error().decode())
 
-    def create(self, weights: Path, selection: tuple, max_plans: int = 16) -> c_void_p:
-        top_k, scores_th, n_limit = selection
-        options = Options(ctypes.sizeof(Options), 0, top_k, scores_th, n_limit, max_plans, None)
+    def create(self, weights: Path, selection: Selection, max_plans: int = 16) -> c_void_p:
+        top_k, scores_th, n_limit, strict = astuple(selection)
+        options = Options(
+            ctypes.sizeof(Options), 0, top_k, scores_th, n_limit, max_plans, None, strict
+        )
         extractor = c_void_p()
         self.check(self.c.aliked_create(str(weights).encode(), byref(options), byref(extractor)))
         return extractor
@@ -150,17 +153,19 @@ def same(got: list[tuple], wanted: list) -> bool:
 
 
 CASES = [  # selection, size, batch
-    ((1000, 0.2, 5000), (480, 640), 1),
-    ((1000, 0.2, 5000), (376, 1241), 1),
-    ((2000, 0.2, 5000), (480, 640), 8),
-    ((500, 0.2, 5000), (5, 5), 1),
-    ((500, 0.2, 5000), (37, 900), 3),
-    ((300, 0.2, 5000), (133, 101), 2),
-    ((5000, 0.2, 5000), (1080, 1920), 1),
-    ((1000, 0.2, 5000), (480, 640), 32),
-    ((0, 0.2, 5000), (480, 640), 1),
-    ((0, 0.05, 300), (480, 640), 2),
-    ((0, 1.0, 5000), (240, 320), 1),
+    (Selection(1000), (480, 640), 1),
+    (Selection(1000), (376, 1241), 1),
+    (Selection(2000), (480, 640), 8),
+    (Selection(500), (5, 5), 1),
+    (Selection(500), (37, 900), 3),
+    (Selection(300), (133, 101), 2),
+    (Selection(5000), (1080, 1920), 1),
+    (Selection(1000), (480, 640), 32),
+    (Selection(0), (480, 640), 1),
+    (Selection(0, 0.05, 300), (480, 640), 2),
+    (Selection(0, 0.0), (240, 320), 1),
+    (Selection(0, 1.0), (240, 320), 1),  # none passes
+    (Selection(0, 1.0, strict=False), (240, 320), 1),
 ]
 
 
@@ -169,8 +174,8 @@ def check_features(library: Library, files: dict[str, Path], spec: dict, record)
     bad = 0
     for model, file in files.items():
         for selection, size, batch in CASES:
-            options = dict(zip(("top_k", "scores_th", "n_limit"), selection, strict=True))
-            python = create_extractor("fused", Spec(model=model, **options, **spec[model]))
+            asked = Spec(model=model, **asdict(selection), **spec[model])
+            python = create_extractor("fused", asked)
             images = pictures(size, batch)
             wanted = python.extract_batch(images)
             extractor = library.create(file, selection)
@@ -186,13 +191,13 @@ def check_features(library: Library, files: dict[str, Path], spec: dict, record)
             record(
                 "features",
                 model=model,
-                selection=selection,
+                selection=astuple(selection),
                 size=size,
                 batch=batch,
                 equal=all(equal),
                 keypoints=sum(counts),
             )
-            print(f"{'same' if all(equal) else 'DIFFERENT':9} {model:22} {selection} "
+            print(f"{'same' if all(equal) else 'DIFFERENT':9} {model:22} {selection}, "
                   f"{size[1]}x{size[0]} x{batch}: {sum(counts)} keypoints", flush=True)  # fmt: skip
             del python
     return bad
@@ -254,7 +259,7 @@ def check_threads(library: Library, file: Path, record) -> int:
 
     def work(number: int) -> None:
         images = pictures(sizes[number], 1, number)
-        extractor = library.create(file, (500, 0.2, 5000))
+        extractor = library.create(file, Selection(500))
         first = library.extract(extractor, images)
         for _ in range(200):
             again = library.extract(extractor, images)
@@ -284,7 +289,7 @@ def used_memory() -> np.ndarray:
 
 def check_sizes(library: Library, file: Path, record, frames: int = 10000) -> int:
     """Frames of changing size, more sizes than plans, with the memory watched."""
-    extractor = library.create(file, (500, 0.2, 5000), max_plans=8)
+    extractor = library.create(file, Selection(500), max_plans=8)
     random = np.random.default_rng(0)
     sizes = [tuple(map(int, random.integers(40, 400, 2))) for _ in range(20)]
     image = np.ascontiguousarray(pictures((400, 400), 1)[0])
@@ -321,7 +326,8 @@ def official_case(name, image, top_k, scores_th, n_limit, weights_path) -> dict[
     """Adapter of `check_goldens.py`: the library's features of one image."""
     library = Library(Path(os.environ["ALIKED_BUILD"]))
     file = packed(name, str(weights_path), os.environ["ALIKED_PACKED"])
-    extractor = library.create(file, (top_k, scores_th, n_limit))
+    # As the official code selects.
+    extractor = library.create(file, Selection(top_k, scores_th, n_limit, strict=False))
     (found,) = library.extract(extractor, np.ascontiguousarray(image)[None])
     library.c.aliked_destroy(extractor)
     return dict(zip(("keypoints", "scores", "descriptors"), found, strict=True))
@@ -390,7 +396,7 @@ def time_python(model: str, spec: dict, images: np.ndarray, record) -> None:
 
 def time_library(library: Library, model: str, file: Path, images: np.ndarray, record) -> None:
     """The library from host to host by another clock than its own."""
-    extractor = library.create(file, (1000, 0.2, 5000))
+    extractor = library.create(file, Selection(1000))
     batch, height, width = images.shape[:3]
     given, found = Images(images.ctypes.data, HOST, batch, height, width, 0, 0), Features()
 
@@ -472,6 +478,7 @@ def main() -> int:
     parser.add_argument("--commit", help="what is recorded as the code's commit")
     parser.add_argument("--weights", type=Path, help="folder of official .pth files, if any")
     parser.add_argument("--goldens", type=Path, help="folder of check_goldens.py, if any")
+    parser.add_argument("--models", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
     steps = ["features", "official", "matching", "threads", "sizes", "times", "sanitizer"]
     parser.add_argument("--steps", nargs="+", choices=steps, default=steps)
     args = parser.parse_args()
@@ -486,9 +493,10 @@ def main() -> int:
     bad = 0
     with tempfile.TemporaryDirectory() as name:
         folder, files, spec = Path(name), {}, {}
-        for model, config in CONFIGS.items():
-            path = None if config.shipped or not args.weights else args.weights / f"{model}.pth"
-            if not config.shipped and (path is None or not path.exists()):
+        for model in args.models:
+            shipped = CONFIGS[model].shipped
+            path = None if shipped or not args.weights else args.weights / f"{model}.pth"
+            if not shipped and (path is None or not path.exists()):
                 continue
             spec[model] = {"precision": "fp16", "device": "cuda", "weights": path}
             files[model] = folder / f"{model}.safetensors"

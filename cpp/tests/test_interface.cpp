@@ -49,8 +49,10 @@ void test_creation() {
   CHECK_STATUS(aliked_create((folder + "/damaged.safetensors").c_str(), nullptr, &e),
                ALIKED_BAD_WEIGHTS, "damaged");
   aliked_options options = ALIKED_OPTIONS;
-  options.size = 3;
-  CHECK_STATUS(aliked_create(weights().c_str(), &options, &e), ALIKED_BAD_ARGUMENT, "options");
+  for (size_t size : {size_t(3), sizeof options + 8}) {
+    options.size = size;
+    CHECK_STATUS(aliked_create(weights().c_str(), &options, &e), ALIKED_BAD_ARGUMENT, "options");
+  }
   options = ALIKED_OPTIONS, options.model = "aliked-n16";
   CHECK_STATUS(aliked_create(weights().c_str(), &options, &e), ALIKED_BAD_WEIGHTS, "aliked-test");
   options = ALIKED_OPTIONS, options.device = 7;
@@ -61,8 +63,15 @@ void test_creation() {
   CHECK_STATUS(aliked_create(weights().c_str(), &options, &e), ALIKED_BAD_ARGUMENT, "n_limit");
   options = with(10, 0, 0);
   CHECK_STATUS(aliked_create(weights().c_str(), &options, &e), ALIKED_BAD_ARGUMENT, "max_plans");
-  options = with(0), options.scores_th = std::numeric_limits<float>::quiet_NaN();
-  CHECK_STATUS(aliked_create(weights().c_str(), &options, &e), ALIKED_BAD_ARGUMENT, "number");
+  for (float threshold : {std::numeric_limits<float>::quiet_NaN(), -0.1f, 1.1f}) {
+    options = with(0), options.scores_th = threshold;
+    CHECK_STATUS(aliked_create(weights().c_str(), &options, &e), ALIKED_BAD_ARGUMENT, "number");
+  }
+  options = with(0), options.strict = 2;
+  CHECK_STATUS(aliked_create(weights().c_str(), &options, &e), ALIKED_BAD_ARGUMENT, "strict is 2");
+  options.size = offsetof(aliked_options, strict);  // of version 1.0, which had no such field
+  CHECK_STATUS(aliked_create(weights().c_str(), &options, &e), ALIKED_OK, "");
+  aliked_destroy(e);
   {
     const Pretend poor("FAKE_MEMORY", "1000");
     CHECK_STATUS(aliked_create(weights().c_str(), nullptr, &e), ALIKED_OUT_OF_MEMORY, "weights");
@@ -136,7 +145,7 @@ void test_images() {
   int counts = -1;
   aliked_buffers buffers = {ALIKED_HOST,   15,     keypoints.data(),
                             scores.data(), descriptors.data(), &counts};
-  CHECK_STATUS(aliked_extract_into(e, &images, &buffers, &features), ALIKED_OK, "");
+  features = extractor.extract_into(images, buffers);
   CHECK(features.scores == scores.data() && features.capacity == 15 && counts == 0);
   CHECK(scores[14] == 0);
   buffers.capacity = 9;
@@ -149,7 +158,8 @@ void test_images() {
   CHECK(features.memory == ALIKED_DEVICE && !features.counts);
   CHECK_STATUS(aliked_synchronize(e, nullptr), ALIKED_OK, "");
   {
-    const aliked::Memory<float> xy(extractor, ALIKED_DEVICE, 30), s(extractor, ALIKED_DEVICE, 15);
+    const aliked::Memory<float> xy(extractor, ALIKED_PAGE_LOCKED, 30),
+        s(extractor, ALIKED_PAGE_LOCKED, 15);
     const aliked::Memory<unsigned char> rgb(extractor, ALIKED_DEVICE, 64 * 80 * 3);
     const aliked_buffers there = {ALIKED_DEVICE, 15, xy.data(), s.data(), nullptr, nullptr};
     aliked_images on_device = images;

@@ -14,19 +14,21 @@ from aliked.backends import (
     Spec,
     create_pair_runtime,
     fused_lightglue,
-    tensorrt_lightglue,
 )
 from aliked.backends.onnxruntime_lightglue import (
     ColmapMatcher,
     ONNXRuntimeMatcher,
     ONNXRuntimePair,
 )
+from aliked.backends.tensorrt import manifest_path
 from aliked.errors import InputError
 from aliked.export import build
+from aliked.export.engine import read_source
 from aliked.export.lightglue import (
     MatcherOptions,
     Pair,
     PairOptions,
+    best,
     export_matcher,
     export_pair,
     verify_matcher,
@@ -436,6 +438,21 @@ def test_an_exported_matcher_gives_the_matches_of_pytorch(options, precision, tm
     assert not operators & {"NonZero", "TopK", "Loop", "If"}
 
 
+@pytest.mark.parametrize(
+    "options",
+    [MatcherOptions(None), MatcherOptions(None, opset=17), MatcherOptions(8, io="colmap")],
+)
+def test_a_file_of_any_counts_takes_images_without_keypoints(options, tmp_path):
+    path, matcher = tmp_path / "matcher.onnx", small_matcher()
+    export_matcher(matcher, path, options)
+    run = (ColmapMatcher if options.io == "colmap" else ONNXRuntimeMatcher)(path, device="cpu")
+    features = features_of(7, 1)
+    for counts in ((0, 7), (7, 0), (0, 0), (7, 7)):
+        pair = [best(features, count) for count in counts]
+        found = run.match(*pair, SIZE, SIZE)
+        np.testing.assert_array_equal(found.indices, matcher.match(*pair, SIZE, SIZE).indices)
+
+
 def test_exporting_leaves_the_matcher_as_it_was(tmp_path):
     matcher, pair = small_matcher(), check_pairs()[0][1:]
     before, usual = matcher.match(*pair), (matcher.attention, matcher.select)
@@ -573,6 +590,13 @@ def test_tensorrt_for_rtx_builds_a_pair_of_any_sizes(tmp_path):
     assert builds(path, lambda name, shape: [(1, 3, *size) for size in sizes])
 
 
+def test_the_engine_of_a_file_with_lightglue_is_built_elsewhere(tmp_path):
+    path = tmp_path / "matcher.onnx"
+    export_matcher(small_matcher(), path, MatcherOptions(8))
+    with pytest.raises(InputError, match="holds LightGlue, whose engines build_lightglue_file"):
+        read_source(path)
+
+
 @pytest.fixture
 def build_small(monkeypatch, tmp_path):
     """Builds `small_matcher` for 40 keypoints by the code of `measure_timings.py`."""
@@ -586,14 +610,70 @@ def build_small(monkeypatch, tmp_path):
     return make
 
 
-@pytest.mark.parametrize("cuda_graph", [False, True])
-def test_an_engine_runs_as_a_runtime_of_pairs(cuda_graph, build_small, monkeypatch):
-    """By a stand-in for TensorRT for RTX, which runs the ONNX file."""
-    install(monkeypatch, "10.13.3.9")
-    spec = Spec(top_k=40, device="cuda:0", model_path=build_small(".rtx"))
-    options = {"library": "tensorrt-rtx", "cuda_graph": cuda_graph}
-    engine = tensorrt_lightglue.open_runtime("rtx", "matcher", spec, None, SIZE, **options)
+@pytest.mark.parametrize("cuda_graph", ["", "-cudagraph"])
+@pytest.mark.parametrize(("backend", "suffix"), [("tensorrt", ".trt"), ("tensorrt-rtx", ".rtx")])
+def test_an_engine_runs_as_a_runtime_of_pairs(
+    backend, suffix, cuda_graph, build_small, monkeypatch
+):
+    """By a stand-in for the library, which runs the ONNX file."""
+    install(monkeypatch, "10.16")
+    spec = Spec(top_k=40, device="cuda:0", model_path=build_small(suffix))
+    engine = create_pair_runtime(f"{backend}{cuda_graph}", "matcher", spec, None, SIZE)
+    assert engine.engine.cuda_graph is bool(cuda_graph)
     check_pair_runtime(engine)
+
+
+@pytest.fixture
+def rtx_spec(build_small, monkeypatch):
+    """A `Spec` of an engine that a stand-in for TensorRT for RTX built and runs."""
+    install(monkeypatch, "10.13.3.9")
+    return Spec(top_k=40, device="cuda:0", model_path=build_small(".rtx"))
+
+
+def open_rtx(spec, graph="matcher"):
+    return create_pair_runtime("tensorrt-rtx", graph, spec, None, SIZE)
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda engine: engine.write_bytes(engine.read_bytes()[:-7]), "truncated"),
+        (lambda engine: manifest_path(engine).unlink(), r"\.rtx\.json is missing"),
+        (lambda engine: engine.unlink(), "does not exist"),
+    ],
+)
+def test_a_damaged_engine_of_lightglue_is_refused(damage, says, rtx_spec):
+    damage(rtx_spec.model_path)
+    with pytest.raises(InputError, match=says):
+        open_rtx(rtx_spec)
+
+
+def test_an_engine_of_lightglue_of_another_version_is_refused(rtx_spec, monkeypatch):
+    install(monkeypatch, "10.13.3.9", rtx="1.5.0.114")
+    with pytest.raises(InputError, match=r"built by TensorRT for RTX .* and this is 1\.5\.0\.114"):
+        open_rtx(rtx_spec)
+
+
+@pytest.mark.parametrize(
+    ("changes", "graph", "says"),
+    [
+        ({}, "pair", "the graph of .* is matcher, not pair"),
+        ({"top_k": 41}, "matcher", "the top_k of .* is 40, not 41"),
+        ({"precision": "fp16"}, "matcher", "is float32; ask for fp32"),
+        ({"model_path": None}, "matcher", "needs an engine"),
+    ],
+)
+def test_an_engine_that_was_not_asked_for_is_refused(changes, graph, says, rtx_spec):
+    with pytest.raises(InputError, match=says):
+        open_rtx(dataclasses.replace(rtx_spec, **changes), graph)
+
+
+def test_an_engine_of_lightglue_is_compiled_once_and_takes_its_k_rows(rtx_spec):
+    runtime = open_rtx(rtx_spec)
+    features = features_of(30, 1)
+    with pytest.raises(InputError, match=r"keypoints0 is \[1, 30, 2\], but .* takes \[1, 40, 2\]"):
+        runtime(matcher_inputs((features, features), (SIZE, SIZE), 30))
+    assert open_rtx(rtx_spec).engine.cache.used
 
 
 def test_a_file_runs_as_a_runtime_of_pairs(build_small):

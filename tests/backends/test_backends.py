@@ -651,6 +651,25 @@ def test_torch_tensorrt_for_rtx_finds_what_its_library_has_dropped(monkeypatch, 
     del sys.modules["torch_tensorrt"]
 
 
+def test_autocast_runs_where_torch_tensorrt_for_rtx_is_installed(monkeypatch, weights_dir):
+    monkeypatch.setattr(pytorch_backend, "version", {"torch-tensorrt-rtx": "2.11.0"}.get)
+    spec = replace(SPEC, weights=weights_dir, precision="fp16", device="cpu")
+    assert create_extractor("pytorch-amp", spec).device == "cpu"
+
+
+@pytest.mark.parametrize("package", ["torch-tensorrt", "torch-tensorrt-rtx"])
+def test_torch_tensorrt_for_rtx_runs_its_engines_from_python(monkeypatch, package):
+    compiler = SimpleNamespace(compile=lambda program, **options: options)
+    module = SimpleNamespace(dynamo=compiler)
+    monkeypatch.setattr(pytorch_backend, "import_torch_tensorrt", lambda: module)
+    monkeypatch.setattr(pytorch_backend, "_installed", {package: "2.11.0"}.get)
+    monkeypatch.setattr(torch.export, "export", lambda model, inputs: None)
+    forward = pytorch_backend.EngineForward(torch.nn.Identity(), tf32=False)
+    options = forward._compile(torch.zeros(1, 3, 32, 32))
+    assert options["use_python_runtime"] == (package == "torch-tensorrt-rtx")
+    assert options["disable_tf32"]
+
+
 def test_torch_tensorrt_that_does_not_load_is_one_sentence(monkeypatch, tmp_path):
     (tmp_path / "torch_tensorrt.py").write_text("raise Exception('libtensorrt_rtx.so.1 is gone')")
     monkeypatch.syspath_prepend(tmp_path)

@@ -104,7 +104,7 @@ def test_features_are_those_of_the_file(make_engine, model, cuda_graph):
 
 def test_an_inspected_engine_runs_as_fast_as_another(make_engine):
     _, engine = make_engine(options={"detailed": True})
-    context = TensorRTExtractor(engine).context
+    context = TensorRTExtractor(engine).engine.context
     assert context.nvtx_verbosity.name == "LAYER_NAMES_ONLY"
 
 
@@ -152,8 +152,9 @@ def test_a_batch_at_an_odd_address_is_moved_to_where_tensorrt_takes_it(make_engi
     onnx_path, engine = make_engine()
     extractor = TensorRTExtractor(engine)
     aligned = extractor.to_device(photograph()[None])
-    with extractor.memory.active():
-        room = extractor.memory.empty((aligned.data.size + 4,), np.uint8)
+    memory = extractor.engine.memory
+    with memory.active():
+        room = memory.empty((aligned.data.size + 4,), np.uint8)
     odd = copy.copy(aligned)
     odd.address, odd.room = room.address + 4, room
     room.data[4:] = aligned.data
@@ -506,7 +507,7 @@ def test_the_second_load_compiles_nothing(rtx, tmp_path):
     (cache,) = tmp_path.glob("*.cache")
     assert cache.name == "model.trt.1.6.1.120-Stand-in-RTX.cache"
     written = cache.stat().st_mtime_ns
-    assert open_rtx(engine).cache.used
+    assert open_rtx(engine).engine.cache.used
     assert machine.compiled == 1
     assert cache.stat().st_mtime_ns == written
 
@@ -529,12 +530,12 @@ def test_a_damaged_or_foreign_runtime_cache_is_made_anew(rtx, tmp_path, change, 
         cache.write_bytes({"cut": whole[:-3], "empty": b"", "text": b"hello"}[change])
     capsys.readouterr()
     extractor = TensorRTExtractor(engine)
-    assert not extractor.cache.used
+    assert not extractor.engine.cache.used
     assert len(extractor(photograph())) in (19, 20)
     assert machine.compiled == 2
     assert f"{cache} is damaged or another engine's" in capsys.readouterr().err
     if change != "folder":
-        assert TensorRTExtractor(engine).cache.used
+        assert TensorRTExtractor(engine).engine.cache.used
 
 
 def test_each_gpu_and_version_has_a_cache_of_its_own(rtx, tmp_path):
@@ -805,15 +806,16 @@ def test_torch_memory_replays_in_order_on_whatever_stream_the_caller_is():
 
     memory = TorchMemory(0)
     with memory.active():
-        target, total = (memory.empty((1 << 24,), np.float32) for _ in range(2))
+        first, target, total = (memory.empty((1 << 24,), np.float32) for _ in range(3))
         total.zero_()
         memory.synchronize()
-        graph = CudaGraph(memory.stream, lambda: total.add_(target))
+        copies = [(target.data_ptr(), first.data_ptr(), first.nbytes)]
+        graph = CudaGraph(memory.stream, lambda: total.add_(target), copies)
     sources = [torch.full_like(total, value) for value in range(8)]
     torch.cuda.synchronize()
     for source in sources:  # large enough that a copy out of turn would be seen
         with torch.cuda.stream(torch.cuda.Stream()):
-            memory.replay(graph, source, target)
+            memory.replay(graph, [source])
     with memory.active():
         memory.synchronize()
     assert torch.all(total == sum(range(8)))

@@ -13,8 +13,10 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+import torch
 from msgspec.structs import replace
 
+from aliked.backends import Spec
 from aliked.matching import Matches, PairRuntime
 from aliked.parity import NO_TIES
 from aliked.ties import Expected
@@ -505,3 +507,15 @@ def test_in_a_container_the_new_process_is_this_one(monkeypatch):
 def test_where_no_process_can_be_told_apart_the_difference_is_said_to_be_one(monkeypatch, after):
     monkeypatch.setattr("os.getpid", lambda: 1)
     assert ProcessMemory(FakeGpu({}, after)).read() == (700, "difference")
+
+
+@pytest.mark.parametrize(("jobs", "threads"), [(1, 8), (3, 2), (16, 1)])
+def test_files_made_at_a_time_share_the_processor(monkeypatch, tmp_path, jobs, threads):
+    given = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    monkeypatch.setattr(artifacts, "build_model_file", lambda spec, shape, path: None)
+    monkeypatch.setattr(artifacts, "run_tasks", lambda tasks, *_: [t.run(None) for t in tasks])
+    path = tmp_path / "model.onnx"
+    artifacts.build_files([artifacts.BuildFile(Spec("aliked-t16"), (1, 64, 64), path)], jobs)
+    assert given == [threads]

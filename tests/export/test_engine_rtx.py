@@ -128,6 +128,19 @@ def test_turing_is_built_for_where_it_is_named(build, tmp_path):
     assert read_manifest(tmp_path / "model.rtx")["compute_capabilities"] == ["SM75"]
 
 
+def test_the_gpu_of_this_machine_needs_one_and_is_built_for_alone(
+    build, tmp_path, monkeypatch, capsys
+):
+    assert build("--compute_capability", "CURRENT") == 2
+    assert f"there is no GPU to build for ({NO_GPU})" in capsys.readouterr().err
+    assert build("--compute_capability", "CURRENT", "SM86") == 2
+    assert "leave the others out" in capsys.readouterr().err
+    assert files(tmp_path) == {"model.onnx"}
+    monkeypatch.setattr(gpu, "devices", lambda: [gpu.Device("H100", "9.0", 80 << 30)])
+    options = builder_module.BuildOptions(("CURRENT",))
+    assert builder_module.targets_of(options) == ["SM90"]  # which the manifest names
+
+
 def test_a_gpu_that_is_none_is_refused(build, tmp_path):
     assert build("--compute_capability", "SM42") == 2
     assert files(tmp_path) == {"model.onnx"}

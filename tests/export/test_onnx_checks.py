@@ -21,9 +21,9 @@ from onnx import TensorProto, helper, numpy_helper
 from aliked.backends.tensorrt_library import RTX
 from aliked.commands import build
 from aliked.errors import InputError
-from aliked.export.builder import BuildOptions, build_plan
+from aliked.export.builder import BuildOptions, build_plan, parse_file
 from aliked.export.onnx_checks import check_file, check_model
-from aliked.export.onnx_graph import Target, graph_precision
+from aliked.export.onnx_graph import Target, graph_precision, spell_out_selu
 from tests.helpers.small_models import write_small_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,6 +71,25 @@ def findings(checked, target=None):
 
 def reasons(checked, target=None):
     return " ".join(f"{f.reason} {f.cure}" for f in check_model(checked, target))
+
+
+# Selu
+
+
+@pytest.mark.parametrize("given", [{}, {"alpha": 1.5}, {"alpha": 1.5, "gamma": 1.25}])
+def test_selu_gets_the_parameters_that_onnx_defines(given):
+    """TensorRT's parser has defaults of its own: those of float32 show in keypoints."""
+    rtx = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    made = model([node("Selu", "x", **given)], [value("x")])
+    assert findings(made) == [("warning", "the_Selu")] * (len(given) < 2)
+    assert findings(made, Target(RTX.title)) == []
+    spell_out_selu(made)
+    assert findings(made) == []
+    _, network, _ = parse_file(RTX, Path("selu"), BuildOptions(), made.SerializeToString())
+    layer = network.get_layer(0)
+    layer.__class__ = rtx.IActivationLayer
+    wanted = {"alpha": 1.6732632423543772, "gamma": 1.0507009873554805} | given
+    assert (layer.alpha, layer.beta) == pytest.approx(tuple(wanted.values()), rel=1e-7)
 
 
 # GridSample

@@ -111,6 +111,7 @@ def python_features(build, monkeypatch, model, images, selection) -> pipeline.Ou
         (pipeline.Selection(60, 0.2, 0), (45, 70)),  # more than there are in the second image
         (pipeline.Selection(-1, 0.5, 40), (37, 64)),  # threshold mode
         (pipeline.Selection(-1, 1.0, 40, strict=False), (32, 41)),  # none passes: the mean decides
+        (pipeline.Selection(-1, 1.0, 40), (32, 41)),  # none passes, none is there
     ],
 )
 def test_features_are_bit_for_bit_those_of_python(build, tmp_path, monkeypatch, selection, size):
@@ -125,12 +126,13 @@ def test_features_are_bit_for_bit_those_of_python(build, tmp_path, monkeypatch, 
         files[-1].write_bytes(b"P6\n%d %d\n255\n" % (size[1], size[0]) + image.tobytes())
     options = ["--model", packed, "--output", tmp_path, "--top_k", selection.top_k]
     options += ["--scores_th", selection.scores_th, "--n_limit", max(1, selection.n_limit)]
+    options += ["--strict", int(selection.strict)]
     libraries = f"{build}/tests/driver:{build}/tests/on_host"
     run(build / "examples" / "aliked_extract", *files, *options, LD_LIBRARY_PATH=libraries)
     expected = python_features(build, monkeypatch, model, images, selection)
     for i in range(2):
         real = (expected.scores[i] > 0).numpy()
-        assert real.any()
+        assert real.any() == (selection.scores_th < 1 or not selection.strict)
         for name in ("keypoints", "scores", "descriptors"):
             got = np.load(tmp_path / f"{i}.{name}.npy")
             assert np.array_equal(got, getattr(expected, name)[i].numpy()[real]), name

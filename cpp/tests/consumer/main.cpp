@@ -1,6 +1,8 @@
 #include <aliked.hpp>
 #include <cstdio>
 
+template class aliked::Memory<float>;
+
 int main() {
   try {
     aliked::Extractor extractor("/no/such/file");

@@ -4,6 +4,7 @@ Work put on a stream runs when somebody synchronizes the stream, so that code wh
 reads stale results here too.
 """
 
+import copy
 import ctypes
 import itertools
 import math
@@ -13,6 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
+
+from aliked.backends.cuda_memory import SOURCE, TARGET, WORDS
 
 NO_DEVICE, INVALID_CAPTURE = 100, 901  # CUresult
 
@@ -85,6 +88,7 @@ class Driver:
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
         self._graphs: dict[int, list[Callable[[], None]]] = {}
+        self._nodes: dict[int, Callable[[], None]] = {}
         self._numbers = itertools.count(1)
 
     def cuInit(self, flags: int) -> int:
@@ -139,10 +143,54 @@ class Driver:
 
     cuGraphExecDestroy = cuGraphDestroy
 
+    def cuMemcpyAsync(self, target, source, size, stream) -> int:
+        work = Copy(self._machine, target.value, source.value, size.value)
+        self._machine.enqueue(stream.value, work)
+        return 0
+
+    def cuGraphGetNodes(self, graph, nodes, count) -> int:
+        work = self._graphs[graph.value]
+        count._obj.value = len(work)
+        for index in range(len(work) if nodes else 0):
+            nodes[index] = next(self._numbers)
+            self._nodes[nodes[index]] = work[index]
+        return 0
+
+    def cuGraphNodeGetType(self, node, kind) -> int:
+        kind._obj.value = int(isinstance(self._nodes[node.value], Copy))
+        return 0
+
+    def cuGraphMemcpyNodeGetParams(self, node, words) -> int:
+        words[:] = self._nodes[node.value].words
+        return 0
+
+    def cuGraphExecMemcpyNodeSetParams(self, executable, node, words, context) -> int:
+        self._nodes[node.value].words = list(words)
+        return 0
+
+    def cuCtxGetCurrent(self, context) -> int:
+        return 0
+
     def cuGraphLaunch(self, executable, stream) -> int:
         for work in self._graphs[executable.value]:
-            self._machine.enqueue(stream.value, work)
+            self._machine.enqueue(stream.value, copy.copy(work))  # as it is now
         return 0
+
+
+class Copy:
+    """A copy between two addresses, whose parameters are the words of a CUDA_MEMCPY3D."""
+
+    def __init__(self, machine: Machine, target: int, source: int, size: int) -> None:
+        self._machine, self._size = machine, size
+        self.words = [0] * WORDS
+        self.words[SOURCE], self.words[TARGET] = source, target
+
+    def __call__(self) -> None:
+        target, source = (
+            self._machine.view(self.words[word], (self._size,), np.dtype(np.uint8))
+            for word in (TARGET, SOURCE)
+        )
+        np.copyto(target, source)
 
 
 class HostBuffer:
@@ -203,10 +251,9 @@ class HostMemory:
         read, write = self._view(source), self._view(target)
         self._machine.enqueue(self.stream, lambda: np.copyto(write(), read(), casting="no"))
 
-    def replay(self, graph, source, target) -> None:
+    def replay(self, graph, sources) -> None:
         with self.active():
-            self.copy(source, target)
-            graph.launch(self.stream)
+            graph.launch(self.stream, [source.address for source in sources])
 
     def synchronize(self) -> None:
         self._machine.synchronize(self.stream)

@@ -211,6 +211,8 @@ class IExecutionContext(Strict):
 
     def set_input_shape(self, name, shape) -> bool:
         require(shape, (tuple, list))
+        if name in self._engine._inputs and name != self._input.name:
+            return tuple(shape) == self._engine.get_tensor_shape(name)
         if name != self._input.name or len(shape) != len(self._fixed):
             return self._fail(f"no input {name} of {len(shape)} dimensions")
         if -1 in self._fixed:
