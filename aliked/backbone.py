@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torchvision.ops import deform_conv2d
 
 from aliked.patches import is_traced
 
@@ -74,6 +73,9 @@ class DeformableConv2d(nn.Module):
         arguments = (x.float(), offsets, self.regular_conv.weight, self.regular_conv.bias)
         if x.is_cuda and off_default_stream(x.device):
             return sampled_deform_conv2d(*arguments).to(x.dtype)
+        # Here, for it takes long to import, and who only reads weights does without.
+        from torchvision.ops import deform_conv2d
+
         return deform_conv2d(*arguments, padding=1).to(x.dtype)
 
 

@@ -43,7 +43,7 @@ class Photo:
 
     name: str
     size: tuple[int, int]  # width and height as stored
-    load: Callable[[], np.ndarray]  # uint8 [height, width, 3] RGB as stored
+    load: Callable[..., np.ndarray]  # uint8 [height, width, 3] RGB as stored, perhaps in `out`
     turns: int = 0  # quarter turns, counter-clockwise, that make it upright
     jpeg: Path | None = None  # its file, where that is its kind
 
@@ -119,7 +119,7 @@ class Job:
     def _photos(self, bad: Callable[[InputError], None]) -> Iterator[Photo]:
         if is_video(self.images):
             for name, image in frames(self.images, self.every, self.max_frames):
-                yield Photo(name, image.shape[1::-1], lambda image=image: image)
+                yield Photo(name, image.shape[1::-1], lambda out=None, image=image: image)
             return
         for name in find_images(self.images):
             try:
@@ -147,6 +147,7 @@ class Tally:
     skipped: list[str] = field(default_factory=list)  # a sentence for each bad file
     wall: float = 0.0  # seconds
     busy: Counter = field(default_factory=Counter)  # seconds of each stage, of all its threads
+    cores: Counter = field(default_factory=Counter)  # seconds of these in which a core worked
     threads: Counter = field(default_factory=Counter)  # of each stage
 
     def __add__(self, other: "Tally") -> "Tally":
@@ -157,6 +158,7 @@ class Tally:
             self.skipped + other.skipped,
             max(self.wall, other.wall),
             self.busy + other.busy,
+            self.cores + other.cores,
             self.threads + other.threads,
         )
 
@@ -227,6 +229,7 @@ class Pipeline:
     def begin(self) -> Tally:
         """Count from nothing; what is counted from now on."""
         decode = self.job.threads or available_cores()
+        self._written = True  # the batches so far, each whole
         self.tally = Tally(threads=Counter(decode=decode, extract=self.job.lanes, write=1))
         return self.tally
 
@@ -264,7 +267,7 @@ class Pipeline:
     def _decode(self, photo: Photo, slot: np.ndarray) -> np.ndarray | None:
         """Put the pixels that the extractor sees into `slot` [h, w, 3]; the mask, if any."""
         with self._timed("decode"):
-            pixels = photo.load()
+            pixels = photo.load(out=None if photo.turns else slot)
             if pixels.shape[1::-1] != photo.size:
                 raise InputError(
                     f"{photo.name} has {pixels.shape[1]}x{pixels.shape[0]} pixels, and "
@@ -276,11 +279,11 @@ class Pipeline:
                     f"{self.job.max_size}, and needs {MIN_SIDE}x{MIN_SIDE}; pass a larger one"
                 )
             upright = np.rot90(pixels, photo.turns)
-            if upright.shape == slot.shape:
-                np.copyto(slot, upright)
-            else:
+            if upright.shape != slot.shape:
                 size = slot.shape[1::-1]
                 cv2.resize(np.ascontiguousarray(upright), size, slot, interpolation=cv2.INTER_AREA)
+            elif pixels is not slot:
+                np.copyto(slot, upright)
             return None if self.job.masks is None else read_mask(self.job.masks, photo)
 
     def _extract(self, batch: list[Photo], pixels: np.ndarray, decoded: list[Future]) -> Extracted:
@@ -359,6 +362,10 @@ class Pipeline:
             self._lanes.put(lane)
 
     def _write(self, extracted: Future) -> None:
+        # After a batch that failed none is written: which batch it is is known by their order.
+        if not self._written:
+            return
+        self._written = False
         images = extracted.result()
         with self._timed("write"):
             for photo, features, mask in images:
@@ -369,6 +376,7 @@ class Pipeline:
                 self.tally.keypoints += len(features)
             self.store.checkpoint()
         self.tally.images += len(images)
+        self._written = True
 
     def _bad(self, error: InputError) -> None:
         if self.job.strict:
@@ -378,12 +386,13 @@ class Pipeline:
 
     @contextlib.contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
-        started = time.perf_counter()
+        started, worked = time.perf_counter(), time.thread_time()
         try:
             yield
         finally:
             with self._lock:
                 self.tally.busy[stage] += time.perf_counter() - started
+                self.tally.cores[stage] += time.thread_time() - worked
 
 
 def as_stored(features: Features, photo: Photo, extracted: tuple[int, int]) -> Features:

@@ -138,7 +138,12 @@ def _full_header(path: Path) -> Header:
     return Header(width, height, orientation if orientation in range(1, 9) else 1)
 
 
-def load_image(path: Path, stored: int | None = None, max_size: int | None = None) -> np.ndarray:
+def load_image(
+    path: Path,
+    stored: int | None = None,
+    max_size: int | None = None,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
     """Decode one file to uint8 [H, W, 3], RGB.
 
     The image is turned as its EXIF orientation says, as `cv2.imread` does; with that orientation
@@ -146,14 +151,15 @@ def load_image(path: Path, stored: int | None = None, max_size: int | None = Non
     up, grey is repeated in all three channels, alpha is dropped (the colours under it stay),
     16 bits are scaled to 8. `InputError` names a file that is not a whole, readable image, has
     floating-point or other pixels, colours that are easily mistaken, or is smaller than 5x5. An
-    image whose longer side is above `max_size` is reduced to it.
+    image whose longer side is above `max_size` is reduced to it. `out` is returned with the pixels
+    in it where it has their shape; otherwise they are in an array of their own.
     """
     for name, value, least in (("stored", stored, 1), ("max_size", max_size, MIN_SIDE)):
         whole = isinstance(value, Integral) and not isinstance(value, bool)
         if value is not None and (not whole or value < least):
             raise InputError(f"{name} is {shown(value)}; give a whole number from {least} on")
     data = np.frombuffer(read_file(path, MOST_BYTES), np.uint8)
-    return reduced(decode_image(data, str(path), stored), max_size)
+    return reduced(decode_image(data, str(path), stored, out), max_size)
 
 
 def reduced(image: np.ndarray, max_size: int | None) -> np.ndarray:
@@ -189,7 +195,9 @@ def load_readable(
         print(f"{len(bad)} of {len(bad) + good} images skipped", file=sys.stderr)
 
 
-def decode_image(data: np.ndarray, path: str, stored: int | None = None) -> np.ndarray:
+def decode_image(
+    data: np.ndarray, path: str, stored: int | None = None, out: np.ndarray | None = None
+) -> np.ndarray:
     """`load_image` of a file's bytes, uint8 [N]; `path` is what errors call it."""
     _check_colours(path, data)
     image = _decode(data, 0 if stored is None else cv2.IMREAD_IGNORE_ORIENTATION)
@@ -209,7 +217,7 @@ def decode_image(data: np.ndarray, path: str, stored: int | None = None) -> np.n
         )
     if stored is not None and data[:4].tobytes() in TIFF:
         image = _turned_back(image, stored)
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, out)
 
 
 TIFF = (b"II*\0", b"MM\0*")

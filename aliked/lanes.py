@@ -74,7 +74,8 @@ class FusedLane(Lane):
         outputs = self.extractor.infer(torch.as_tensor(pixels))
         columns = outputs["descriptors"].transpose(1, 2)  # [B, D, K]
         columns = (columns.half() if self.half else columns).contiguous()
-        arrays = download((outputs["keypoints"], outputs["scores"], columns))
+        # Every core has images to decode.
+        arrays = download((outputs["keypoints"], outputs["scores"], columns), asleep=True)
         return [features_of_columns(*one) for one in zip(*arrays, strict=True)]
 
 

@@ -325,7 +325,7 @@ class GrowingFile:
         spots = []
         for field, array in zip((*FIELDS, SIZE), arrays, strict=True):
             shape, kind = array[1:] if isinstance(array, Spot) else Spot.of(array)[1:]
-            space = h5py.h5s.create_simple(tuple(shape))
+            space = _space(tuple(shape))
             dataset = h5py.h5d.create(group, field.encode(), _kind(kind), space, _plain())
             spots.append(Spot(dataset.get_offset() if math.prod(shape) else 0, shape, kind))
         return spots
@@ -381,6 +381,11 @@ def _plain() -> h5py.h5p.PropDCID:
     properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
     return properties
+
+
+@functools.lru_cache  # most images have as many keypoints as are asked for
+def _space(shape: tuple[int, ...]) -> h5py.h5s.SpaceID:
+    return h5py.h5s.create_simple(shape)
 
 
 @functools.cache

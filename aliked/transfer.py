@@ -71,8 +71,11 @@ def upload(
     return out
 
 
-def download(tensors: Iterable[torch.Tensor]) -> list[np.ndarray]:
+def download(tensors: Iterable[torch.Tensor], asleep: bool = False) -> list[np.ndarray]:
     """Tensors of one device in host memory, once the current stream's work is done.
+
+    Where they are waited for `asleep`, they come a little later, and the core does other work
+    meanwhile.
 
     The arrays may lie in page-locked memory, which is scarce, or be the tensors' own: copy what
     is to be kept.
@@ -84,7 +87,11 @@ def download(tensors: Iterable[torch.Tensor]) -> list[np.ndarray]:
     copies = [page_locked(tensor) for tensor in tensors]
     for copy, tensor in zip(copies, tensors, strict=True):
         copy.copy_(tensor, non_blocking=True)
-    torch.cuda.current_stream(device).synchronize()
+    stream = torch.cuda.current_stream(device)
+    if asleep:
+        stream.record_event(torch.cuda.Event(blocking=True)).synchronize()
+    else:
+        stream.synchronize()
     return [copy.numpy() for copy in copies]
 
 

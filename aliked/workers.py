@@ -5,7 +5,7 @@ killed, another does what it left.
 """
 
 import contextlib
-import functools
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -14,10 +14,11 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -37,6 +38,7 @@ from aliked.threads import keep_freed_memory
 
 RESTARTS = 3  # of a worker that was killed; more is no accident
 MANY_IMAGES = 5000  # from which several processes on a GPU are worth their start
+WAITING = 4  # batches of a worker that wait for their places in the file
 CORES = 4  # that one process keeps busy: Python runs one of its threads at a time
 
 
@@ -67,8 +69,72 @@ def extract_in_processes(
         return team.run(report)
 
 
-Batch = tuple[int, list[Photo]]  # and which one it is, in the order of the folder
 Shapes = dict[str, list[Spot]]  # of each image's arrays, by name
+
+
+# What processes say to each other. A batch has its number in the order of the folder.
+
+
+class Ask(NamedTuple):
+    """A worker has room for a batch."""
+
+
+class Batch(NamedTuple):
+    """What a worker is to do."""
+
+    number: int
+    photos: list[Photo]
+
+
+class Enough(NamedTuple):
+    """There is nothing more to do."""
+
+
+class Opened(NamedTuple):
+    """The file that grows is there."""
+
+    path: Path
+
+
+class Take(NamedTuple):
+    """The store has images of this batch: into the file with them."""
+
+    number: int
+    names: list[str]
+
+
+class Place(NamedTuple):
+    """A worker has extracted a batch; where is it to be written?"""
+
+    number: int
+    images: Shapes
+
+
+class Places(NamedTuple):
+    """There: the offset of each of its arrays, in the order in which they were told."""
+
+    number: int
+    offsets: list[int]
+
+
+class Written(NamedTuple):
+    """A worker has written a batch."""
+
+    number: int
+
+
+class Done(NamedTuple):
+    """A worker has written all that it had."""
+
+
+class Finished(NamedTuple):
+    """The file is where it is to be."""
+
+
+class Stopped(NamedTuple):
+    """A process cannot go on."""
+
+    error: InputError | OSError
 
 
 @dataclass
@@ -100,14 +166,16 @@ class Team:
         self.tally = Tally()  # of what is done here: bad headers are found while dealing
         self.tallies = [Tally() for _ in devices]
         self.deaths: Counter[int] = Counter()
-        self.workers: dict[int, Worker] = {}
+        self.workers: dict[int, Worker] = {}  # that are not done
+        self._leaving: list[multiprocessing.Process] = []  # which CUDA takes a second for
         self._todo = self._batches()
         self._context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
         self._grower, self._file = self._process(_grow, self.jobs[0], store.path)
-        self._post: queue.SimpleQueue[tuple | None] = queue.SimpleQueue()
+        self._opened: Opened | None = None
+        self._finished = False
+        self._post: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._poster = threading.Thread(target=self._send_post, daemon=True)
         self._poster.start()
-        self._path: Path | None = None  # of the file that grows, once that is known
         for index in range(len(devices)):
             self._start(index)
 
@@ -115,24 +183,26 @@ class Team:
         """Wait for all of them, and until the file is in its place."""
         started = time.perf_counter()
         while self.workers:
-            listeners: dict[Connection, Callable[[], None]] = {self._file: self._hear_file}
+            speakers: dict[Connection, Worker | None] = {self._file: None}
             for worker in self.workers.values():
-                listeners[worker.ours] = functools.partial(self._hear, worker)
-                listeners[worker.file] = functools.partial(self._hear_writer, worker)
-            for ready in wait(list(listeners)):
+                speakers |= {worker.ours: worker, worker.file: worker}
+            for ready in wait(list(speakers)):
                 if not ready.closed:  # by what another one said
-                    listeners[ready]()
+                    self._hear(ready, speakers[ready])
             self.tally.wall = time.perf_counter() - started
             report(self._together())
-        self._tell_file(None)
-        while not self._hear_file():
-            pass
+        self._post.put(Enough())
+        while not self._finished:
+            self._hear(self._file, None)
         return self._together()
 
     def close(self) -> None:
         """End those that are still running."""
-        for process in (self._grower, *(worker.process for worker in self.workers.values())):
+        working = (worker.process for worker in self.workers.values())
+        processes = [self._grower, *self._leaving, *working]
+        for process in processes:
             process.terminate()
+        for process in processes:
             process.join()
         self._post.put(None)
         self._poster.join()
@@ -152,12 +222,12 @@ class Team:
                 raise error
             self.tally.skipped.append(str(error))
 
-        for index, batch in enumerate(self.jobs[0].batches(bad)):
-            names = [photo.name for photo in batch]
+        for number, photos in enumerate(self.jobs[0].batches(bad)):
+            names = [photo.name for photo in photos]
             if any(name not in self.store for name in names):
-                yield index, batch
+                yield Batch(number, photos)
             else:
-                self._tell_file(("take", index, names))
+                self._post.put(Take(number, names))
 
     def _process(self, target: Callable, *args: Any) -> tuple[multiprocessing.Process, Connection]:
         ours, theirs = self._context.Pipe()
@@ -171,82 +241,85 @@ class Team:
         process, ours = self._process(_work, self.jobs[index], theirs)
         theirs.close()
         self.workers[index] = Worker(index, process, ours, file)
-        if self._path is not None:
-            file.send(self._path)
+        if self._opened is not None:
+            _send(file, self._opened)
 
-    def _hear(self, worker: Worker) -> None:
-        """A worker asks for a batch, tells how far it is, or has ended."""
+    def _hear(self, speaker: Connection, worker: Worker | None) -> None:
+        """Hear what a worker, or the process of the file, says, or that it has ended."""
         try:
-            said = worker.ours.recv()
-            if said is ASK:
-                worker.ours.send(self._deal(worker))
-                return
-        except (EOFError, OSError):
-            self._ended(worker)
-            return
-        _raise_if_error(said)
-        self.tallies[worker.index] = said
-
-    def _deal(self, worker: Worker) -> Batch | None:
-        # What one before it has left comes first: the file waits for it.
-        batch = worker.again.popleft() if worker.again else next(self._todo, None)
-        if batch is not None:
-            worker.batches.append(batch)
-        return batch
-
-    def _hear_writer(self, worker: Worker) -> None:
-        """A worker asks where to write a batch, or has written it."""
-        try:
-            said = worker.file.recv()
-        except (EOFError, OSError):  # it has ended, and what it said before that is to be heard
-            while self.workers.get(worker.index) is worker:
-                self._hear(worker)
-            return
-        if isinstance(said, int):
-            worker.batches.popleft()
-            self._tell_file(("written", said))
+            said = speaker.recv()
+        except (EOFError, OSError) as error:
+            self._silent(speaker, worker, error)
         else:
-            self._tell_file(("place", *said))
+            self._heed(said, worker)
 
-    def _tell_file(self, words: tuple | None) -> None:
-        self._post.put(words)
+    def _heed(self, said: Any, worker: Worker | None) -> None:
+        """Do what follows from what was said."""
+        match said:
+            case Ask():
+                self._deal(worker)
+            case Tally():
+                self.tallies[worker.index] = said
+            case Opened():
+                self._opened = said
+                for each in self.workers.values():
+                    _send(each.file, said)
+            case Place():
+                self._post.put(said)
+            case Places():
+                for each in self.workers.values():
+                    if any(said.number == batch.number for batch in each.batches):
+                        _send(each.file, said)
+            case Written():
+                worker.batches.popleft()
+                self._post.put(said)
+            case Done():
+                with contextlib.suppress(EOFError, OSError):  # it may have left already
+                    while worker.file.poll():
+                        self._heed(worker.file.recv(), worker)
+                self._leave(worker)
+                self._leaving.append(worker.process)
+            case Finished():
+                self._finished = True
+            case Stopped():
+                raise said.error
+
+    def _deal(self, worker: Worker) -> None:
+        # What one before it has left comes first: the file waits for it.
+        batch = worker.again.popleft() if worker.again else next(self._todo, Enough())
+        if isinstance(batch, Batch):
+            worker.batches.append(batch)
+        _send(worker.ours, batch)
 
     def _send_post(self) -> None:
         """Send what the file is told, in a thread: were dealing to wait for it, both might wait."""
-        with contextlib.suppress(OSError):  # it has ended: `_hear_file` says why
-            while (words := self._post.get()) is not None:
-                self._file.send(words)
-            self._file.send(None)
+        with contextlib.suppress(OSError):  # it has ended: `_silent` says so
+            while (said := self._post.get()) is not None:
+                self._file.send(said)
 
-    def _hear_file(self) -> bool:
-        """The file has a name or a place for a batch; whether it is where it is to be."""
-        try:
-            said = self._file.recv()
-        except (EOFError, OSError) as error:
+    def _silent(self, speaker: Connection, worker: Worker | None, error: Exception) -> None:
+        """Somebody has ended."""
+        if worker is None:
             raise InputError(
                 "the process that writes the file was killed; what was extracted is kept: find "
                 "out why, and pass --resume"
             ) from error
-        _raise_if_error(said)
-        if isinstance(said, Path):
-            self._path = said
-            for worker in self.workers.values():
-                worker.file.send(said)
-        elif said is not None:
-            number, spots = said  # of a batch
-            for worker in self.workers.values():
-                if any(number == batch[0] for batch in worker.batches):
-                    with contextlib.suppress(OSError):  # it has just ended
-                        worker.file.send(spots)
-        return said is None
+        if speaker is worker.file:  # what it said before on the other line is to be heard
+            while self.workers.get(worker.index) is worker:
+                self._hear(worker.ours, worker)
+            return
+        self._leave(worker)
+        worker.process.join()
+        if worker.process.exitcode != 0:
+            self._replace(worker)
 
-    def _ended(self, worker: Worker) -> None:
+    def _leave(self, worker: Worker) -> None:
         del self.workers[worker.index]
         worker.ours.close()
         worker.file.close()
-        worker.process.join()
-        if worker.process.exitcode == 0:
-            return
+
+    def _replace(self, worker: Worker) -> None:
+        """Start another in place of one that was killed, unless that happens again and again."""
         self.deaths[worker.index] += 1
         if self.deaths[worker.index] > RESTARTS:
             device, status = self.jobs[worker.index].spec.device, worker.process.exitcode
@@ -258,11 +331,10 @@ class Team:
         self.workers[worker.index].again = worker.batches + worker.again
 
 
-def _raise_if_error(said: Any) -> None:
-    if isinstance(said, str):
-        raise InputError(said)
-    if isinstance(said, OSError):
-        raise said
+def _send(to: Connection, said: NamedTuple) -> None:
+    """Say something to a worker; one that has ended is found when it is listened to."""
+    with contextlib.suppress(OSError):
+        to.send(said)
 
 
 @contextlib.contextmanager
@@ -270,18 +342,10 @@ def _errors_to(theirs: Connection) -> Iterator[None]:
     """Send what stops a process to its parent."""
     try:
         yield
-    except InputError as error:
-        theirs.send(str(error))
-    except EOFError:  # the parent has ended
+    except (EOFError, KeyboardInterrupt):  # the parent has ended; the parent says so
         pass
-    except OSError as error:
-        with contextlib.suppress(OSError):  # likewise
-            theirs.send(error)
-    except KeyboardInterrupt:  # the parent says so
-        pass
-
-
-ASK = None  # what a worker says that has room for a batch
+    except (InputError, OSError) as error:
+        _send(theirs, Stopped(error))
 
 
 def _work(job: Job, file: Connection, theirs: Connection) -> None:
@@ -291,74 +355,101 @@ def _work(job: Job, file: Connection, theirs: Connection) -> None:
         writer = Writer(file)
 
         def batches() -> Iterator[list[Photo]]:
-            theirs.send(ASK)
-            while (said := theirs.recv()) is not None:
-                number, batch = said
-                writer.numbers.append(number)
-                yield batch
-                theirs.send(ASK)
+            theirs.send(Ask())
+            while isinstance(said := theirs.recv(), Batch):
+                writer.numbers.append(said.number)
+                yield said.photos
+                theirs.send(Ask())
 
         pipeline = Pipeline(job, writer, theirs.send)
         pipeline.run_batches(batches())
+        writer.finish()
         theirs.send(pipeline.tally)
+        theirs.send(Done())
 
 
 class Writer:
-    """What a worker has in place of a store: batches go to their places in the file that grows."""
+    """What a worker has in place of a store: batches go to their places in the file that grows.
+
+    Some wait for these, since places are given in the order of the folder.
+    """
 
     def __init__(self, file: Connection):
         self.numbers: deque[int] = deque()  # of the batches, in the order in which they come
-        self._file, self._descriptor = file, None
         self._images: dict[str, list[np.ndarray]] = {}
+        self._file, self._sending, self._descriptor = file, threading.Lock(), None
+        self._thread = ThreadPoolExecutor(1, "aliked-place")
+        self._waiting: deque[Future] = deque()
 
     def write(self, name: str, features: Features, size: tuple[int, int]) -> None:
         """Take the features of an image of the batch."""
         self._images[name] = arrays_of(features, size)
 
     def checkpoint(self) -> None:
-        """Write the batch."""
-        if self._descriptor is None:
-            self._descriptor = os.open(self._file.recv(), os.O_WRONLY)
+        """Have the batch written, once it has its place."""
         number, images = self.numbers.popleft(), self._images
         self._images = {}
         shapes = {name: [Spot.of(array) for array in arrays] for name, arrays in images.items()}
-        self._file.send((number, shapes))
-        for name, spots in self._file.recv().items():
-            for spot, array in zip(spots, images[name], strict=True):
-                write_at(self._descriptor, spot.offset, array)
-        self._file.send(number)
+        self._send(Place(number, shapes))
+        self._waiting.append(self._thread.submit(self._put, number, images))
+        self._wait(WAITING)
+
+    def finish(self) -> None:
+        """Return when all batches are written."""
+        self._wait(0)
+
+    def _wait(self, most: int) -> None:
+        while len(self._waiting) > most:
+            self._waiting.popleft().result()
+
+    def _put(self, number: int, images: dict[str, list[np.ndarray]]) -> None:
+        """Write the batch whose places come next: it was the next to ask."""
+        if self._descriptor is None:
+            self._descriptor = os.open(self._file.recv().path, os.O_WRONLY)
+        arrays = itertools.chain.from_iterable(images.values())
+        for offset, array in zip(self._file.recv().offsets, arrays, strict=True):
+            write_at(self._descriptor, offset, array)
+        self._send(Written(number))
+
+    def _send(self, said: NamedTuple) -> None:
+        with self._sending:
+            self._file.send(said)
 
 
 def _grow(job: Job, path: Path, theirs: Connection) -> None:
     """The process that has the one file grow: in the parent it would hold up the dealing."""
     with _errors_to(theirs), FeatureStore.open(path, job.key()).grow() as file:
-        theirs.send(file.path)
-        waiting: dict[int, list[str] | Shapes] = {}
+        theirs.send(Opened(file.path))
+        waiting: dict[int, Take | Place] = {}
         placed: dict[int, Shapes] = {}
         following = 0  # the batch that is next
-        while (said := theirs.recv()) is not None:
-            kind, number, *images = said
-            if kind == "written":
-                file.note(placed.pop(number))
-            elif number in placed:  # asked again for one that was killed
-                if _without_places(placed[number]) != _without_places(images[0]):
-                    raise InputError(
-                        "a batch of a process that was killed came out otherwise; pass --resume"
-                    )
-                theirs.send((number, placed[number]))
-            else:
-                waiting[number] = images[0]
+        while not isinstance(said := theirs.recv(), Enough):
+            match said:
+                case Written():
+                    file.note(placed.pop(said.number))
+                case Place() if said.number in placed:  # asked again for one that was killed
+                    if _without_places(placed[said.number]) != _without_places(said.images):
+                        raise InputError(
+                            "a batch of a process that was killed came out otherwise; pass --resume"
+                        )
+                    theirs.send(_places(said.number, placed))
+                case Place() | Take():
+                    waiting[said.number] = said
             while following in waiting:
-                images = waiting.pop(following)
-                if isinstance(images, list):
-                    file.take(images)
-                else:
-                    spots = {name: file.place(name, shapes) for name, shapes in images.items()}
-                    placed[following] = spots
-                    theirs.send((following, spots))
+                match waiting.pop(following):
+                    case Take(names=names):
+                        file.take(names)
+                    case Place(number, images):
+                        placed[number] = {n: file.place(n, spots) for n, spots in images.items()}
+                        theirs.send(_places(number, placed))
                 following += 1
         file.finish()
-        theirs.send(None)
+        theirs.send(Finished())
+
+
+def _places(number: int, placed: dict[int, Shapes]) -> Places:
+    spots = itertools.chain.from_iterable(placed[number].values())
+    return Places(number, [spot.offset for spot in spots])
 
 
 def _without_places(images: Shapes) -> Shapes:

@@ -32,7 +32,8 @@ IMPORTED = ("benchmark.measure",)
 # Inductor is left out: it asks the driver for its devices, after which no fork could use CUDA. What
 # is not installed is passed over. Rows on a CPU go without: their memory is that of the process.
 IMPORTED_FOR_A_GPU = (
-    "aliked.model",  # with torchvision
+    "aliked.model",
+    "torchvision.ops",  # which the model's first run imports
     "aliked.fused.kernels",  # with Triton
     "torch._dynamo",
 )

@@ -4,9 +4,12 @@ Makes the JPEGs from the shipped photographs, and measures by itself each of
   decode   JPEGs to pixels, in as many processes and threads as `aliked extract` takes
   kernels  the network on batches that lie on the device, one GPU
   copies   the same with copies to the device and back
+  writes   the bytes of the features into one file, from as many processes
   all      `aliked extract` from the time when all its processes have begun until the file is there
-in images per second, the share of `all` in the slower of decode and kernels, and the seconds that
-starting took.
+in images per second, and the share of `all` in the slower of decode and kernels; seconds of the
+start, and from the last features until the file was there; of `all` the share of the cores' time in
+which they were idle, and the milliseconds of a core that an image took: of all stages of the
+workers, of the first process, of the file's books, and of the rest.
 
     python -m tools.bench_extract /tmp/jpegs --model aliked-n16 --backend fused --precision fp16 \\
         --output results/scale/h100.jsonl
@@ -15,16 +18,20 @@ starting took.
 import argparse
 import contextlib
 import gc
+import itertools
 import json
 import multiprocessing
+import os
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from math import nan
 from pathlib import Path
+from typing import Any
 
 import cv2
 import h5py
@@ -35,17 +42,19 @@ from aliked import cli
 from aliked.backends import Spec, create_extractor
 from aliked.cli import add_device_option, add_model_options
 from aliked.commands.extract import TWO_LANES
+from aliked.configs import CONFIGS
 from aliked.extraction import DECODERS, Job, Tally, available_cores
 from aliked.images import find_images, load_image
-from aliked.store import FeatureStore
+from aliked.store import FeatureStore, write_at
 from aliked.threads import keep_freed_memory
 from aliked.workers import Team, devices_of
 from benchmark.environment import git_commit, machine, versions
 
 PHOTOGRAPHS = Path(__file__).resolve().parents[1] / "assets"
 QUALITY = 90  # of the JPEGs
-SECONDS = 2  # that kernels are measured for
+SECONDS = 1  # that kernels are measured for
 WARM, ONNX_IMAGES = 20, 40  # images of `--others`
+TICKS = os.sysconf("SC_CLK_TCK")  # a second, of /proc
 
 
 def parser() -> argparse.ArgumentParser:
@@ -68,7 +77,10 @@ def parser() -> argparse.ArgumentParser:
         "--processes", type=int, metavar="N", help="of `all` (default: as aliked extract)"
     )
     parser.add_argument("--decoder", choices=DECODERS, default=DECODERS[0], help=default)
-    parser.add_argument("--half", action="store_true", help="descriptors in float16")
+    parser.add_argument(
+        "--distinct", type=int, default=500, metavar="N", help="of the images; " + default
+    )
+    parser.add_argument("--half", action="store_true", help="also with descriptors in float16")
     parser.add_argument(
         "--others", type=int, metavar="N", help="also hloc's and COLMAP's way, on N of the images"
     )
@@ -82,8 +94,11 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def make_jpegs(folder: Path, count: int, width: int, height: int) -> None:
-    """`count` JPEGs, all different: shipped photographs, shifted, mirrored, and scaled to size."""
+def make_jpegs(folder: Path, count: int, width: int, height: int, distinct: int) -> None:
+    """`count` JPEGs: shipped photographs, shifted, mirrored, and scaled to size.
+
+    So many are `distinct`; the others are further names of the same files.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     sources = [PHOTOGRAPHS / name for name in find_images(PHOTOGRAPHS)]
     photographs = [load_image(path)[..., ::-1] for path in sources]
@@ -101,68 +116,146 @@ def make_jpegs(folder: Path, count: int, width: int, height: int) -> None:
         cv2.imwrite(str(path), resized, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])
 
     with ThreadPoolExecutor(available_cores()) as pool:
-        list(pool.map(make, range(count)))
+        list(pool.map(make, range(min(count, distinct))))
+    for index in range(distinct, count):
+        path = folder / f"{index:06}.jpg"
+        if not path.exists():
+            path.hardlink_to(folder / f"{index % distinct:06}.jpg")
+
+
+@dataclass
+class Stages:
+    """Images per second of every stage by itself."""
+
+    decode: float = nan
+    kernels: float = nan
+    copies: float = nan
+    writes: float = nan
+    gpu_mebibytes: float = nan  # of one extractor with its batch, weights included
+
+
+@dataclass
+class Run:
+    """What `aliked extract` did."""
+
+    all: float  # images per second
+    start: float  # seconds until all processes had done a batch
+    finish: float  # seconds from the last features until the file was there
+    mebibytes: float  # of the file
+    busy: str
+    idle: float  # share of the cores' time
+    cores: dict[
+        str, float
+    ]  # milliseconds of a core for an image: of stages, processes and the rest
 
 
 @dataclass
 class Row:
-    """Images per second of every stage for one size and number of keypoints."""
+    """One size, number of keypoints and form of descriptors."""
 
     size: str
     top_k: int
+    half: bool
     images: int
     processes: int
-    decode: float
-    kernels: float
-    copies: float
-    all: float
-    start: float  # seconds
-    mebibytes: float  # of the file
-    gpu_mebibytes: float  # of one extractor with its batch, weights included
-    busy: str
+    gpus: int
+    stages: Stages
+    run: Run
 
     @property
     def share(self) -> float:
         """Of the slower of decode and kernels, how much is left of all together."""
-        return self.all / min(self.decode, self.kernels)
+        return self.run.all / min(self.stages.decode, self.stages.kernels)
+
+    def record(self) -> dict:
+        """All of it, flat."""
+        own = {name: value for name, value in vars(self).items() if name not in ("stages", "run")}
+        return own | vars(self.stages) | vars(self.run) | {"share": self.share}
 
     def __str__(self) -> str:
-        rates = (self.decode, self.kernels, self.copies, self.all)
+        stages, run = self.stages, self.run
+        rates = (stages.decode, stages.kernels, stages.copies, stages.writes, run.all)
+        cores = ", ".join(f"{name} {value:.2f}" for name, value in run.cores.items())
         return (
-            f"{self.size:>10} {self.top_k:6} {self.processes:9} "
-            + " ".join(f"{rate:8.1f}" for rate in rates)
-            + f" {self.share:6.0%} {self.start:6.1f} {self.mebibytes:6.0f}"
-            + f" {self.gpu_mebibytes:6.0f}  {self.busy}"
+            f"{self.size:>9} {self.top_k:5}{'h' if self.half else ' '} {self.processes:5} "
+            + " ".join(f"{rate:7.0f}" for rate in rates)
+            + f" {self.share:5.0%} {run.start:5.1f} {run.finish:6.2f} {run.mebibytes:6.0f}"
+            + f" {stages.gpu_mebibytes:5.0f} {run.idle:5.0%}  busy: {run.busy}; cores: {cores}"
         )
 
 
 HEADER = (
-    "      size      K processes   decode  kernels   copies      all"
-    "  share  start   file    GPU  busy"
+    "     size     K  proc  decode kernels  copies  writes     all"
+    " share start finish   file   GPU  idle"
 )
+
+
+def side_by_side(task: Callable[[Any], float], shares: list) -> float:
+    """Seconds that a task takes for all shares, each in a process of its own, begun together."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "aliked.workers", "benchmark.environment"])
+    together = (context.Barrier(len(shares)),)
+    with ProcessPoolExecutor(len(shares), context, _meet, together) as pool:
+        return max(pool.map(task, shares))
+
+
+def _meet(together: multiprocessing.Barrier) -> None:
+    _meet.together = together
+
+
+def timed(work: Callable[[], None]) -> float:
+    """Seconds from when all processes are ready until the work is done."""
+    _meet.together.wait()
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
 
 
 def decode_rate(folder: Path, threads: int, processes: int) -> float:
     """Images per second of decoding alone."""
     paths = [folder / name for name in find_images(folder)]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context) as pool:
-        shares = [(paths[i::processes], threads // processes) for i in range(processes)]
-        list(pool.map(decode_all, [(some[:100], count) for some, count in shares]))  # warm
-        times = list(pool.map(decode_all, shares))
-    return len(paths) / (max(end for _, end in times) - min(start for start, _ in times))
+    shares = [(paths[i::processes], threads // processes) for i in range(processes)]
+    return len(paths) / side_by_side(decode_all, shares)
 
 
-def decode_all(share: tuple[list[Path], int]) -> tuple[float, float]:
-    """Decode images in a number of threads; when it began and ended."""
+def decode_all(share: tuple[list[Path], int]) -> float:
+    """Seconds that a number of threads takes to decode images, after some others."""
     paths, threads = share
     keep_freed_memory()
     cv2.setNumThreads(1)
-    started = time.perf_counter()
     with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(lambda path: load_image(path, stored=1).nbytes, paths):
-            pass
-    return started, time.perf_counter()
+
+        def decode(paths: list[Path]) -> None:
+            for _ in pool.map(lambda path: load_image(path, stored=1).nbytes, paths):
+                pass
+
+        decode(paths[:100])
+        return timed(lambda: decode(paths))
+
+
+WRITTEN = 2000  # images of `writes`
+
+
+def writes_rate(job: Job, folder: Path, processes: int) -> float:
+    """Images per second of writing such features at their places in one file, and no more."""
+    count, depth = job.spec.top_k, CONFIGS[job.spec.model].dim
+    size = count * (12 + depth * (2 if job.half else 4))
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        shares = [(file.name, size, range(i, WRITTEN, processes)) for i in range(processes)]
+        return WRITTEN / side_by_side(write_all, shares)
+
+
+def write_all(share: tuple[str, int, range]) -> float:
+    """Seconds that it takes to write what is of the size of these images' features."""
+    name, size, images = share
+    values = np.random.default_rng(0).integers(0, 256, size, np.uint8)
+    descriptor = os.open(name, os.O_WRONLY)
+
+    def write() -> None:
+        for index in images:
+            write_at(descriptor, index * size, values)
+
+    return timed(write)
 
 
 def rate_of(call: Callable[[], object], wait: Callable[[], None], images: int) -> float:
@@ -186,39 +279,83 @@ def batch_of(job: Job) -> np.ndarray:
     return np.stack([photo.load() for photo in batch])
 
 
-class Start:
-    """When every process of a run has done a batch, and what was done by then."""
+class Clock:
+    """When a run had begun and when it ended, and what its cores did in between."""
 
-    def __init__(self, processes: int):
-        self.processes, self.begun = processes, time.perf_counter()
-        self.seconds = 0.0  # until then; 0 where a process had nothing to do
-        self.images = 0
+    def __init__(self, team: Team):
+        self.team, self.made = team, time.perf_counter()
+        self.start, self.images, self.last = 0.0, 0, self.made
+        self.before = self._cores() | {"stages": Counter()}
 
-    def __call__(self, tallies: list[Tally]) -> None:
-        """Look at what each process has done."""
-        if not self.seconds and all(tally.images for tally in tallies):
-            self.seconds = time.perf_counter() - self.begun
-            self.images = sum(tally.images for tally in tallies)
+    def __call__(self, tally: Tally) -> None:
+        """Look at what each process has done: it has begun when all have done a batch."""
+        self.last = time.perf_counter()
+        if not self.start and all(one.images for one in self.team.tallies):
+            self.start, self.images = self.last - self.made, tally.images
+            self.before = self._cores() | {"stages": tally.cores}
+
+    def run(self, tally: Tally, path: Path) -> Run:
+        """What is to be told when the file is at `path`, before the team is closed."""
+        now = time.perf_counter()
+        seconds, images = now - self.made - self.start, tally.images - self.images
+        after = self._cores() | {"stages": tally.cores}
+        stages = after.pop("stages") - self.before.pop("stages")
+        spent = {name: after[name] - self.before[name] for name in after}
+        cores = stages | {name: spent[name] for name in ("first", "file")}
+        cores["rest"] = spent["workers"] - stages.total()
+        return Run(
+            images / seconds,
+            self.start,
+            now - self.last,
+            path.stat().st_size / 2**20,
+            tally.shares(),
+            spent["idle"] / (seconds * available_cores()),
+            {name: 1000 * value / images for name, value in cores.items()},
+        )
+
+    def _cores(self) -> dict[str, float]:
+        """Seconds of cores: of the first process, of the file's, of workers; and idle ones."""
+        ended = os.times()
+        workers = [ended.children_user + ended.children_system]
+        workers += [_seconds(worker.process) for worker in self.team.workers.values()]
+        workers += [_seconds(process) for process in self.team._leaving]
+        lines = (line.split() for line in Path("/proc/stat").read_text().splitlines())
+        mine = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+        idle = sum(int(line[4]) + int(line[5]) for line in lines if line[0] in mine) / TICKS
+        file = _seconds(self.team._grower)
+        return {
+            "first": time.process_time(),
+            "file": file,
+            "workers": sum(workers),
+            "idle": idle,
+        }
 
 
-def extraction(job: Job, devices: list[str]) -> tuple[float, float, float, str]:
-    """Images per second, seconds of the start, MiB of the file, and who was busy."""
+def _seconds(process: multiprocessing.Process) -> float:
+    """Of a core, that a process has taken; 0 where it has been waited for."""
+    try:
+        stat = Path(f"/proc/{process.pid}/stat").read_text()
+    except OSError:
+        return 0.0
+    return sum(map(int, stat.rpartition(")")[2].split()[11:13])) / TICKS
+
+
+def extraction(job: Job, devices: list[str]) -> Run:
+    """What `aliked extract` does on Linux."""
     scratch = Path(tempfile.mkdtemp(dir=job.images.parent))
     try:
         store = FeatureStore.open(scratch / "features.h5", job.key())
-        start = Start(len(devices))
         with contextlib.closing(Team(job, store, devices)) as team:
-            tally = team.run(lambda _: start(team.tallies))
-        store.close()
-        seconds = time.perf_counter() - start.begun - start.seconds
-        rate = (tally.images - start.images) / seconds
-        return rate, start.seconds, store.path.stat().st_size / 2**20, tally.shares()
+            clock = Clock(team)
+            tally = team.run(clock)
+            store.close()
+            return clock.run(tally, store.path)
     finally:
         shutil.rmtree(scratch)
 
 
 def extractor_rates(job: Job) -> tuple[float, float, float]:
-    """Images per second of the kernels, of these with copies, and MiB on the GPU."""
+    """Images per second of the kernels, and of these with copies; MiB on the GPU."""
     extractor = create_extractor(job.backend, job.spec)
     pixels = batch_of(job)
     on_device = extractor.to_device(pixels)
@@ -295,9 +432,9 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
     for size in args.sizes:
         width, height = map(int, size.split("x"))
         folder = args.folder / f"{size}-{args.images}"
-        make_jpegs(folder, args.images, width, height)
-        decode = None
-        for top_k in args.top_k:
+        make_jpegs(folder, args.images, width, height, args.distinct)
+        decode = nan
+        for top_k, half in itertools.product(args.top_k, (False, True) if args.half else (False,)):
             spec = Spec(args.model, top_k, precision=args.precision, device=args.device)
             job = Job(
                 folder,
@@ -305,21 +442,21 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
                 replace(spec, weights=args.weights),
                 batch_size=args.batch_size,
                 lanes=2 if args.backend in TWO_LANES else 1,
-                half=args.half,
+                half=half,
                 decoder=args.decoder,
             )
             devices = devices_of(job, args.images, args.processes)
             job = replace(job, threads=max(1, args.threads // len(devices)))
-            stages = (nan, nan, nan, nan)
+            stages = Stages()
             if not args.only_all:
-                decode = decode or decode_rate(folder, args.threads, len(devices))
-                stages = decode, *extractor_rates(job)
+                if np.isnan(decode):
+                    decode = decode_rate(folder, args.threads, len(devices))
+                kernels, copies, memory = extractor_rates(job)
+                writes = writes_rate(job, args.folder, len(devices))
+                stages = Stages(decode, kernels, copies, writes, memory)
                 empty_gpu()
-            *rates, on_gpu = stages
-            rate, start, file, busy = extraction(job, devices)
-            yield Row(
-                size, top_k, args.images, len(devices), *rates, rate, start, file, on_gpu, busy
-            )
+            run, gpus = extraction(job, devices), torch.cuda.device_count()
+            yield Row(size, top_k, half, args.images, len(devices), gpus, stages, run)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -329,7 +466,6 @@ def main(args: argparse.Namespace) -> None:
         "backend": args.backend,
         "precision": args.precision,
         "threads": args.threads,
-        "half": args.half,
         "decoder": args.decoder,
         "versions": versions(),
         "machine": machine("cpu" if args.device == "cpu" else "cuda"),
@@ -338,7 +474,7 @@ def main(args: argparse.Namespace) -> None:
     print(HEADER, flush=True)
     for row in measure(args):
         print(row, flush=True)
-        keep(args.output, vars(row) | {"share": row.share} | facts)
+        keep(args.output, row.record() | facts)
     if args.others:
         for name, rate in one_at_a_time(args):
             print(f"{name}: {rate:.1f} images/s", flush=True)

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 
@@ -23,6 +24,8 @@ from aliked.features import (
 from aliked.model import PRECISIONS
 from aliked.transfer import Twin, upload
 
+# While a thread captures, CUDA refuses others whatever waits for the whole device.
+CAPTURE = threading.Lock()
 MAX_PLANS = 16  # sizes whose buffers are kept; the one unused for longest makes room
 
 
@@ -138,8 +141,9 @@ class FusedExtractor(Extractor):
         stream = torch._C._cuda_getCurrentRawStream(self.torch_device.index)
         key = (tuple(batch.shape), stream)
         if key not in self.plans:
-            self._make_room()
-            self.plans[key] = self._capture(*key)
+            with CAPTURE:
+                self._make_room()
+                self.plans[key] = self._capture(*key)
         self.plans.move_to_end(key)
         return self.plans[key]
 

@@ -1,15 +1,23 @@
 """Compiles and launches the CUDA C++ kernels: all of half precision, and the choice of keypoints.
 
 Their sources are compiled on first use by NVRTC, which comes with PyTorch: no compiler is needed.
+What comes of it is kept in the user's cache.
 """
 
+import contextlib
 import ctypes
 import functools
+import hashlib
 import struct
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.cuda._utils import _cuda_load_module, _nvrtc_compile
+
+from aliked.errors import InputError
+from aliked.files import whole_file
+from aliked.weights import cache_dir
 
 FOLDER = Path(__file__).parent
 HEADER = "warp.cuh"
@@ -91,7 +99,19 @@ def can_overlap(device: torch.device) -> bool:
 def compiled(file: str, kernel: str, constants: tuple, device: torch.device) -> Callable:
     """A kernel of a source file, compiled for a device, callable with grid, block, arguments."""
     with torch.cuda.device(device):
-        # Not public yet; the same in PyTorch 2.11 and 2.14.
-        source = (FOLDER / HEADER).read_text() + text(file, constants)
-        run = torch.cuda._compile_kernel(source, kernel)
+        run = _kernel((FOLDER / HEADER).read_text() + text(file, constants), kernel)
     return functools.partial(launch_early, run.func) if can_overlap(device) else run
+
+
+def _kernel(source: str, name: str) -> Callable:
+    """A kernel of a source for the current device, as this or an earlier process compiled it."""
+    capability = torch.cuda.get_device_capability()
+    facts = (torch.__version__, torch.version.cuda, capability, name, source)
+    path = cache_dir() / "kernels" / f"{hashlib.sha256(repr(facts).encode()).hexdigest()}.cubin"
+    # What is not public yet is the same in PyTorch 2.11 and 2.14.
+    with contextlib.suppress(OSError, RuntimeError):  # there is none, or it is damaged
+        return _cuda_load_module(path.read_bytes(), [name])[name]
+    binary, _ = _nvrtc_compile(source, name)  # the names of extern "C" stay
+    with contextlib.suppress(OSError, InputError), whole_file(path) as partial:
+        partial.write_bytes(binary)
+    return _cuda_load_module(binary, [name])[name]

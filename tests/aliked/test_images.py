@@ -257,3 +257,13 @@ def test_a_large_image_is_reduced_to_its_longer_side(tmp_path, photo):
     np.testing.assert_array_equal(load_image(path, max_size=96), photo)
     tall = written(tmp_path / "tall.png", encode(photo[:, :6], ".png"))  # 6x64
     assert load_image(tall, max_size=32).shape == (32, 5, 3)  # no smaller than detection takes
+
+
+def test_pixels_go_into_memory_of_their_shape_and_no_other(tmp_path, photo):
+    path = written(tmp_path / "photo.png", encode(photo, ".png"))
+    batch = np.zeros((3, *photo.shape), np.uint8)
+    load_image(path, out=batch[1])
+    np.testing.assert_array_equal(batch, np.stack([photo * 0, photo, photo * 0]))
+    small = np.zeros((2, 2, 3), np.uint8)
+    np.testing.assert_array_equal(load_image(path, out=small), photo)
+    assert not small.any()

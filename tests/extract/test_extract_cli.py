@@ -85,34 +85,47 @@ def test_a_killed_run_is_resumed_and_gives_what_an_uninterrupted_one_gives(tmp_p
     assert not parts.exists()
 
 
-def test_processes_share_the_work_and_replace_one_that_is_killed(tmp_path, photos):
-    """Killed at its first batch: another begins, and the file is that of one process."""
+@pytest.mark.parametrize("end", ["os.kill(os.getpid(), signal.SIGKILL)", "raise RuntimeError"])
+def test_processes_share_the_work_and_replace_one_that_ends(tmp_path, photos, end):
+    """Ended at its first batch: another begins, and the file is that of one process.
+
+    It is there before they have left, which takes CUDA seconds.
+    """
     options = ("--top_k", 50, "--batch_size", 1)
     extract(photos, "--output", tmp_path / "whole.h5", *options)
     code = """
-import os, signal, sys
+import functools, os, signal, sys, time
 from pathlib import Path
-from aliked import extraction
+from aliked import extraction, workers
 original = extraction.Pipeline._extract
 def _extract(self, *args):
     mark = Path(os.environ["MARK"])
     if not mark.exists():
         mark.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
+        END
     return original(self, *args)
 extraction.Pipeline._extract = _extract
+work = workers._work
+@functools.wraps(work)
+def _work(*args):
+    work(*args)
+    while not Path(os.environ["OUTPUT"]).exists():
+        time.sleep(0.01)
+workers._work = _work
 if __name__ == "__main__":
     import extract
     from aliked import cli
     cli.run(extract.main, extract.parser())
 """
     main = tmp_path / "main.py"  # which spawned processes import as well
-    main.write_text(code)
+    main.write_text(code.replace("END", end))
     command = [sys.executable, main, photos, "--output", tmp_path / "f.h5", *options]
     result = subprocess.run(
         [*map(str, command), "--device", "cpu", "--processes", "2"],
         env=os.environ
-        | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MARK": str(tmp_path / "killed")},
+        | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        | {"MARK": str(tmp_path / "killed"), "OUTPUT": str(tmp_path / "f.h5")},
+        timeout=300,
         capture_output=True,
         text=True,
     )

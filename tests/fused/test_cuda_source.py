@@ -1,4 +1,7 @@
-"""Every CUDA source compiles for old and new GPUs, as NVRTC would on first use; no GPU needed."""
+"""Every CUDA source compiles for old and new GPUs, as NVRTC would on first use, and once.
+
+No GPU needed.
+"""
 
 import functools
 
@@ -41,3 +44,51 @@ def test_every_kernel_of_a_model_compiles(monkeypatch, name, capability):
     with torch.inference_mode():
         pipeline.extract(random_images(1, 64, 96), packed, selection, kernels)
     assert len(used) > 5
+
+
+@pytest.fixture
+def sources(tmp_path, monkeypatch) -> list[str]:
+    """The sources that have been compiled: their text in capitals, which loads."""
+    compiled: list[str] = []
+
+    def compile_(source: str, name: str) -> tuple[bytes, str]:
+        compiled.append(source)
+        return source.upper().encode(), name
+
+    def load(binary: bytes, names: list[str]) -> dict[str, str]:
+        text = binary.decode()
+        if not text.isupper():
+            raise RuntimeError("CUDA error: device kernel image is invalid")
+        return {name: f"{name} of {text}" for name in names}
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(cuda_source, "_nvrtc_compile", compile_)
+    monkeypatch.setattr(cuda_source, "_cuda_load_module", load)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    return compiled
+
+
+def test_a_kernel_is_compiled_once_for_every_source_and_gpu(sources, monkeypatch):
+    for _ in range(2):
+        assert cuda_source._kernel("source", "kernel") == "kernel of SOURCE"
+        assert cuda_source._kernel("other", "kernel") == "kernel of OTHER"
+    assert sources == ["source", "other"]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
+    cuda_source._kernel("source", "kernel")
+    assert sources == ["source", "other", "source"]
+
+
+def test_a_damaged_file_is_compiled_anew(sources, tmp_path):
+    cuda_source._kernel("source", "kernel")
+    (kept,) = (tmp_path / "cache/aliked/kernels").iterdir()
+    kept.write_bytes(b"half of a file")
+    for _ in range(2):
+        assert cuda_source._kernel("source", "kernel") == "kernel of SOURCE"
+    assert sources == ["source"] * 2
+
+
+def test_without_a_cache_it_is_compiled_every_time(sources, tmp_path):
+    (tmp_path / "cache").write_text("no folder")
+    for _ in range(2):
+        assert cuda_source._kernel("source", "kernel") == "kernel of SOURCE"
+    assert sources == ["source"] * 2

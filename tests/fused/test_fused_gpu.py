@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -17,6 +19,7 @@ from aliked.features import drop_fill_ins
 from aliked.fused import kernels, maxima, pipeline, reference, weights
 from aliked.fused.trace import sorted_keys
 from aliked.images import decode_image
+from aliked.lanes import FusedLane
 from aliked.model import plain_float32, to_tensor
 from aliked.parity import FP16, FP32, compare_features, judge
 from tests.helpers.fused_models import random_images, random_model
@@ -74,6 +77,26 @@ def test_each_image_of_a_batch_gets_what_it_gets_alone(weights_dir):
         alone = fused.infer(fused.to_device(images[i : i + 1]))
         for name, values in together.items():
             torch.testing.assert_close(values[i], alone[name][0], atol=1e-5, rtol=0)
+
+
+def test_threads_may_meet_new_sizes_at_the_same_time(weights_dir):
+    """While one captures a graph, CUDA refuses much to others."""
+    spec = Spec(model="aliked-t16", weights=weights_dir / "aliked-t16.pth", precision="fp16")
+    lanes = [FusedLane(create_extractor("fused", spec)) for _ in range(3)]
+    together = threading.Barrier(len(lanes))
+
+    def extract(lane: FusedLane) -> list[np.ndarray]:
+        found = []
+        for side in range(64, 224, 32):
+            together.wait()
+            found.append(lane.extract(texture(side, side)[None])[0].keypoints)
+        return found
+
+    with ThreadPoolExecutor(len(lanes)) as pool:
+        first, *others = pool.map(extract, lanes)
+    for found in others:
+        for one, another in zip(first, found, strict=True):
+            np.testing.assert_array_equal(one, another)
 
 
 def test_a_batch_of_64_is_64_images(weights_dir):
