@@ -137,7 +137,7 @@ def for_rtx(model: onnx.ModelProto, pixels: int = PIXELS) -> onnx.ModelProto:
     """The same function of the same inputs, `model` being left as it is."""
     rewritten = onnx.ModelProto()
     rewritten.CopyFrom(model)
-    spell_out_selu(rewritten)  # which files from before the export did so lack
+    spell_out_selu(rewritten)  # files that were exported earlier leave its parameters out
     fold_large(Rewriter(rewritten))
     spread_offsets(Rewriter(rewritten))
     sum_samples(Rewriter(rewritten))
