@@ -84,7 +84,7 @@ class PairAttention(NamedTuple):
         q, k, v = (rows.transpose(1, 2) for rows in (q, k, v))
         rows = self.attention(q, k, v, bias).transpose(1, 2)
         batch, count, heads, dim = rows.shape
-        # A file's size of -1 says nothing where there are no rows, and what is no int becomes that.
+        # By plain numbers: a file else gets -1, which cannot be worked out where there are no rows.
         return rows.reshape(batch, count, int(heads) * int(dim))
 
 

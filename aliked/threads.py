@@ -32,9 +32,9 @@ def keep_freed_memory() -> None:
             mallopt(option, KEPT_BYTES)
 
 
-def in_parts(length: int, nbytes: int, least: int | None = None) -> list[slice]:
-    """Equal slices of an axis of `length`, each of at least `least` bytes, or `PART_BYTES`."""
-    count = max(1, min(length, nbytes // (least or PART_BYTES)))
+def in_parts(length: int, nbytes: int) -> list[slice]:
+    """Equal slices of an axis of `length`, each of at least `PART_BYTES`."""
+    count = max(1, min(length, nbytes // PART_BYTES))
     edges = [length * i // count for i in range(count + 1)]
     return [slice(*ends) for ends in itertools.pairwise(edges)]
 

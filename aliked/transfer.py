@@ -1,9 +1,9 @@
 """Copies between arrays in host memory and tensors on a device.
 
 A CUDA device copies to and from page-locked memory by itself: copies are queued without waiting,
-and one wait is enough for all. From ordinary memory the driver would first copy to a page-locked
-buffer of its own, and wait for every copy by itself. What is large goes there in parts, so that the
-device copies one while threads prepare the next ones.
+and one wait is enough for all. From ordinary memory the driver first copies to a page-locked buffer
+of its own, which takes less for a single image than copying to ours. What is large goes to ours in
+parts, so that the device copies one while threads prepare the next ones.
 """
 
 import functools
@@ -121,7 +121,7 @@ class Twin:
 
     @functools.cached_property
     def array(self) -> np.ndarray:
-        """The page-locked memory."""
+        """The page-locked memory, made when it is first needed."""
         return self._host.numpy()
 
     @functools.cached_property

@@ -137,7 +137,10 @@ def _check_same_pairs(section: Sequence[Outcome]) -> None:
     named = {o.system: [row["name"] for row in o.pairs] for o in section if o.measured}
     for system, names in named.items():
         if names != next(iter(named.values())) or len(set(names)) < len(names):
-            raise InputError(f"the record of {system} is of other pairs than those beside it")
+            raise InputError(
+                f"the record of {system} is of other pairs than those beside it; leave it out, or "
+                "evaluate it again"
+            )
 
 
 def section_key(outcome: Outcome) -> tuple[str, ...]:

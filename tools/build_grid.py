@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 
 from aliked import cli
+from aliked.backends.tensorrt_library import COMPUTE_CAPABILITIES
 from aliked.configs import OFFICIAL
 from aliked.errors import InputError
-from aliked.export.builder import COMPUTE_CAPABILITIES, BuildOptions, Shape, build_plan
+from aliked.export.builder import BuildOptions, Shape, build_plan
 from aliked.export.engine import choose_library
 from aliked.export.onnx_export import OPSETS, ExportOptions, export_onnx
 from aliked.model import ALIKED

@@ -100,7 +100,7 @@ FORMS = (
 )
 
 
-def published(form: Form, args: argparse.Namespace, pair: "Pair") -> Callable[[], Any]:
+def published(form: Form, args: argparse.Namespace, pair: Pair) -> Callable[[], Any]:
     """What runs the published code once."""
     module = load_module(args.published)
     options = dict(CONFIDENCES) if form.adaptive else dict.fromkeys(CONFIDENCES, -1)
@@ -113,7 +113,7 @@ def published(form: Form, args: argparse.Namespace, pair: "Pair") -> Callable[[]
     return lambda: matcher(data)
 
 
-def ours(form: Form, args: argparse.Namespace, pair: "Pair") -> Callable[[], Matches]:
+def ours(form: Form, args: argparse.Namespace, pair: Pair) -> Callable[[], Matches]:
     """What runs this project's matcher once, on features that are on the device already."""
     options = CONFIDENCES if form.adaptive else {}
     matcher = LightGlue.from_pretrained(args.weights, "cuda", "fp16", **options)

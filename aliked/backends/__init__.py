@@ -141,7 +141,8 @@ def create_pair_runtime(
 ) -> PairRuntime:
     """The runtime of LightGlue alone ("matcher") or of two images to matches ("pair").
 
-    `size` is (width, height) of both images. `InputError` where the backend does not run it here.
+    `size` is (width, height) of both images. Backends that run a file, `spec.model_path`, take
+    sizes and LightGlue's weights from it. `InputError` where the backend does not run it here.
     """
     backend = get_backend(name)
     if not backend.lightglue:

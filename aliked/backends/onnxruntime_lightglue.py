@@ -197,4 +197,9 @@ def open_runtime(
     provider: str | None = None,
 ) -> ONNXRuntimePairRuntime:
     """The file `spec.model_path`, which holds the weights, on a provider."""
+    if spec.model_path is None:
+        raise InputError(
+            f"backend {name} needs a file of LightGlue; give model_path, as written by "
+            "convert_lightglue_to_onnx.py"
+        )
     return ONNXRuntimePairRuntime(name, Path(spec.model_path), PROVIDERS[provider][1](spec))

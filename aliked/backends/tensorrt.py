@@ -25,10 +25,12 @@ from aliked.backends import Spec
 from aliked.backends.cuda_memory import ALIGNMENT, CudaGraph, create_memory
 from aliked.backends.tensorrt_library import (
     AMPERE,
+    COMPUTE_CAPABILITIES,
     LEAN,
     LIBRARIES,
     RTX,
     TENSORRT,
+    THIS_GPU,
     Library,
     journal,
     logger,
@@ -196,10 +198,12 @@ def _other_target(manifest: dict, device: gpu.Device) -> str | None:
     here = numbers(device.compute_capability)
     if here in map(capability_of, targets) if targets else here >= AMPERE:
         return None
+    name = f"SM{here[0]}{here[1]}"
+    if name not in COMPUTE_CAPABILITIES:
+        name = f"{THIS_GPU} on this machine"
     return (
         f"it was built for {describe_targets(targets)} and this is a {device.name} "
-        f"({device.compute_capability}); build it again with --compute_capability "
-        f"SM{''.join(map(str, here))}"
+        f"({device.compute_capability}); build it again with --compute_capability {name}"
     )
 
 
@@ -387,7 +391,7 @@ class Engine:
         self.cache: RuntimeCache | None = None
         self.shapes: dict[str, Shape] = {}  # of the inputs, for which all below is made
         self._new_shapes = True  # nothing has run in these shapes yet
-        self.buffers: dict[str, Any] = {}
+        self.buffers: Buffers = {}
         self.pinned: dict[str, np.ndarray] = {}
         self._batch: Buffers = {}
         self._graphs: dict[bool, CudaGraph] = {}  # with the inputs copied first, and without
@@ -425,7 +429,10 @@ class Engine:
         if context is None:
             why = journal().last_words(self.library)
             if self.library is RTX and "memory" not in why.lower():
-                raise InputError(f"{self.library} cannot compile {self.path} for this GPU: {why}")
+                raise InputError(
+                    f"{self.library} cannot compile {self.path} for this GPU ({why}); build it "
+                    "again on this machine"
+                )
             raise self._out_of_memory(why)
         if self.cache:
             self.cache.save()
@@ -585,7 +592,8 @@ class Engine:
             return CudaGraph(self.memory.stream, self._enqueue, copies)
         except RuntimeError as error:
             raise InputError(
-                f"{self.path} cannot be recorded as a CUDA graph ({error}); run it without"
+                f"{self.path} cannot be recorded as a CUDA graph ({error}); run it with "
+                f"--backend {self.library.name}"
             ) from error
 
     def _sizes(self) -> dict[str, int]:

@@ -104,6 +104,8 @@ RTX_GPUS = {
     "12.1": "1.5 and later",
     "9.0": "1.5.0 and 1.6.1 run, though NVIDIA does not list it; 1.7.1 refuses it",
 }
+THIS_GPU = "CURRENT"  # TensorRT for RTX's name for the GPU that it builds on
+COMPUTE_CAPABILITIES = (THIS_GPU, "SM75", "SM80", "SM86", "SM89", "SM120", "SM121")
 
 
 TF32_OVERRIDE = "NVIDIA_TF32_OVERRIDE"  # "0" forbids TF32 to all of NVIDIA's libraries

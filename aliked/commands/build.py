@@ -7,10 +7,16 @@ machine for every RTX GPU; such an engine is compared later, with --verify, wher
 import argparse
 from pathlib import Path
 
-from aliked.backends.tensorrt_library import BUILDERS, LIBRARIES, SEVERITIES, Library
+from aliked.backends.tensorrt_library import (
+    BUILDERS,
+    COMPUTE_CAPABILITIES,
+    LIBRARIES,
+    SEVERITIES,
+    Library,
+)
 from aliked.cli import Parser, whole
 from aliked.errors import InputError
-from aliked.export.builder import COMPUTE_CAPABILITIES, BuildOptions, Shape, parse_file
+from aliked.export.builder import BuildOptions, Shape, parse_file
 from aliked.export.engine import Request, convert, verify
 from aliked.export.onnx_checks import NOT_VALID, check_file
 from aliked.export.onnx_graph import Target

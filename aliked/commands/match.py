@@ -195,6 +195,8 @@ def main(args: argparse.Namespace) -> None:
         if not view.present(pair):
             break
     if not count:
+        if args.more:
+            raise InputError("only one of these images can be read; give two that can")
         only = "frame; give a video" if is_video(args.images) else "readable image; give a folder"
         raise InputError(f"{args.images} has one {only} with at least two")
     pairs = "1 pair" if count == 1 else f"{count} pairs"
@@ -212,6 +214,8 @@ def open_images(args: argparse.Namespace) -> tuple[Iterator[tuple[str, np.ndarra
     offer_download(args.images)
     if args.images.is_file() and not args.more:
         raise InputError(f"{args.images} is one image; give another one as well, or a folder")
+    if args.images.is_dir() and args.more:
+        raise InputError(f"{args.images} is a folder; give it alone, or images only")
     paths = [args.images, *args.more] if args.more else list_images(args.images)
     if len(paths) < 2:
         raise InputError(f"{args.images} has one image; give a folder with at least two")

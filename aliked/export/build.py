@@ -11,8 +11,8 @@ import torch
 from aliked import gpu
 from aliked.backends import Spec
 from aliked.backends.pytorch import NamedOutputs, choose_device, load_model, plain_float32
-from aliked.backends.tensorrt_library import RTX, TENSORRT
-from aliked.export.builder import THIS_GPU, BuildOptions
+from aliked.backends.tensorrt_library import RTX, TENSORRT, THIS_GPU
+from aliked.export.builder import BuildOptions
 from aliked.export.engine import Request, build_lightglue, convert, read_source
 from aliked.export.lightglue import MatcherOptions, PairOptions, export_matcher, export_pair
 from aliked.export.onnx_export import ExportOptions, export_onnx

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from aliked import gpu
 from aliked.backends.tensorrt_library import (
     RTX,
+    THIS_GPU,
     Library,
     journal,
     logger,
@@ -33,10 +34,6 @@ if TYPE_CHECKING:
 
 
 Shape = tuple[int, ...]
-
-
-THIS_GPU = "CURRENT"  # TensorRT for RTX's name for the GPU that it builds on
-COMPUTE_CAPABILITIES = (THIS_GPU, "SM75", "SM80", "SM86", "SM89", "SM120", "SM121")
 
 
 @dataclass(frozen=True)
@@ -83,7 +80,7 @@ def check_options(library: Library, options: BuildOptions) -> None:
 
 
 def targets_of(options: BuildOptions) -> list[str]:
-    """The GPUs that an engine is for as "SM86" and so on; (): the library's default."""
+    """The GPUs that an engine is for as "SM86" and so on; none for the library's default."""
     names = options.compute_capabilities
     if THIS_GPU not in names:
         return list(names)

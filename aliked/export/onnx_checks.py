@@ -294,9 +294,6 @@ def infinite_constants(graph: Graph) -> Iterator[Finding]:
             )
 
 
-Rule = Callable[[Node, Target], Iterator[Finding]]
-
-
 def selu(node: Node, target: Target) -> Iterator[Finding]:
     """Selu's parameters, where the file leaves them to ONNX's definition."""
     left_out = None in (node.attribute("alpha"), node.attribute("gamma"))
@@ -309,6 +306,7 @@ def selu(node: Node, target: Target) -> Iterator[Finding]:
         )
 
 
+Rule = Callable[[Node, Target], Iterator[Finding]]
 RULES: dict[str, tuple[Rule, ...]] = {
     "GridSample": (grid_sample,),
     "DeformConv": (deform_conv,),

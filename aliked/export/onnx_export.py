@@ -213,8 +213,10 @@ def symbolic_axes(options: ExportOptions) -> dict[int, str]:
     return {0: "batch", 2: "height", 3: "width"}
 
 
-def export_native(graph: nn.Module, options: ExportOptions, verbose: bool, rows: int):
-    """Write `graph` by torch.export, with opset 19's DeformConv. Returns the `ModelProto`."""
+def export_native(
+    graph: nn.Module, options: ExportOptions, verbose: bool, rows: int
+) -> onnx.ModelProto:
+    """What torch.export's exporter writes of `graph`, with opset 19's DeformConv."""
     inputs = example_inputs(options)
     smallest = max(32, 2 * RADIUS + math.isqrt(max(rows, 1)) + 1)  # has room for `rows`
     bounds = {"batch": (1, 4096), "height": (smallest, MAX_SIDE), "width": (smallest, MAX_SIDE)}
@@ -236,8 +238,10 @@ def export_native(graph: nn.Module, options: ExportOptions, verbose: bool, rows:
     return program.model_proto
 
 
-def export_standard(graph: nn.Module, options: ExportOptions, verbose: bool, rows: int):
-    """Write `graph` by TorchScript, with standard operators only. Returns the `ModelProto`."""
+def export_standard(
+    graph: nn.Module, options: ExportOptions, verbose: bool, rows: int
+) -> onnx.ModelProto:
+    """What TorchScript's exporter writes of `graph`, with standard operators only."""
     inputs = example_inputs(options)
     axes = {"image": symbolic_axes(options)} if symbolic_axes(options) else {}
     symbol = {1: "num_keypoints"} if options.io == "colmap" else {0: "batch"}

@@ -249,8 +249,8 @@ def _with_subgraphs(graph: Graph) -> Iterator[Graph]:
 def spell_out_selu(model: onnx.ModelProto) -> None:
     """Write the values of `alpha` and `gamma` that ONNX defines where a Selu has none of its own.
 
-    The parsers of TensorRT for RTX take 1.6732 and 1.0507 instead of 1.67326319 and 1.05070102,
-    which is enough for float32 to end outside its tolerance.
+    The parsers of TensorRT, for RTX too, take 1.6732 and 1.0507 in place of 1.67326319 and
+    1.05070102, which is enough for float32 to end outside its tolerance.
     """
     defined = onnx.defs.get_schema("Selu").attributes
     for node in model.graph.node:

@@ -15,7 +15,6 @@ from onnx.reference import ReferenceEvaluator
 from aliked.export.onnx_graph import spell_out_selu
 
 FOLDED = {"Abs", "Cast", "LessOrEqual", "Sub"}  # what the exporters leave of large constants
-SELU_ALPHA, SELU_SCALE = 1.6732632423543772, 1.0507009873554805
 PIXELS = 2**17  # of a map for which wide convolutions are faster
 FEW = 1024  # pixels of a map up to which a convolution is better spread over its taps
 AT_ONCE = {4: 4, 8: 4}  # by the channels that come out: pixels that a convolution gives
@@ -138,7 +137,7 @@ def for_rtx(model: onnx.ModelProto, pixels: int = PIXELS) -> onnx.ModelProto:
     """The same function of the same inputs, `model` being left as it is."""
     rewritten = onnx.ModelProto()
     rewritten.CopyFrom(model)
-    spell_out_selu(rewritten)  # of files from before the export did
+    spell_out_selu(rewritten)  # files that were exported earlier leave its parameters out
     fold_large(Rewriter(rewritten))
     spread_offsets(Rewriter(rewritten))
     sum_samples(Rewriter(rewritten))
@@ -298,8 +297,9 @@ def fuse_selu(rewriter: Rewriter) -> None:
         if node.op_type != "Selu" or not rewriter.is_half(out) or _sums_levels(rewriter, node):
             continue
         new = instead[out] = Nodes(rewriter, out)
-        elu = new.add("Elu", node.input[0], alpha=SELU_ALPHA)
-        new.add("Mul", elu, np.array(SELU_SCALE, np.float16), out=out)
+        parameters = attributes_of(node)
+        elu = new.add("Elu", node.input[0], alpha=parameters["alpha"])
+        new.add("Mul", elu, np.array(parameters["gamma"], np.float16), out=out)
         for user in rewriter.users[out]:
             if user.op_type == "Cast":
                 copy = instead[user.output[0]] = Nodes(rewriter, user.output[0])
@@ -344,18 +344,13 @@ def widen(rewriter: Rewriter, pixels: int) -> None:
     They have a stride and kernel of so many more pixels, and so many times the channels, which
     fill a tile of a matrix product; the pixels are put in their place afterwards.
     """
-    nodes, done = [], set()
+    instead: dict[str, Nodes] = {}
     for node in rewriter.graph.node:
-        if node.output[0] in done:
-            continue
         at_once = _pixels_at_once(rewriter, node, pixels)
-        if at_once == 1:
-            nodes.append(node)
-            continue
-        follow = rewriter.following(node, "Elu", "Mul")
-        done |= {step.output[0] for step in follow}
-        nodes += _wide(rewriter, node, follow, at_once)
-    rewriter.finish(nodes)
+        if at_once > 1:
+            steps = [node, *rewriter.following(node, "Elu", "Mul")]
+            instead[steps[-1].output[0]] = _wide(rewriter, steps, at_once)
+    rewriter.replace(instead)
 
 
 def _pixels_at_once(rewriter: Rewriter, node: onnx.NodeProto, pixels: int) -> int:
@@ -378,37 +373,26 @@ def _is_plain(rewriter: Rewriter, node: onnx.NodeProto, side: int = 3) -> bool:
     return known and padded and all(attributes.get(k, v) == v for k, v in plain.items())
 
 
-def _wide(
-    rewriter: Rewriter, node: onnx.NodeProto, follow: list[onnx.NodeProto], at_once: int
-) -> list[onnx.NodeProto]:
+def _wide(rewriter: Rewriter, steps: list[onnx.NodeProto], at_once: int) -> Nodes:
     """The nodes in the place of a convolution and what follows it, with the same last output."""
-    name, out = node.output[0], (follow or [node])[-1].output[0]
-    weight = numpy_helper.to_array(rewriter.constants[node.input[1]])
+    conv, *follow = steps
+    new = Nodes(rewriter, conv.output[0])
+    weight, *bias = map(rewriter.value, conv.input[1:])
     channels, inputs = weight.shape[:2]
     kernel = np.zeros((at_once, channels, inputs, 3, at_once + 2), weight.dtype)
     for pixel in range(at_once):
         kernel[pixel, ..., pixel : pixel + 3] = weight
     kernel = kernel.reshape(-1, *kernel.shape[2:])
-    arguments = [node.input[0], rewriter.constant(f"{name} kernel", kernel)]
-    if len(node.input) > 2:
-        bias = numpy_helper.to_array(rewriter.constants[node.input[2]])
-        arguments.append(rewriter.constant(f"{name} bias", np.tile(bias, at_once)))
     size = {"kernel_shape": [3, at_once + 2], "strides": [1, at_once], "pads": [1, 1, 1, 1]}
-    nodes = [helper.make_node("Conv", arguments, [f"{name} wide"], **size)]
-    for before, step in zip([node, *follow], follow, strict=False):
-        wide = onnx.NodeProto()
-        wide.CopyFrom(step)
-        wide.input[list(step.input).index(before.output[0])] += " wide"
-        wide.output[0] += " wide"
-        nodes.append(wide)
-    batch, _, height, width = rewriter.shape(node.input[0])
-    shape = rewriter.constant(f"{out} shape", np.array([batch, height, width, channels]))
-    return [
-        *nodes,
-        helper.make_node("Transpose", [f"{out} wide"], [f"{out} turned"], perm=[0, 2, 3, 1]),
-        helper.make_node("Reshape", [f"{out} turned", shape], [f"{out} rows"]),
-        helper.make_node("Transpose", [f"{out} rows"], [out], perm=[0, 3, 1, 2]),
-    ]
+    x = new.add("Conv", conv.input[0], kernel, *(np.tile(b, at_once) for b in bias), **size)
+    for before, step in zip(steps, follow, strict=False):
+        inputs = [x if name == before.output[0] else name for name in step.input]
+        x = new.add(step.op_type, *inputs, **attributes_of(step))
+    batch, _, height, width = rewriter.shape(conv.input[0])
+    x = new.add("Transpose", x, perm=[0, 2, 3, 1])
+    x = new.add("Reshape", x, np.array([batch, height, width, channels]))
+    new.add("Transpose", x, out=steps[-1].output[0], perm=[0, 3, 1, 2])
+    return new
 
 
 def average(rewriter: Rewriter) -> None:
@@ -420,7 +404,8 @@ def average(rewriter: Rewriter) -> None:
     for node in rewriter.graph.node:
         if node.op_type != "AveragePool" or not rewriter.is_half(node.input[0]):
             continue
-        attributes, side = attributes_of(node), attributes_of(node)["kernel_shape"][0]
+        attributes = attributes_of(node)
+        side = attributes["kernel_shape"][0]
         tiles = {"kernel_shape": [side] * 2, "strides": [side] * 2, "pads": [0] * 4}
         sizes = rewriter.shape(node.input[0])
         whole = len(sizes) == 4 and sizes[2] % side == 0 and sizes[3] % side == 0

@@ -222,9 +222,8 @@ def verify_engine(
     """Compare an engine with `reference` on every image, two at a time where it takes batches."""
     smallest, largest = extractor.limits()
     parities = {}
-    with tqdm(
-        total=len(images), desc=f"{extractor.engine.library} and PyTorch fp32", unit="image"
-    ) as bar:
+    what = f"{extractor.engine.library} and PyTorch fp32"
+    with tqdm(total=len(images), desc=what, unit="image", disable=None) as bar:
         for names, batch in _batches(images, max(smallest[0], min(2, largest[0]))):
             found = extractor.extract_batch(batch)
             for name, image, features in zip(names, batch, found, strict=False):

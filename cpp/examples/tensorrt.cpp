@@ -124,7 +124,7 @@ int body(int words_count, char **words) {
   const std::vector<float> &all = outputs.at("scores");
   const std::vector<float> keypoints = kept(outputs.at("keypoints"), all), scores = kept(all, all),
                            descriptors = kept(outputs.at("descriptors"), all);
-  const int length = scores.empty() ? 0 : int(descriptors.size() / scores.size());
+  const int length = all.empty() ? 0 : int(outputs.at("descriptors").size() / all.size());
   write_features(line.get("output", std::string(".")), line.names[0],
                  {keypoints, scores, descriptors, length});
   std::printf("%s: %zu keypoints\n", line.names[0].c_str(), scores.size());

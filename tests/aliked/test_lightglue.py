@@ -678,6 +678,9 @@ def test_an_engine_of_lightglue_is_compiled_once_and_takes_its_k_rows(rtx_spec):
 
 def test_a_file_runs_as_a_runtime_of_pairs(build_small):
     spec = Spec(top_k=40, device="cpu", model_path=build_small(".onnx"))
+    with pytest.raises(InputError, match="needs a file of LightGlue"):
+        missing = dataclasses.replace(spec, model_path=None)
+        create_pair_runtime("onnxruntime-cpu", "matcher", missing, None, SIZE)
     check_pair_runtime(create_pair_runtime("onnxruntime-cpu", "matcher", spec, None, SIZE))
 
 

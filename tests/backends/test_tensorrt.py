@@ -627,6 +627,7 @@ def test_an_engine_that_nobody_compared_says_so_once(rtx, tmp_path, capsys):
         (("Turing card", 7, 5), (), "built for compute capability 8.0 and later"),
         (("Ampere card", 8, 6), ("SM75",), "compute capability 7.5 and this is a Ampere card"),
         (("Ampere card", 8, 6), ("SM89", "SM120"), "8.9 and 12.0 .* --compute_capability SM86"),
+        (("Hopper card", 9, 0), ("SM89",), "--compute_capability CURRENT on this machine"),
         (("Pascal card", 6, 1), (), "needs compute capability 7.5 or more"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -161,6 +162,14 @@ def test_what_earlier_versions_wrote_is_read():
         assert records and not damaged
         (record, *_) = records.values()
         assert strict_json.decode(strict_json.encode(record), type=AnyRecord) == record
+
+
+def test_kept_records_name_no_folder_of_the_machine():
+    """But for /tmp, which is none of anybody's; see `cli.command_line`."""
+    for path in (ROOT / "results").rglob("*.jsonl"):
+        commands = re.findall(r'"command": ?"([^"]*)"', path.read_text())
+        paths = [word for command in commands for word in re.findall(r"(?<![^ =])/[^ ]*", command)]
+        assert [p for p in paths if not p.startswith("/tmp/")] == [], path
 
 
 # -- whatever is in a file --

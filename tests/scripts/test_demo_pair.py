@@ -237,6 +237,9 @@ def test_two_images_take_the_place_of_a_folder(sequence, run, refused):
     assert "2.png - 0.png: 50 and 50 keypoints" in out and "in total: 1 pair, " in out
     assert "is one image; give another one as well" in refused(first)
     assert "is a video or a camera; leave" in refused(0, first, "--frames", 1)
+    assert "is a folder; give it alone" in refused(sequence, first)
+    status, _, err = run(first, sequence / "gone.png", "--output", "out")
+    assert status == 2 and "only one of these images can be read; give two" in err
 
 
 def test_an_output_folder_that_cannot_be_made_is_refused_first(
