@@ -1,5 +1,6 @@
 """Building by the real TensorRT for RTX, which needs no GPU: what is built, kept and refused."""
 
+import functools
 import json
 import signal
 import subprocess
@@ -220,8 +221,13 @@ def test_what_the_builder_refuses_is_one_sentence_and_leaves_nothing(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_ctrl_c_and_the_like_cancel_the_build_and_leave_nothing(
-    build, tmp_path, monkeypatch, number
+    build, tmp_path, monkeypatch, request, number
 ):
+    # nohup and a shell's background start a run with signals ignored, which a build respects.
+    request.addfinalizer(functools.partial(signal.signal, number, signal.getsignal(number)))
+    usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    signal.signal(number, usual)
+
     def press_ctrl_c(progress, phase, parent, steps):
         start(progress, phase, parent, steps)
         signal.raise_signal(number)
