@@ -10,8 +10,8 @@ import torch
 
 from aliked.backends import Spec
 from aliked.backends.fused import FusedExtractor
-from aliked.backends.pytorch import capture, choose_device
-from aliked.backends.pytorch_lightglue import Captured, MatcherGraph, TorchPairRuntime
+from aliked.backends.pytorch import Captured, capture
+from aliked.backends.pytorch_lightglue import MatcherGraph, TorchPairRuntime
 from aliked.configs import get_config
 from aliked.errors import InputError
 from aliked.features import check_image
@@ -19,7 +19,7 @@ from aliked.lightglue import LightGlue
 from aliked.lightglue import Output as Matched
 from aliked.matching import Arrays, PairMatches, PairRuntime, matches_of_rows
 from aliked.model import Output
-from aliked.transfer import download, upload
+from aliked.transfer import choose_device, download, upload
 
 
 class Found(NamedTuple):
@@ -225,4 +225,4 @@ def open_runtime(
         return FusedPairRuntime(FusedPair(spec, matcher_weights), size)
     device = choose_device(spec.device, "cuda")
     network = MatcherGraph(open_matcher(spec.precision, matcher_weights, device))
-    return TorchPairRuntime(name, device, network, Captured(network, spec))
+    return TorchPairRuntime(name, device, network, Captured(network))

@@ -1,5 +1,6 @@
 """The PyTorch model itself, and what PyTorch's compilers and CUDA graphs make of it."""
 
+import functools
 import importlib
 import importlib.util
 import shutil
@@ -8,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -138,6 +139,13 @@ class AutocastExtractor(ForwardExtractor):
         super().__init__(name, device, forward)
 
 
+def compiled(network: Callable[..., Any], mode: str) -> Callable[..., Any]:
+    """A network by Inductor, which compiles each shape of its inputs at the first call."""
+    # What was compiled for another network counts against this one where both share their code.
+    torch._dynamo.reset()
+    return torch.compile(network, mode=mode, dynamic=False, fullgraph=True)
+
+
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -162,12 +170,8 @@ class CompiledExtractor(ForwardExtractor):
             )
         device = choose_device(spec.device)
         model = load_model(spec, device)
-        # What was compiled for another model counts against this one: both share their code.
-        torch._dynamo.reset()
-        compiled = torch.compile(
-            model.forward, mode=spec.compile_mode, dynamic=False, fullgraph=True
-        )
-        super().__init__(name, device, lambda batch: named(compiled(batch)))
+        forward = compiled(model.forward, spec.compile_mode)
+        super().__init__(name, device, lambda batch: named(forward(batch)))
 
 
 WARMUP_RUNS = 3  # compilers and libraries choose and allocate in the first ones
@@ -190,35 +194,27 @@ def capture(run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
     return graph, result
 
 
-class Captured(NamedTuple):
-    """A graph with the tensors that it reads and writes."""
+class Captured:
+    """A network as CUDA graphs, one for each shape of its inputs; a call overwrites the last's."""
 
-    graph: torch.cuda.CUDAGraph
-    images: torch.Tensor
-    outputs: dict[str, torch.Tensor]
+    def __init__(self, network: Callable[..., Any]) -> None:
+        self.network = network
+        self.captured: dict[tuple, tuple] = {}
 
-
-class CapturedForward:
-    """The model's forward pass as CUDA graphs; a call overwrites what the last one returned."""
-
-    def __init__(self, model: ALIKED, device: torch.device):
-        self.model, self.device = model, device
-        self.captured: dict[torch.Size, Captured] = {}
-
-    def __call__(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Float [B, 3, H, W] to `keypoints`, `descriptors` and `scores`."""
-        if batch.shape not in self.captured:
-            self.captured[batch.shape] = self._capture(batch)
-        graph, images, outputs = self.captured[batch.shape]
-        images.copy_(batch)
+    def __call__(self, *batch: torch.Tensor | None) -> Any:
+        """What the network returns of `batch`, whose first is a tensor."""
+        key = tuple(None if rows is None else rows.shape for rows in batch)
+        if key not in self.captured:
+            with torch.cuda.device(batch[0].device):
+                inputs = [None if rows is None else rows.clone() for rows in batch]
+                run = functools.partial(self.network, *inputs)
+                self.captured[key] = (inputs, *capture(run))
+        inputs, graph, outputs = self.captured[key]
+        for mine, given in zip(inputs, batch, strict=True):
+            if mine is not None:
+                mine.copy_(given)
         graph.replay()
         return outputs
-
-    def _capture(self, batch: torch.Tensor) -> Captured:
-        with torch.cuda.device(self.device):
-            images = batch.clone()
-            graph, outputs = capture(lambda: named(self.model(images)))
-        return Captured(graph, images, outputs)
 
 
 class CapturedExtractor(ForwardExtractor):
@@ -232,7 +228,8 @@ class CapturedExtractor(ForwardExtractor):
     def __init__(self, spec: Spec, name: str = "pytorch-cudagraph"):
         """Raise `InputError` on another device than CUDA."""
         device = choose_device(spec.device, "cuda")
-        super().__init__(name, device, CapturedForward(load_model(spec, device), device))
+        model = load_model(spec, device)
+        super().__init__(name, device, Captured(lambda batch: named(model(batch))))
 
 
 def _installed(package: str) -> str | None:

@@ -1,6 +1,5 @@
 """LightGlue alone, and two images to matches, in PyTorch: eager, compiled, as a CUDA graph."""
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,11 +7,11 @@ import torch
 from torch import nn
 
 from aliked.backends import Spec
-from aliked.backends.pytorch import capture, choose_device, load_model
+from aliked.backends.pytorch import Captured, compiled, load_model
 from aliked.lightglue import LightGlue, Output
 from aliked.matching import TENSORS, Arrays, PairRuntime
 from aliked.model import ALIKED, plain_float32, to_tensor
-from aliked.transfer import download
+from aliked.transfer import choose_device, download
 
 Sizes = tuple[tuple[int, int], tuple[int, int]]  # (width, height) of two images, pixels
 
@@ -82,37 +81,10 @@ def _size_of(images: torch.Tensor) -> torch.Tensor:
 Forward = Callable[..., tuple[torch.Tensor, ...]]
 
 
-def compiled(network: nn.Module, spec: Spec) -> Forward:
-    """The network by Inductor, as `CompiledExtractor` has the model."""
-    torch._dynamo.reset()
-    return torch.compile(network, mode=spec.compile_mode, dynamic=False, fullgraph=True)
-
-
-class Captured:
-    """A network as CUDA graphs, one for each shape of its inputs; a call overwrites the last's."""
-
-    def __init__(self, network: nn.Module, spec: Spec) -> None:
-        self.network = network
-        self.captured: dict[tuple, tuple] = {}
-
-    def __call__(self, *batch: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-        """What the network returns of `batch`."""
-        key = tuple(None if rows is None else rows.shape for rows in batch)
-        if key not in self.captured:
-            inputs = [None if rows is None else rows.clone() for rows in batch]
-            self.captured[key] = (inputs, *capture(functools.partial(self.network, *inputs)))
-        inputs, graph, outputs = self.captured[key]
-        for mine, given in zip(inputs, batch, strict=True):
-            if mine is not None:
-                mine.copy_(given)
-        graph.replay()
-        return outputs
-
-
 FORMS: dict[str, Callable[[nn.Module, Spec], Forward]] = {
     "pytorch": lambda network, spec: network,
-    "pytorch-compile": compiled,
-    "pytorch-cudagraph": Captured,
+    "pytorch-compile": lambda network, spec: compiled(network, spec.compile_mode),
+    "pytorch-cudagraph": lambda network, spec: Captured(network),
 }
 
 
