@@ -19,9 +19,9 @@ import torch
 
 from aliked import gpu
 from aliked.backends import get_backend
-from aliked.backends.pytorch import choose_device
 from aliked.doctor import PACKAGES, installed_versions
 from aliked.features import Extractor
+from aliked.transfer import choose_device
 from benchmark.timing import Progress
 
 MIB = 2**20

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 
 from aliked import cli
-from aliked.backends.pytorch import choose_device
 from aliked.errors import InputError
 from aliked.files import whole_file, writable_folder
 from aliked.model import ALIKED
+from aliked.transfer import choose_device
 from training.appearance import change_appearance
 from training.geometry import ViewPairs, random_pairs
 from training.model import TrainableALIKED

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from aliked.backends import Spec
-from aliked.backends.pytorch import CompiledExtractor, ForwardExtractor, choose_device
+from aliked.backends.pytorch import CompiledExtractor, ForwardExtractor
 from aliked.errors import InputError
+from aliked.transfer import choose_device
 
 
 def share_cpp_library() -> None:

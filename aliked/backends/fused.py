@@ -11,7 +11,7 @@ import torch
 
 from aliked import gpu
 from aliked.backends import Spec
-from aliked.backends.pytorch import choose_device, load_model, named
+from aliked.backends.pytorch import load_model, named
 from aliked.errors import InputError
 from aliked.features import (
     OUTPUTS,
@@ -22,7 +22,7 @@ from aliked.features import (
     room_for,
 )
 from aliked.model import PRECISIONS
-from aliked.transfer import Twin, upload
+from aliked.transfer import Twin, choose_device, upload
 
 # While a thread captures, CUDA refuses others whatever waits for the whole device.
 CAPTURE = threading.Lock()

@@ -10,7 +10,7 @@ import torch
 
 from aliked import gpu
 from aliked.backends import Spec
-from aliked.backends.pytorch import NamedOutputs, choose_device, load_model, plain_float32
+from aliked.backends.pytorch import NamedOutputs, load_model, plain_float32
 from aliked.backends.tensorrt_library import RTX, TENSORRT, THIS_GPU
 from aliked.export.builder import BuildOptions
 from aliked.export.engine import Request, build_lightglue, convert, read_source
@@ -19,6 +19,7 @@ from aliked.export.onnx_export import ExportOptions, export_onnx
 from aliked.files import whole_file
 from aliked.lightglue import LightGlue
 from aliked.model import to_tensor
+from aliked.transfer import choose_device
 
 Shape = tuple[int, int, int]  # B, H, W
 JUDGE = "whoever times it"
