@@ -319,23 +319,17 @@ def selu_in_float32(rewriter: Rewriter) -> None:
 
     Keypoints come nearer to float32's. Of images of one size other forms were chosen, for speed.
     """
-    nodes = []
+    instead: dict[str, Nodes] = {}
     for node in rewriter.graph.node:
         out = node.output[0]
         known = node.op_type == "Selu" and out in rewriter.types
         half = known and rewriter.types[out].elem_type == TensorProto.FLOAT16
-        if not half or rewriter.shape(out) is not None:
-            nodes.append(node)
-            continue
-        selu = onnx.NodeProto()
-        selu.CopyFrom(node)
-        selu.input[0], selu.output[0] = f"{out} input", f"{out} float32"
-        nodes += [
-            helper.make_node("Cast", node.input, selu.input, to=TensorProto.FLOAT),
-            selu,
-            helper.make_node("Cast", selu.output, [out], to=TensorProto.FLOAT16),
-        ]
-    rewriter.finish(nodes)
+        if half and rewriter.shape(out) is None:
+            new = instead[out] = Nodes(rewriter, out)
+            x = new.add("Cast", node.input[0], to=TensorProto.FLOAT)
+            x = new.add("Selu", x, **attributes_of(node))
+            new.add("Cast", x, out=out, to=TensorProto.FLOAT16)
+    rewriter.replace(instead)
 
 
 def widen(rewriter: Rewriter, pixels: int) -> None:
