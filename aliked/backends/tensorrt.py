@@ -9,7 +9,6 @@ import functools
 import hashlib
 import importlib.util
 import json
-import math
 import re
 import sys
 from collections.abc import Iterable
@@ -583,9 +582,10 @@ class Engine:
     def _record(self, batch: Buffers) -> CudaGraph:
         """The engine's work as a graph, which begins by copying `batch` to its own buffers."""
         self.memory.synchronize()
+        address = self.memory.address
         copies = [
-            (self.memory.address(self.buffers[name]), self.memory.address(batch[name]), size)
-            for name, size in self._sizes().items()
+            (address(self.buffers[name]), address(batch[name]), self.pinned[name].nbytes)
+            for name in self.shapes
             if name in batch
         ]
         try:
@@ -595,13 +595,6 @@ class Engine:
                 f"{self.path} cannot be recorded as a CUDA graph ({error}); run it with "
                 f"--backend {self.library.name}"
             ) from error
-
-    def _sizes(self) -> dict[str, int]:
-        """Bytes of each input."""
-        return {
-            name: math.prod(shape) * self.dtypes[name].itemsize
-            for name, shape in self.shapes.items()
-        }
 
     def infer(self, batch: Buffers) -> Buffers:
         """Enqueue the engine on device buffers by input; returns those of its outputs.
