@@ -148,12 +148,6 @@ def check_features(features: Features, height: int, width: int) -> None:
         )
 
 
-# In float32 on a CPU: 227 to 336 were measured of PyTorch's eager model, 258 to 267 of a file's in
-# ONNX Runtime.
-BYTES_PER_PIXEL = 340
-SMALL = 2**28  # bytes that any host has: to ask it for more takes as long as a small image
-
-
 def check_tensors(descriptors0: Any, descriptors1: Any) -> None:
     """Raise `InputError` unless both are float tensors [N, D] of one D, type and device."""
     import torch
@@ -171,6 +165,12 @@ def check_tensors(descriptors0: Any, descriptors1: Any) -> None:
             f"the descriptors differ: {a[0]} values in {a[1]} on {a[2]}, and {b[0]} in {b[1]} on "
             f"{b[2]}; match features of the same model on one device"
         )
+
+
+# In float32 on a CPU: 227 to 336 were measured of PyTorch's eager model, 258 to 267 of a file's in
+# ONNX Runtime.
+BYTES_PER_PIXEL = 340
+SMALL = 2**28  # bytes that any host has: to ask it for more takes as long as a small image
 
 
 def check_memory(height: int, width: int, batch: int = 1) -> None:
