@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from aliked.errors import InputError
-from aliked.files import read_file
+from aliked.files import read_file, real_path
 from aliked.hpatches import FOLDER, missing_scenes
 from aliked.images import SUFFIXES, list_images, load_image
 from evaluation.changes import CHANGES, LEVELS, change
@@ -35,7 +35,7 @@ def load_dataset(folder: Path, resize: Resize | None, leave_out: Sequence[str] =
     """
     if not folder.is_dir():
         raise InputError(f"there is no folder {folder}; give one, or fetch HPatches: {DOWNLOAD}")
-    name = folder.resolve().name
+    name = real_path(folder).name
     sequences = [path for path in (folder, *_subfolders(folder)) if (path / TRUTH).is_file()]
     if sequences:
         return _dataset(name, _sequence_pairs(sequences, resize))
