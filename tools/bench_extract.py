@@ -66,23 +66,26 @@ def parser() -> argparse.ArgumentParser:
     )
     default = "default: %(default)s"
     parser.add_argument("folder", type=Path, help="where the JPEGs are kept between runs")
-    parser.add_argument("--images", type=int, default=10_000, metavar="N", help=default)
+    parser.add_argument("--images", type=cli.whole(1), default=10_000, metavar="N", help=default)
     parser.add_argument("--sizes", nargs="+", default=["640x480", "1600x1200"], help=default)
-    parser.add_argument("--top_k", type=int, nargs="+", default=[1000, 4096], help=default)
+    parser.add_argument("--top_k", type=cli.whole(1), nargs="+", default=[1000, 4096], help=default)
     parser.add_argument("--backend", default="fused", help=default)
     parser.add_argument("--precision", default="fp16", help=default)
-    parser.add_argument("--batch_size", type=int, metavar="N")
-    parser.add_argument("--threads", type=int, default=available_cores(), help=default)
+    parser.add_argument("--batch_size", type=cli.whole(1), metavar="N")
+    parser.add_argument("--threads", type=cli.whole(1), default=available_cores(), help=default)
     parser.add_argument(
-        "--processes", type=int, metavar="N", help="of `all` (default: as aliked extract)"
+        "--processes", type=cli.whole(1), metavar="N", help="of `all` (default: as aliked extract)"
     )
     parser.add_argument("--decoder", choices=DECODERS, default=DECODERS[0], help=default)
     parser.add_argument(
-        "--distinct", type=int, default=500, metavar="N", help="of the images; " + default
+        "--distinct", type=cli.whole(1), default=500, metavar="N", help="of the images; " + default
     )
     parser.add_argument("--half", action="store_true", help="also with descriptors in float16")
     parser.add_argument(
-        "--others", type=int, metavar="N", help="also hloc's and COLMAP's way, on N of the images"
+        "--others",
+        type=cli.whole(1),
+        metavar="N",
+        help="also hloc's and COLMAP's way, on N of the images",
     )
     parser.add_argument("--onnx", type=Path, metavar="FILE", help="the model, for COLMAP's way")
     parser.add_argument(
@@ -144,9 +147,8 @@ class Run:
     mebibytes: float  # of the file
     busy: str
     idle: float  # share of the cores' time
-    cores: dict[
-        str, float
-    ]  # milliseconds of a core for an image: of stages, processes and the rest
+    # Milliseconds of a core for an image: of stages, processes and the rest.
+    cores: dict[str, float]
 
 
 @dataclass

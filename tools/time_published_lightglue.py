@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("images", type=Path, metavar="FOLDER", help="its first two images are matched")
     p.add_argument("--published", type=Path, required=True, metavar="FILE", help="its lightglue.py")
     p.add_argument("--model", default="aliked-n16rot")
-    p.add_argument("--top_k", type=int, nargs="+", default=[1000, 2048], metavar="K")
+    p.add_argument("--top_k", type=cli.whole(1), nargs="+", default=[1000, 2048], metavar="K")
     p.add_argument("--weights", type=Path, metavar="FOLDER", help="folder with both weights")
     p.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON lines")
     return p
