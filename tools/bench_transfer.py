@@ -14,11 +14,11 @@ import numpy as np
 from aliked import cli
 from aliked.backends import Spec, create_extractor
 from aliked.backends.pytorch import to_features
-from aliked.cli import add_device_option, add_weights_option
 from aliked.errors import InputError
 from aliked.features import OUTPUTS, Extractor
 from aliked.images import load_image
 from aliked.model import PRECISIONS
+from aliked.options import add_device_option, add_weights_option
 from aliked.transfer import download
 from benchmark.timing import no_garbage_collection, wall_clock
 

@@ -12,11 +12,11 @@ import torch
 
 from aliked import cli
 from aliked.backends import Spec, create_extractor
-from aliked.cli import add_weights_option
 from aliked.configs import CONFIGS
 from aliked.errors import InputError
 from aliked.fused import cuda_source, deform
 from aliked.model import PRECISIONS
+from aliked.options import add_weights_option
 
 
 def parser() -> argparse.ArgumentParser:

@@ -9,18 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from aliked.backends import BACKENDS, Spec
-from aliked.cli import (
-    Parser,
-    add_device_option,
-    add_matcher_options,
-    add_selection_options,
-    add_size_option,
-    add_weights_option,
-    check_selection,
-    command_line,
-    matcher_from,
-    positive,
-)
+from aliked.cli import Parser, command_line, positive
 from aliked.comparison import (
     ImageComparison,
     Numbers,
@@ -45,6 +34,15 @@ from aliked.files import (
 )
 from aliked.images import list_images, load_readable
 from aliked.matching import Matcher
+from aliked.options import (
+    add_device_option,
+    add_matcher_options,
+    add_selection_options,
+    add_size_option,
+    add_weights_option,
+    check_selection,
+    matcher_from,
+)
 from aliked.parity import RADIUS_PX
 from aliked.sides import Side, choose_side, common_model, open_side
 from aliked.weights import find_weights

@@ -11,14 +11,7 @@ import onnx
 from tqdm import tqdm
 
 from aliked.backends.onnxruntime import CPU, deform_conv_missing, provider_missing
-from aliked.cli import (
-    Parser,
-    add_model_options,
-    add_selection_options,
-    check_selection,
-    command_line,
-    whole,
-)
+from aliked.cli import Parser, command_line, whole
 from aliked.configs import Form
 from aliked.doctor import installed_versions
 from aliked.download import offer_download
@@ -28,6 +21,7 @@ from aliked.export.verify import verify_onnx
 from aliked.files import MOST_NAME_BYTES, scratch_file, sha256, writable_folder, write_json
 from aliked.images import list_images, load_image, require_same_size
 from aliked.model import ALIKED, PRECISIONS
+from aliked.options import add_model_options, add_selection_options, check_selection
 from aliked.parity import Verdict
 from aliked.sampling import SAMPLERS
 from aliked.weights import describe_weights, find_weights

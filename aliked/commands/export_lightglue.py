@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from aliked.cli import Parser, add_matcher_weights, add_model_options, command_line, whole
+from aliked.cli import Parser, command_line, whole
 from aliked.configs import Form
 from aliked.doctor import installed_versions
 from aliked.download import offer_download
@@ -28,6 +28,7 @@ from aliked.files import scratch_file, sha256, writable_folder, write_json
 from aliked.images import list_images, load_image
 from aliked.lightglue import LightGlue
 from aliked.model import ALIKED, PRECISIONS
+from aliked.options import add_matcher_weights, add_model_options
 from aliked.parity import Verdict
 from aliked.sampling import SAMPLERS
 from aliked.weights import LIGHTGLUE, find_weights
