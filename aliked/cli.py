@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import NoReturn
 
 from aliked.errors import EXTRAS, InputError, missing_package
@@ -47,11 +48,10 @@ def run(
         status = main(parser.parse_args(arguments)) or 0
     except SystemExit as end:
         status = end.code
-    except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted", file=sys.stderr)
-        status = 130
-    except Exception as error:
+    except BaseException as error:
         status = _status_of(error, parser.prog)
+        if status is None:
+            raise
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -98,13 +98,29 @@ def stop_by_exception() -> None:
                 signal.signal(number, stop)
 
 
-def _status_of(error: Exception, prog: str) -> int:
-    """Say in a sentence what has gone wrong outside the program; raise `error` if nothing has."""
+def _end_before_run(kind: type, error: BaseException, trace: TracebackType | None) -> None:
+    """End as `run` does where importing is interrupted or finds a package missing."""
+    if issubclass(kind, KeyboardInterrupt | ModuleNotFoundError):
+        status = _status_of(error, Path(sys.argv[0]).name)
+        if status is not None:
+            sys.exit(status)
+    sys.__excepthook__(kind, error, trace)
+
+
+# Scripts import this module first, and what they import after it takes seconds.
+sys.excepthook = _end_before_run
+
+
+def _status_of(error: BaseException, prog: str) -> int | None:
+    """Say in a sentence what ended the program from outside; the status, None where nothing did."""
+    if isinstance(error, KeyboardInterrupt):
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     if isinstance(error, BrokenPipeError):
         return 128 + signal.SIGPIPE
     sentence = str(error) if isinstance(error, InputError) else _outside(error)
     if sentence is None:
-        raise error
+        return None
     print(f"{prog}: error: {sentence}", file=sys.stderr)
     return 2
 
