@@ -226,10 +226,9 @@ def plugin_devices() -> list:
     try:
         onnxruntime.register_execution_provider_library(name, plugin.get_library_path())
     except Exception as error:  # of a class of ONNX Runtime's own
-        reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"{PLUGIN} does not load into ONNX Runtime {onnxruntime.__version__} ({reason}); "
-            "install versions of both that go together"
+            f"{PLUGIN} does not load into ONNX Runtime {onnxruntime.__version__} "
+            f"({first_line(error)}); install versions of both that go together"
         ) from error
     return [device for device in onnxruntime.get_ep_devices() if device.ep_name == name]
 

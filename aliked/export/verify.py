@@ -14,7 +14,7 @@ from aliked.backends.onnxruntime import ONNXRuntimeExtractor, open_session
 from aliked.backends.pytorch import PyTorchExtractor
 from aliked.backends.tensorrt import TensorRTExtractor
 from aliked.configs import STRIDE
-from aliked.errors import InputError
+from aliked.errors import InputError, first_line
 from aliked.export.builder import Shape
 from aliked.export.onnx_export import ExportOptions
 from aliked.features import OUTPUTS, Features, drop_fill_ins
@@ -97,7 +97,7 @@ def check_none_found(path: Path) -> None:
         none = extract(np.zeros((2 * STRIDE, 2 * STRIDE, 3), np.uint8))
     except Exception as error:  # ONNX Runtime raises a class of its own for every status code
         raise InputError(
-            f"the file does not run where no keypoint passes ({str(error).splitlines()[0]}); "
+            f"the file does not run where no keypoint passes ({first_line(error)}); "
             "export it with another --opset_version or --deform_conv"
         ) from error
     if len(none):
