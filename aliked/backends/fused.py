@@ -20,7 +20,7 @@ from aliked.features import (
     features_of_batch,
     room_for,
 )
-from aliked.model import PRECISIONS
+from aliked.model import dtype_of
 from aliked.transfer import Twin, choose_device, upload
 
 MAX_PLANS = 16  # sizes whose buffers are kept; the one unused for longest makes room
@@ -69,13 +69,11 @@ class FusedExtractor(Extractor):
         index = torch.cuda.current_device() if chosen.index is None else chosen.index
         self.torch_device = torch.device("cuda", index)
         self.device = str(self.torch_device)
-        if spec.precision not in PRECISIONS:
-            choices = " or ".join(PRECISIONS)
-            raise InputError(f"unknown precision {spec.precision!r}; choose {choices}")
+        dtype = dtype_of(spec.precision)
         self.selection = spec.selection
         model = load_model(replace(spec, precision="fp32"), torch.device("cpu"))
         with torch.cuda.device(self.torch_device):
-            packed = weights.pack(model, PRECISIONS[spec.precision], self.torch_device)
+            packed = weights.pack(model, dtype, self.torch_device)
             self.context = gpu.Context()
         self.run = functools.partial(
             pipeline.extract, weights=packed, selection=self.selection, ops=kernels

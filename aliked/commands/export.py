@@ -20,7 +20,7 @@ from aliked.export.onnx_export import CONTRACTS, ExportOptions, export_onnx
 from aliked.export.verify import verify_onnx
 from aliked.files import MOST_NAME_BYTES, scratch_file, sha256, writable_folder, write_json
 from aliked.images import list_images, load_image, require_same_size
-from aliked.model import ALIKED, PRECISIONS
+from aliked.model import ALIKED, DTYPES
 from aliked.options import add_model_options, add_selection_options, check_selection
 from aliked.parity import Verdict
 from aliked.sampling import SAMPLERS
@@ -73,7 +73,7 @@ def add_graph_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--precision",
-        choices=tuple(PRECISIONS),
+        choices=tuple(DTYPES),
         help="of convolutions, products and feature maps (default: fp32)",
     )
     group.add_argument("--amp", action="store_true", help="the same as --precision fp16")

@@ -27,7 +27,7 @@ from aliked.export.lightglue import (
 from aliked.files import scratch_file, sha256, writable_folder, write_json
 from aliked.images import list_images, load_image
 from aliked.lightglue import LightGlue
-from aliked.model import ALIKED, PRECISIONS
+from aliked.model import ALIKED, DTYPES
 from aliked.options import add_matcher_weights, add_model_options
 from aliked.parity import Verdict
 from aliked.sampling import SAMPLERS
@@ -108,7 +108,7 @@ def add_graph_options(group: argparse._ArgumentGroup) -> None:
         help="inputs and outputs of the matcher: this project's, or those that COLMAP's LightGlue "
         "matcher loads, for any number of keypoints (default: %(default)s)",
     )
-    group.add_argument("--precision", choices=tuple(PRECISIONS), default="fp32")
+    group.add_argument("--precision", choices=tuple(DTYPES), default="fp32")
     group.add_argument("--opset_version", type=int, default=19, metavar="N", help="17, 18 or 19")
     group.add_argument(
         "--uint8_input", action="store_true", help="pair: inputs uint8 [B, H, W, 3] RGB"
