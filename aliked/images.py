@@ -83,8 +83,6 @@ class Header(NamedTuple):
 
 
 HEADER_BYTES, PNG_BYTES = 2**13, 2**16  # read for a header: a PNG's EXIF may come late
-
-
 PNG = b"\x89PNG\r\n\x1a\n"
 
 

@@ -14,8 +14,8 @@ from aliked.comparison import (
     ImageComparison,
     Numbers,
     compare_image,
-    compare_matches,
     draw_histogram,
+    match_change,
     report_text,
     write_histogram,
 )
@@ -168,7 +168,7 @@ def main(args: argparse.Namespace) -> None:
     for image, found in compare(paths, *extractors, args.radius, args.max_size):
         numbers.add_image(found)
         if previous:
-            numbers.add_matches(compare_matches(previous, found, matcher))
+            numbers.add_matches(match_change(previous, found, matcher))
         file = output / f"keypoints_{len(numbers.images):04}.png"
         write_picture(file, picture(image, found, title))
         previous = found
