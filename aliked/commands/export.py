@@ -203,24 +203,13 @@ def main(args: argparse.Namespace) -> int:
             print_graph(proto)
         progress = tqdm(images, "PyTorch fp32 and ONNX Runtime", unit="image", disable=None)
         verdict = verify_onnx(candidate, reference, args.precision, options, progress)
-        print(verdict.text)
-        if not verdict.passed:
-            path = path.with_name(f"{path.name}.rejected")
-        os.replace(candidate, path)
-    manifest = path.with_name(f"{path.name}.json")
-    write_json(manifest, make_manifest(args, options, path, verdict))
-    print(f"{'wrote' if verdict.passed else 'kept the wrong file as'} {path} and {manifest}")
-    return 0 if verdict.passed else 1
+        return conclude(candidate, path, verdict, facts_of(args, options))
 
 
-def make_manifest(
-    args: argparse.Namespace, options: ExportOptions, path: Path, verdict: Verdict
-) -> dict:
-    """What the file is, what it was made from, and how it was judged."""
+def facts_of(args: argparse.Namespace, options: ExportOptions) -> dict:
+    """What the file is and what it was made from, for its manifest."""
     weights = find_weights(args.model, args.weights)
     return {
-        "file": path.name,
-        "sha256": sha256(path),
         "model": args.model,
         "precision": args.precision,
         "top_k": args.top_k,
@@ -230,7 +219,24 @@ def make_manifest(
         **asdict(options),
         "images": str(args.images),
         "weights": {"file": weights.name, "sha256": sha256(weights)},
+    }
+
+
+def conclude(candidate: Path, path: Path, verdict: Verdict, facts: dict) -> int:
+    """Give a judged file its name, or NAME.rejected, and its manifest; the exit status.
+
+    `facts` are what the manifest says of the file beside its checksum and how it was judged.
+    """
+    print(verdict.text)
+    if not verdict.passed:
+        path = path.with_name(f"{path.name}.rejected")
+    os.replace(candidate, path)
+    judged = {
         "verdict": {"passed": verdict.passed, "text": verdict.text.splitlines()},
         "versions": installed_versions(PACKAGES),
         "command": command_line(),
     }
+    manifest = path.with_name(f"{path.name}.json")
+    write_json(manifest, {"file": path.name, "sha256": sha256(path)} | facts | judged)
+    print(f"{'wrote' if verdict.passed else 'kept the wrong file as'} {path} and {manifest}")
+    return 0 if verdict.passed else 1
