@@ -68,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
         p.add_argument(
             f"--{role}_model_path", type=Path, metavar="FILE", help="its .onnx or .trt file"
         )
-    add_model_options(p.add_argument_group("both sides"))
+    add_shared_options(p.add_argument_group("both sides"))
     add_size_option(p)
     p.add_argument(
         "--radius",
@@ -87,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def add_model_options(group: argparse._ArgumentGroup) -> None:
+def add_shared_options(group: argparse._ArgumentGroup) -> None:
     """The model, where it runs, and how it selects keypoints."""
     group.add_argument(
         "--model",
