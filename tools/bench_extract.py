@@ -44,8 +44,9 @@ from aliked.cli import add_device_option, add_model_options
 from aliked.commands.extract import TWO_LANES
 from aliked.configs import CONFIGS
 from aliked.extraction import DECODERS, Job, Tally, available_cores
+from aliked.files import write_at
 from aliked.images import find_images, load_image
-from aliked.store import FeatureStore, write_at
+from aliked.store import FeatureStore
 from aliked.threads import keep_freed_memory
 from aliked.workers import Team, devices_of
 from benchmark.environment import git_commit, machine, versions

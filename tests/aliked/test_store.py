@@ -14,7 +14,7 @@ import pytest
 from aliked import store as module
 from aliked.errors import InputError
 from aliked.features import Features
-from aliked.store import FeatureStore, Spot, arrays_of, write_at
+from aliked.store import FeatureStore, arrays_of, image_bytes, journal_line, put_image
 
 KEY = {"model": "aliked-n16", "weights": "12ab", "top_k": 50}
 SIZE = (640, 480)
@@ -148,11 +148,10 @@ def test_a_file_grows_by_others_and_has_the_same_bytes(tmp_path):
 
     def fill(file, name, written=True):
         arrays = arrays_of(features(ord(name[0]) - ord("a")), SIZE)
-        spots = file.place(name, [Spot.of(array) for array in arrays])
+        at = file.place(name, image_bytes(arrays))
         with open(file.path, "r+b") as other:
-            for spot, array in zip(spots, arrays, strict=True):
-                write_at(other.fileno(), spot.offset, array)
-        file.note({name: spots} if written else {})
+            spots = put_image(other.fileno(), at, arrays)
+        file.note(journal_line({name: spots}) if written else b"")
 
     killed = FeatureStore.open(path, KEY).grow()
     fill(killed, "c.jpg")
