@@ -30,7 +30,7 @@ def as_path(path: object) -> Path:
         name = b"\0"
     if b"\0" in name or any(len(part) > MOST_NAME_BYTES for part in name.split(b"/")):
         raise InputError(f"{shown(str(path))} cannot be the name of a file; give a shorter path")
-    return Path(path)
+    return path if isinstance(path, Path) else Path(path)
 
 
 def real_path(path: Path) -> Path:

@@ -156,8 +156,9 @@ class Team:
 
     def __init__(self, job: Job, store: FeatureStore, devices: list[str]):
         threads = job.threads or max(1, available_cores() // len(devices))
+        self.job = job
         self.jobs = [
-            replace(job, threads=threads, spec=replace(job.spec, device=device))
+            replace(job, threads=threads, spec=replace(job.spec, device=device), names=None)
             for device in devices
         ]
         self.store = store
@@ -216,11 +217,11 @@ class Team:
         """The batches that are to be done; the others are put into the file as they are."""
 
         def bad(error: InputError) -> None:
-            if self.jobs[0].strict:
+            if self.job.strict:
                 raise error
             self.tally.skipped.append(str(error))
 
-        for number, photos in enumerate(self.jobs[0].batches(bad)):
+        for number, photos in enumerate(self.job.batches(bad)):
             names = [photo.name for photo in photos]
             if any(name not in self.store for name in names):
                 yield Batch(number, photos)
@@ -479,7 +480,7 @@ def extract_with_ray(
         gpus = int(ray.cluster_resources().get("GPU", 0)) if job.spec.device != "cpu" else 0
         results = ray.data.from_items(shards, override_num_blocks=len(shards)).map_batches(
             ShardWorker,
-            fn_constructor_args=(job, store.path.resolve()),
+            fn_constructor_args=(replace(job, names=None), store.path.resolve()),
             batch_size=1,
             num_gpus=1 if gpus else None,
             compute=ray.data.ActorPoolStrategy(size=min(processes or gpus or 1, len(shards))),
