@@ -360,10 +360,13 @@ def _work(job: Job, file: Connection, theirs: Connection) -> None:
                 yield said.photos
                 theirs.send(Ask())
 
-        pipeline = Pipeline(job, writer, theirs.send)
+        def report(tally: Tally) -> None:
+            theirs.send(replace(tally, cores=tally.cores + Counter(put=writer.worked)))
+
+        pipeline = Pipeline(job, writer, report)
         pipeline.run_batches(batches())
         writer.finish()
-        theirs.send(pipeline.tally)
+        report(pipeline.tally)
         theirs.send(Done())
 
 
@@ -375,6 +378,7 @@ class Writer:
 
     def __init__(self, file: Connection):
         self.numbers: deque[int] = deque()  # of the batches, in the order in which they come
+        self.worked = 0.0  # seconds of a core that putting them took
         self._images: dict[str, list[np.ndarray]] = {}
         self._file, self._sending, self._descriptor = file, threading.Lock(), None
         self._thread = ThreadPoolExecutor(1, "aliked-place")
@@ -404,10 +408,11 @@ class Writer:
         """Write the batch whose places come next: it was the next to ask."""
         if self._descriptor is None:
             self._descriptor = os.open(self._file.recv().path, os.O_WRONLY)
-        at, spots = self._file.recv().at, {}
+        at, spots, before = self._file.recv().at, {}, time.thread_time()
         for name, arrays in images.items():
             spots[name] = put_image(self._descriptor, at, arrays)
             at += image_bytes(arrays)
+        self.worked += time.thread_time() - before
         self._send(Written(number, journal_line(spots)))
 
     def _send(self, said: NamedTuple) -> None:
