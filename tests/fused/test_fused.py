@@ -99,7 +99,8 @@ assert torch.equal(compiled(x, tally), 2 * x + 1) and tally == 2
 
 def test_an_operator_can_be_compiled_and_runs_without_the_compiler():
     """Which takes seconds to import, in every process that extracts."""
-    run = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True)
+    root = Path(__file__).resolve().parents[2]
+    run = subprocess.run([sys.executable, "-c", PROBE], cwd=root, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
 
 
