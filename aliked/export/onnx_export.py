@@ -69,7 +69,7 @@ class ColmapGraph(nn.Module):
     ) -> list[torch.Tensor]:
         """The outputs in the order of `output_names`."""
         features, score_map = self.model.encode(image)
-        candidates = inner(suppress_non_maxima(score_map, self.model.form.exported))
+        candidates = inner(suppress_non_maxima(score_map, self.model.form))
         passing = (candidates > min_score.clamp(min=0)).sum()
         k = torch.minimum(max_keypoints, passing).clamp(min=0)
         if torch.jit.is_tracing():

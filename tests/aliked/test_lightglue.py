@@ -1,5 +1,6 @@
 """LightGlue is the published matcher, in every form in which it runs here."""
 
+import copy
 import dataclasses
 import functools
 
@@ -21,8 +22,10 @@ from aliked.backends.onnxruntime_lightglue import (
     ONNXRuntimePair,
 )
 from aliked.backends.tensorrt import manifest_path
+from aliked.backends.tensorrt_library import RTX, tf32_is_off
 from aliked.errors import InputError
 from aliked.export import build
+from aliked.export.builder import BuildOptions, build_plan
 from aliked.export.engine import read_source
 from aliked.export.lightglue import (
     MatcherOptions,
@@ -34,6 +37,7 @@ from aliked.export.lightglue import (
     verify_matcher,
     verify_pair,
 )
+from aliked.export.rtx_graph import sum_in_float32
 from aliked.features import Features
 from aliked.fused import pipeline, reference
 from aliked.fused.weights import pack as pack_weights
@@ -580,6 +584,30 @@ def test_tensorrt_for_rtx_builds_the_matcher(top_k, precision, tmp_path):
         return [(batch, *count, *fixed) for batch, count in zip((1, 1, 2), counts, strict=True)]
 
     assert builds(path, shapes)
+
+
+def test_an_engine_sums_products_of_halves_in_float32(tmp_path):
+    """An engine holds the source and settings of its kernels, those of attention among them."""
+    path = tmp_path / "matcher.onnx"
+    export_matcher(small_matcher().set_precision("fp16"), path, MatcherOptions(40))
+    if reason := RTX.cannot_build():
+        pytest.skip(reason)
+    plan = build_plan(RTX, path, BuildOptions(tf32=not tf32_is_off()))
+    assert b"accumulation_type=2" in plan and b"hmma_fp32_traits" in plan
+    assert b"accumulation_type=0" not in plan and b"hmma_fp16_traits" not in plan
+
+
+def test_summing_in_float32_changes_no_function(tmp_path):
+    path = tmp_path / "matcher.onnx"
+    model = export_matcher(small_matcher().set_precision("fp16"), path, MatcherOptions(40))
+    inputs = matcher_inputs((features_of(40, 0), features_of(33, 0)), (SIZE, SIZE), 40)
+    run = onnxruntime.InferenceSession
+    before, after = (
+        run(made.SerializeToString()).run(None, inputs)
+        for made in (model, sum_in_float32(copy.deepcopy(model)))
+    )
+    assert (before[0] == after[0]).all() and (before[0] >= 0).sum() > 5
+    np.testing.assert_allclose(before[1], after[1], atol=0.01)
 
 
 def test_tensorrt_for_rtx_builds_a_pair_of_any_sizes(tmp_path):
