@@ -350,6 +350,10 @@ def _errors_to(theirs: Connection) -> Iterator[None]:
 def _work(job: Job, file: Connection, theirs: Connection) -> None:
     """A worker process: batches as long as there are any, into the file that grows."""
     keep_freed_memory()
+    if job.backend == "fused":
+        import torch
+
+        torch.set_num_threads(1)  # small weights are packed on cores that other processes want
     with _errors_to(theirs):
         writer = Writer(file)
 
