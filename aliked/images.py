@@ -58,7 +58,8 @@ def find_images(folder: Path) -> list[str]:
     names = []
     for parent, folders, files in os.walk(folder, onerror=list_error.append):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        names += [Path(parent, name).relative_to(folder).as_posix() for name in files]
+        below = Path(parent).relative_to(folder).as_posix()
+        names += files if below == "." else [f"{below}/{name}" for name in files]
     if list_error:
         error = list_error[0]
         raise InputError(

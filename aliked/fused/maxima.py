@@ -9,6 +9,7 @@ import torch
 import triton.language as tl
 
 from aliked.fused import cuda_source, launches
+from aliked.fused.common import operator
 
 RADIUS = tl.constexpr(2)  # of the suppression window, and of the border that is dropped
 
@@ -45,7 +46,7 @@ def _allocate(scores, tally):
     return scores.new_empty((batch, capacity), dtype=torch.int64)
 
 
-@torch.library.custom_op("aliked::find_maxima", mutates_args=("tally",))
+@operator(_allocate, mutates=("tally",))
 def find_maxima(scores: torch.Tensor, tally: torch.Tensor) -> torch.Tensor:
     """Maxima of 5x5 windows in three rounds: float32 [B, H, W] in [0, 1] to keys.
 
@@ -58,6 +59,3 @@ def find_maxima(scores: torch.Tensor, tally: torch.Tensor) -> torch.Tensor:
     run = cuda_source.compiled(SOURCE, "find_maxima", CONSTANTS, scores.device)
     run(grid(batch, height, width), BLOCK, [scores, keys, tally, height, width])
     return keys
-
-
-find_maxima.register_fake(_allocate)
