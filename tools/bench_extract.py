@@ -41,12 +41,12 @@ import torch
 
 from aliked import cli
 from aliked.backends import Spec, create_extractor
-from aliked.cli import add_device_option, add_model_options
 from aliked.commands.extract import TWO_LANES
 from aliked.configs import CONFIGS
 from aliked.extraction import DECODERS, Job, Tally, available_cores
 from aliked.files import write_at
 from aliked.images import find_images, load_image
+from aliked.options import add_device_option, add_model_options
 from aliked.store import FeatureStore
 from aliked.threads import keep_freed_memory
 from aliked.workers import CORES, Team, devices_of

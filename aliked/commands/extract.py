@@ -9,16 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from aliked.backends import BACKENDS, get_backend
-from aliked.cli import (
-    Parser,
-    add_extractor_options,
-    add_matcher_options,
-    add_video_options,
-    check_video_options,
-    extractor_spec,
-    matcher_from,
-    whole,
-)
+from aliked.cli import Parser, whole
 from aliked.colmap import (
     CAMERA_MODES,
     TYPES,
@@ -34,6 +25,14 @@ from aliked.extraction import DECODERS, Job, Report, Tally, available_cores, ext
 from aliked.files import writable_folder
 from aliked.images import find_images
 from aliked.matching import Matcher
+from aliked.options import (
+    add_extractor_options,
+    add_matcher_options,
+    add_video_options,
+    check_video_options,
+    extractor_spec,
+    matcher_from,
+)
 from aliked.store import FeatureStore
 from aliked.threads import keep_freed_memory
 from aliked.video import is_video

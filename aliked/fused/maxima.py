@@ -6,30 +6,28 @@ block ran first.
 """
 
 import torch
-import triton.language as tl
 
+from aliked.configs import RADIUS, most_rows
 from aliked.fused import cuda_source, launches
 from aliked.fused.common import operator
-
-RADIUS = tl.constexpr(2)  # of the suppression window, and of the border that is dropped
 
 # What is kept with the keys, in int32: the number of keys per bin of scores, the number of keys,
 # then what `select` adds: how many it kept, and whether their order is that of the image; one more
 # makes whole 16 bytes of a row.
 # Scores are counted by the leading bits of their float32: 128 bins per octave, 32 octaves. What is
 # lower belongs to bin 0, which is not counted: it has what the others leave.
-BINS = tl.constexpr(4096)
-BIN_SHIFT = tl.constexpr(16)
-LOWEST_BIN = tl.constexpr((0x3F800000 >> 16) - 4096 + 1)  # score 1 is in the highest
-TALLY = tl.constexpr(4096 + 4)
+BINS = 4096
+BIN_SHIFT = 16
+LOWEST_BIN = (0x3F800000 >> BIN_SHIFT) - BINS + 1  # score 1 is in the highest
+TALLY = BINS + 4
 
 SOURCE = "maxima.cu"
 TALLY_CONSTANTS = (
-    ("RADIUS", RADIUS.value),
-    ("BINS", BINS.value),
-    ("BIN_SHIFT", BIN_SHIFT.value),
-    ("LOWEST_BIN", LOWEST_BIN.value),
-    ("TALLY", TALLY.value),
+    ("RADIUS", RADIUS),
+    ("BINS", BINS),
+    ("BIN_SHIFT", BIN_SHIFT),
+    ("LOWEST_BIN", LOWEST_BIN),
+    ("TALLY", TALLY),
 )
 CONSTANTS = launches.build("maxima", **dict(TALLY_CONSTANTS))
 BLOCK = launches.threads("find_maxima", CONSTANTS)
@@ -42,8 +40,7 @@ def grid(batch: int, height: int, width: int) -> tuple[int, int, int]:
 
 def _allocate(scores, tally):
     batch, height, width = scores.shape
-    capacity = (height - 2 * RADIUS.value) * (width - 2 * RADIUS.value)
-    return scores.new_empty((batch, capacity), dtype=torch.int64)
+    return scores.new_empty((batch, most_rows(height, width)), dtype=torch.int64)
 
 
 @operator(_allocate, mutates=("tally",))

@@ -667,7 +667,7 @@ def open_rtx(spec, graph="matcher"):
     [
         (lambda engine: engine.write_bytes(engine.read_bytes()[:-7]), "truncated"),
         (lambda engine: manifest_path(engine).unlink(), r"\.rtx\.json is missing"),
-        (lambda engine: engine.unlink(), "does not exist"),
+        (lambda engine: engine.unlink(), "does not exist; build it with build_lightglue_file"),
     ],
 )
 def test_a_damaged_engine_of_lightglue_is_refused(damage, says, rtx_spec):
@@ -688,7 +688,7 @@ def test_an_engine_of_lightglue_of_another_version_is_refused(rtx_spec, monkeypa
         ({}, "pair", "the graph of .* is matcher, not pair"),
         ({"top_k": 41}, "matcher", "the top_k of .* is 40, not 41"),
         ({"precision": "fp16"}, "matcher", "is float32; ask for fp32"),
-        ({"model_path": None}, "matcher", "needs an engine"),
+        ({"model_path": None}, "matcher", "needs an engine; .* as written by build_lightglue_file"),
     ],
 )
 def test_an_engine_that_was_not_asked_for_is_refused(changes, graph, says, rtx_spec):
