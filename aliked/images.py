@@ -295,7 +295,7 @@ def _check_colours(path: str, data: np.ndarray) -> None:
 def _tiff_tags(data: np.ndarray) -> dict[int, int]:
     """The short numbers among the first image's tags; none for another kind of file."""
     head = data[:8].tobytes()
-    if head[:4] not in TIFF:
+    if len(head) < 8 or head[:4] not in TIFF:
         return {}
     order = "<" if head[:2] == b"II" else ">"
     (start,) = struct.unpack(f"{order}I", head[4:])

@@ -96,7 +96,7 @@ def test_a_truncated_file_is_named_and_refused(tmp_path, photo, suffix, missing)
         load_image(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"not an image"])
+@pytest.mark.parametrize("content", [b"", b"not an image", b"II*\0\1"])
 def test_a_file_that_is_no_image_is_named_and_refused(tmp_path, content):
     with pytest.raises(InputError, match=r"notes\.png .*not an image"):
         load_image(written(tmp_path / "notes.png", content))
