@@ -10,7 +10,6 @@ import shutil
 import signal
 import sqlite3
 import threading
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from aliked.errors import InputError, first_line, missing_package
 from aliked.extraction import TURNS
 from aliked.features import Features
 from aliked.files import SANE_BYTES, as_path, open_regular, read_text
-from aliked.images import MOST_BYTES, natural
+from aliked.images import natural, open_header
 from aliked.matching import Matcher
 from aliked.store import FeatureStore
 
@@ -305,11 +303,7 @@ def read_exif(path: Path) -> dict[int, Any]:
     Empty where there is none that can be read.
     """
     try:
-        with (
-            warnings.catch_warnings(action="ignore"),
-            open_regular(path, MOST_BYTES) as file,
-            Image.open(file) as image,
-        ):
+        with open_header(path) as image:
             tags = image.getexif()
             found = dict(tags) | dict(tags.get_ifd(EXIF))
             position = _position(tags.get_ifd(GPS))

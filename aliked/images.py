@@ -6,11 +6,12 @@ import os
 import re
 import struct
 import sys
+import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from numbers import Integral
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import cv2
 import numpy as np
@@ -18,6 +19,9 @@ import numpy as np
 from aliked.errors import InputError, shown
 from aliked.features import MIN_SIDE
 from aliked.files import as_path, open_regular, read_file
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 MOST_BYTES = 2**31  # of an image file
 # Formats of images that are not read: files of these are named when they are passed over.
@@ -83,6 +87,8 @@ class Header(NamedTuple):
 
 
 HEADER_BYTES, PNG_BYTES = 2**13, 2**16  # read for a header: a PNG's EXIF may come late
+MOST_PIXELS = 2**30  # of an image, as OpenCV has it
+_pillow_limit = threading.Lock()  # one for all threads
 
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -97,7 +103,11 @@ def read_header(path: Path) -> Header:
         head = file.read(HEADER_BYTES)
         if head.startswith(PNG):
             head += file.read(PNG_BYTES)
-    return _plain_header(head) or _full_header(path)
+    header = _plain_header(head) or _full_header(path)
+    if header is None or not 0 < header.width * header.height <= MOST_PIXELS:
+        height, width = load_image(path).shape[:2]  # it says what is wrong with a file
+        header = Header(width, height, 1)
+    return header
 
 
 def _plain_header(head: bytes) -> Header | None:
@@ -119,23 +129,38 @@ def _plain_header(head: bytes) -> Header | None:
 WIDTH, HEIGHT, ORIENTATION = 0x100, 0x101, 0x112  # tags of TIFF and EXIF
 
 
-def _full_header(path: Path) -> Header:
-    from PIL import Image  # here: photographs are decoded without it
-
+def _full_header(path: Path) -> Header | None:
     try:
-        with (
-            warnings.catch_warnings(action="ignore"),
-            open_regular(path, MOST_BYTES) as file,
-            Image.open(file) as image,
-        ):
+        with open_header(path) as image:
             orientation = image.getexif().get(ORIENTATION, 1)
             # Pillow gives the size of a TIFF as it is turned.
             tags = getattr(image, "tag_v2", {})
             width, height = tags.get(WIDTH, image.width), tags.get(HEIGHT, image.height)
     except Exception:  # Pillow reads fewer kinds of pixels than OpenCV, and raises what it likes
-        height, width = load_image(path).shape[:2]
-        return Header(width, height, 1)
+        return None
     return Header(width, height, orientation if orientation in range(1, 9) else 1)
+
+
+@contextlib.contextmanager
+def open_header(path: Path) -> Iterator["Image.Image"]:
+    """A file as Pillow opens it, for what its header says: no pixel of it is decoded.
+
+    So an image may be larger than the 179 million pixels that Pillow takes for an attack, as those
+    of some telephones are.
+    """
+    from PIL import Image  # here: photographs are decoded without it
+
+    with (
+        _pillow_limit,
+        warnings.catch_warnings(action="ignore"),
+        open_regular(path, MOST_BYTES) as file,
+    ):
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            with Image.open(file) as image:
+                yield image
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
 
 
 def load_image(
