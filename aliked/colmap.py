@@ -219,10 +219,11 @@ class ImageWriter:
     def _compare(self, path: Path, image: Any, features: Features) -> None:
         keypoints = self.database.read_keypoints(image.image_id)
         descriptors = self.database.read_descriptors(image.image_id)
+        expected = self._descriptors(features).data.ravel()  # without rows it has no columns there
         same = (
             np.array_equal(keypoints, in_colmap(features))
             and descriptors.type == self.type
-            and np.array_equal(descriptors.data, self._descriptors(features).data)
+            and np.array_equal(descriptors.data.ravel(), expected)
         )
         if not same:
             raise InputError(f"{path} has other features of {image.name}; name another database")
@@ -230,7 +231,7 @@ class ImageWriter:
     def _descriptors(self, features: Features) -> Any:
         """Rows of float32 as bytes, as COLMAP keeps them."""
         rows = np.ascontiguousarray(features.descriptors, np.float32)
-        data = rows.view(np.uint8).reshape(len(rows), -1)
+        data = rows.view(np.uint8)  # [N, 4 D]
         return self.colmap.FeatureDescriptors(self.type, data)
 
     def _shares(self, name: str, exif: dict, size: tuple[int, int]) -> Any:
