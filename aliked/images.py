@@ -37,8 +37,7 @@ def list_images(folder: Path) -> list[Path]:
     """
     folder = as_path(folder)
     try:
-        with os.scandir(folder) as entries:
-            files = [entry.name for entry in entries if not entry.is_dir()]
+        _, _, files = next(os.walk(folder, onerror=_raise))  # a circle of links: a file
     except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
         reason = getattr(error, "strerror", None) or error
         raise InputError(
@@ -49,6 +48,10 @@ def list_images(folder: Path) -> list[Path]:
     if not names:
         raise InputError(f"no image in {folder}; give a folder with {', '.join(SUFFIXES)} files")
     return [folder / name for name in sorted(names, key=natural)]
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def find_images(folder: Path) -> list[str]:
