@@ -405,7 +405,7 @@ class LightGlue(nn.Module, Matcher):
         check_matchable(features, size, self.descriptor_dim)
         device = self.input_proj.weight.device
         keypoints, descriptors, size = (
-            torch.tensor(np.asarray(rows, np.float32), device=device)[None]
+            torch.tensor(np.ascontiguousarray(rows, np.float32), device=device)[None]
             for rows in (features.keypoints, features.descriptors, size)
         )
         return Prepared(normalize_keypoints(keypoints, size), descriptors)

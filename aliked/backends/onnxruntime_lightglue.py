@@ -107,8 +107,9 @@ class ColmapMatcher(MatcherSession):
 
     def rows(self, features: Features, size: Size) -> dict[str, np.ndarray]:
         """`kpts`, `desc` and `image_size`."""
-        size = np.asarray(size, np.float32)
-        return {"kpts": features.keypoints, "desc": features.descriptors, "image_size": size}
+        rows = features.keypoints, features.descriptors, size
+        arrays = (np.asarray(values, np.float32) for values in rows)
+        return dict(zip(self.features, arrays, strict=True))
 
     def match_prepared(self, *pair) -> Matches:
         """Matches with at least the score `min_score`."""

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -159,6 +160,7 @@ def main(args: argparse.Namespace) -> None:
     output = args.output or args.colmap.with_suffix(".h5")
     check_outputs(output, args.colmap, args.resume)
     names = [] if is_video(args.images) else find_images(args.images)
+    job = replace(job, names=names)
     if args.match and names:
         pairs_of(args, names)  # whose file should be good before the work, not after
     matcher = matcher_from(args, args.model, mutual_device=args.device) if args.match else None

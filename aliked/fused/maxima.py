@@ -9,6 +9,7 @@ import torch
 
 from aliked.configs import RADIUS, most_rows
 from aliked.fused import cuda_source, launches
+from aliked.fused.common import operator
 
 # What is kept with the keys, in int32: the number of keys per bin of scores, the number of keys,
 # then what `select` adds: how many it kept, and whether their order is that of the image; one more
@@ -42,7 +43,7 @@ def _allocate(scores, tally):
     return scores.new_empty((batch, most_rows(height, width)), dtype=torch.int64)
 
 
-@torch.library.custom_op("aliked::find_maxima", mutates_args=("tally",))
+@operator(_allocate, mutates=("tally",))
 def find_maxima(scores: torch.Tensor, tally: torch.Tensor) -> torch.Tensor:
     """Maxima of 5x5 windows in three rounds: float32 [B, H, W] in [0, 1] to keys.
 
@@ -55,6 +56,3 @@ def find_maxima(scores: torch.Tensor, tally: torch.Tensor) -> torch.Tensor:
     run = cuda_source.compiled(SOURCE, "find_maxima", CONSTANTS, scores.device)
     run(grid(batch, height, width), BLOCK, [scores, keys, tally, height, width])
     return keys
-
-
-find_maxima.register_fake(_allocate)

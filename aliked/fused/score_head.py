@@ -3,6 +3,7 @@
 import torch
 
 from aliked.fused import cuda_source, launches
+from aliked.fused.common import operator
 from aliked.fused.conv import conv3x3
 from aliked.fused.maxima import TALLY
 from aliked.fused.score_map import blend, score_map
@@ -25,7 +26,7 @@ def _allocate(
     return scores, s1.new_empty((s1.shape[0], TALLY), dtype=torch.int32)
 
 
-@torch.library.custom_op("aliked::score_head", mutates_args=())
+@operator(_allocate)
 def score_head(
     s1: torch.Tensor, s2: torch.Tensor, s3: torch.Tensor, s4: torch.Tensor,
     first_weight: torch.Tensor, first_bias: torch.Tensor,
@@ -54,6 +55,3 @@ def score_head(
     tensors = [s1, s2, s3, s4, fragments, first_bias, second_bias, scores, tally]
     run(grid(batch, height, frame[1]), BLOCK, [*tensors, *frame, top, left, height, width])
     return scores, tally
-
-
-score_head.register_fake(_allocate)

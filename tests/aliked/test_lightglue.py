@@ -43,7 +43,7 @@ from aliked.fused import pipeline, reference
 from aliked.fused.weights import pack as pack_weights
 from aliked.images import list_images, load_image
 from aliked.lightglue import LightGlue, PairAttention, fused_attention
-from aliked.matching import Matches, matcher_inputs, matches_of_rows
+from aliked.matching import Matches, MutualMatcher, matcher_inputs, matches_of_rows
 from aliked.model import ALIKED
 from aliked.parity import (
     MATCH_FP16,
@@ -455,6 +455,23 @@ def test_a_file_of_any_counts_takes_images_without_keypoints(options, tmp_path):
         pair = [best(features, count) for count in counts]
         found = run.match(*pair, SIZE, SIZE)
         np.testing.assert_array_equal(found.indices, matcher.match(*pair, SIZE, SIZE).indices)
+
+
+@pytest.mark.parametrize("io", ["default", "colmap"])
+def test_features_of_another_precision_or_order_in_memory_are_matched(io, tmp_path):
+    path, matcher = tmp_path / "matcher.onnx", small_matcher()
+    export_matcher(matcher, path, MatcherOptions(None, io=io))
+    runs = [(ColmapMatcher if io == "colmap" else ONNXRuntimeMatcher)(path, "cpu"), matcher]
+    first = features_of(30, 1)
+    pair, others = (first, moved(first, 20)), []
+    for features, kind in zip(pair, (np.float64, np.float16), strict=True):
+        rows = (values.astype(kind)[::-1] for values in vars(features).values())
+        others.append(Features(*rows))
+    for run in [*runs, MutualMatcher()]:
+        found, expected = run.match(*others, SIZE, SIZE), run.match(*pair, SIZE, SIZE)
+        indices = np.array((29, 19)) - found.indices[::-1]
+        np.testing.assert_array_equal(indices, expected.indices)
+        assert found.scores.dtype == np.float32 and len(expected) > 10
 
 
 def test_exporting_leaves_the_matcher_as_it_was(tmp_path):
