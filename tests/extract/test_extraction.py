@@ -26,7 +26,7 @@ from aliked.features import Features
 from aliked.images import find_images, load_image, read_header
 from aliked.lanes import DecodingLane, Lane
 from aliked.store import FeatureStore
-from aliked.video import frames
+from aliked.video import frames, is_video
 from tests.helpers.photos import STORED, TURNED, Brightest, noise, write_photo
 
 
@@ -312,6 +312,13 @@ def test_what_is_no_video_is_refused(tmp_path):
         next(frames(tmp_path / "nowhere.mp4"))
     with pytest.raises(InputError, match="camera 97 gives no image"):
         next(frames("97"))
+
+
+def test_a_folder_may_have_a_number_for_a_name(tmp_path, extractor, monkeypatch):
+    write_photo(tmp_path / "2024/a.png", noise(1))
+    monkeypatch.chdir(tmp_path)
+    assert is_video("2023") and not is_video("2024") and not is_video("²")
+    assert run(Path("2024"), tmp_path / "f.h5")[0].names() == ["a.png"]
 
 
 def test_too_little_memory_is_said_in_a_sentence(tmp_path, extractor, monkeypatch):
