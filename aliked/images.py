@@ -65,7 +65,8 @@ def find_images(folder: Path) -> list[str]:
     names = []
     for parent, folders, files in os.walk(folder, onerror=list_error.append):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        names += [Path(parent, name).relative_to(folder).as_posix() for name in files]
+        below = Path(parent).relative_to(folder).as_posix()
+        names += files if below == "." else [f"{below}/{name}" for name in files]
     if list_error:
         error = list_error[0]
         raise InputError(
@@ -92,8 +93,6 @@ class Header(NamedTuple):
 HEADER_BYTES, PNG_BYTES = 2**13, 2**16  # read for a header: a PNG's EXIF may come late
 MOST_PIXELS = 2**30  # of an image, as OpenCV has it
 _pillow_limit = threading.Lock()  # one for all threads
-
-
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -369,3 +368,14 @@ def quiet_opencv() -> Iterator[None]:
         yield
     finally:
         cv2.utils.logging.setLogLevel(level)
+
+
+@contextlib.contextmanager
+def one_opencv_thread() -> Iterator[None]:
+    """Keep OpenCV from starting threads of its own: every image has one already."""
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    try:
+        yield
+    finally:
+        cv2.setNumThreads(threads)

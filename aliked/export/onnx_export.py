@@ -18,7 +18,7 @@ import torch
 from onnx_ir.passes import common as passes
 from torch import nn
 
-from aliked.configs import RADIUS, STRIDE, Form
+from aliked.configs import RADIUS, STRIDE, Form, most_rows
 from aliked.detection import inner, refine, suppress_non_maxima
 from aliked.errors import InputError
 from aliked.export.deform_conv_onnx import NATIVE_TRANSLATION, standard_deform_conv
@@ -69,7 +69,7 @@ class ColmapGraph(nn.Module):
     ) -> list[torch.Tensor]:
         """The outputs in the order of `output_names`."""
         features, score_map = self.model.encode(image)
-        candidates = inner(suppress_non_maxima(score_map, self.model.form.exported))
+        candidates = inner(suppress_non_maxima(score_map, self.model.form))
         passing = (candidates > min_score.clamp(min=0)).sum()
         k = torch.minimum(max_keypoints, passing).clamp(min=0)
         if torch.jit.is_tracing():
@@ -156,7 +156,7 @@ def check_options(options: ExportOptions, model: ALIKED) -> None:
     if options.io == "opencv":
         _check_opencv(options, model)
     top_k = model.top_k if model.top_k > 0 else model.n_limit
-    room = (options.height - 2 * RADIUS) * (options.width - 2 * RADIUS)
+    room = most_rows(options.height, options.width)
     if top_k > room:
         raise InputError(
             f"{top_k} keypoints are more than a {options.width}x{options.height} image can give "
@@ -377,13 +377,9 @@ def in_exported_form(model: ALIKED, dynamic: bool, exported: bool = True) -> ALI
     return model
 
 
-@contextlib.contextmanager
-def silence(quiet: bool):
-    """Keep the exporters' progress lines off the terminal."""
-    with contextlib.ExitStack() as stack:
-        if quiet:
-            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        yield
+def silence(quiet: bool) -> contextlib.AbstractContextManager:
+    """Keep the exporters' progress lines off the terminal, where that is to be `quiet`."""
+    return contextlib.redirect_stdout(io.StringIO()) if quiet else contextlib.nullcontext()
 
 
 def measure_behind_the_cast(proto: onnx.ModelProto) -> None:

@@ -1,5 +1,6 @@
 """LightGlue is the published matcher, in every form in which it runs here."""
 
+import copy
 import dataclasses
 import functools
 
@@ -21,8 +22,10 @@ from aliked.backends.onnxruntime_lightglue import (
     ONNXRuntimePair,
 )
 from aliked.backends.tensorrt import manifest_path
+from aliked.backends.tensorrt_library import RTX, tf32_is_off
 from aliked.errors import InputError
 from aliked.export import build
+from aliked.export.builder import BuildOptions, build_plan
 from aliked.export.engine import read_source
 from aliked.export.lightglue import (
     MatcherOptions,
@@ -34,6 +37,7 @@ from aliked.export.lightglue import (
     verify_matcher,
     verify_pair,
 )
+from aliked.export.rtx_graph import sum_in_float32
 from aliked.features import Features
 from aliked.fused import pipeline, reference
 from aliked.fused.weights import pack as pack_weights
@@ -599,6 +603,30 @@ def test_tensorrt_for_rtx_builds_the_matcher(top_k, precision, tmp_path):
     assert builds(path, shapes)
 
 
+def test_an_engine_sums_products_of_halves_in_float32(tmp_path):
+    """An engine holds the source and settings of its kernels, those of attention among them."""
+    path = tmp_path / "matcher.onnx"
+    export_matcher(small_matcher().set_precision("fp16"), path, MatcherOptions(40))
+    if reason := RTX.cannot_build():
+        pytest.skip(reason)
+    plan = build_plan(RTX, path, BuildOptions(tf32=not tf32_is_off()))
+    assert b"accumulation_type=2" in plan and b"hmma_fp32_traits" in plan
+    assert b"accumulation_type=0" not in plan and b"hmma_fp16_traits" not in plan
+
+
+def test_summing_in_float32_changes_no_function(tmp_path):
+    path = tmp_path / "matcher.onnx"
+    model = export_matcher(small_matcher().set_precision("fp16"), path, MatcherOptions(40))
+    inputs = matcher_inputs((features_of(40, 0), features_of(33, 0)), (SIZE, SIZE), 40)
+    run = onnxruntime.InferenceSession
+    before, after = (
+        run(made.SerializeToString()).run(None, inputs)
+        for made in (model, sum_in_float32(copy.deepcopy(model)))
+    )
+    assert (before[0] == after[0]).all() and (before[0] >= 0).sum() > 5
+    np.testing.assert_allclose(before[1], after[1], atol=0.01)
+
+
 def test_tensorrt_for_rtx_builds_a_pair_of_any_sizes(tmp_path):
     path, matcher = tmp_path / "pair.onnx", small_matcher(descriptor_dim=64)
     options = PairOptions((96, 64), (96, 64), dynamic=True)
@@ -656,7 +684,7 @@ def open_rtx(spec, graph="matcher"):
     [
         (lambda engine: engine.write_bytes(engine.read_bytes()[:-7]), "truncated"),
         (lambda engine: manifest_path(engine).unlink(), r"\.rtx\.json is missing"),
-        (lambda engine: engine.unlink(), "does not exist"),
+        (lambda engine: engine.unlink(), "does not exist; build it with build_lightglue_file"),
     ],
 )
 def test_a_damaged_engine_of_lightglue_is_refused(damage, says, rtx_spec):
@@ -677,7 +705,7 @@ def test_an_engine_of_lightglue_of_another_version_is_refused(rtx_spec, monkeypa
         ({}, "pair", "the graph of .* is matcher, not pair"),
         ({"top_k": 41}, "matcher", "the top_k of .* is 40, not 41"),
         ({"precision": "fp16"}, "matcher", "is float32; ask for fp32"),
-        ({"model_path": None}, "matcher", "needs an engine"),
+        ({"model_path": None}, "matcher", "needs an engine; .* as written by build_lightglue_file"),
     ],
 )
 def test_an_engine_that_was_not_asked_for_is_refused(changes, graph, says, rtx_spec):
