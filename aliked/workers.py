@@ -388,6 +388,10 @@ class Writer:
         self._thread = ThreadPoolExecutor(1, "aliked-place")
         self._waiting: deque[Future] = deque()
 
+    def __contains__(self, name: str) -> bool:
+        """Whether this is written already: the file that grows has all batches put anew."""
+        return False
+
     def write(self, name: str, features: Features, size: tuple[int, int]) -> None:
         """Take the features of an image of the batch."""
         self._images[name] = arrays_of(features, size)

@@ -151,6 +151,20 @@ def test_bad_files_are_named_skipped_and_counted(tmp_path, extractor):
         run(folder, tmp_path / "strict.h5", strict=True)
 
 
+def test_a_run_that_leaves_out_bad_files_is_over_when_it_goes_on(tmp_path, extractor):
+    """Nothing is written, not even the file anew, for a batch that has one of them."""
+    whole = write_photo(tmp_path / "p/cut.jpg", noise(1)).read_bytes()
+    write_photo(tmp_path / "p/good.jpg", noise(2))
+    (tmp_path / "p/cut.jpg").write_bytes(whole[:-9])
+    run(tmp_path / "p", tmp_path / "f.h5")
+    before = (tmp_path / "f.h5").stat()
+    store, tally = run(tmp_path / "p", tmp_path / "f.h5")
+    assert (store.names(), len(tally.skipped)) == (["good.jpg"], 1)
+    assert (tmp_path / "f.h5").stat().st_ino == before.st_ino
+    (tmp_path / "p/cut.jpg").write_bytes(whole)
+    assert run(tmp_path / "p", tmp_path / "f.h5")[0].names() == ["cut.jpg", "good.jpg"]
+
+
 def test_a_file_whose_header_lies_is_bad(tmp_path, extractor):
     path = write_photo(tmp_path / "p/a.png", noise(1, 64, 48))
     write_photo(tmp_path / "p/b.png", noise(2, 64, 48))
