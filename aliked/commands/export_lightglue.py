@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from aliked.cli import Parser, add_matcher_weights, add_model_options, command_line, whole
+from aliked.commands.export import checked_output
 from aliked.configs import Form
 from aliked.doctor import installed_versions
 from aliked.download import offer_download
@@ -24,7 +25,7 @@ from aliked.export.lightglue import (
     verify_matcher,
     verify_pair,
 )
-from aliked.files import scratch_file, sha256, writable_folder, write_json
+from aliked.files import scratch_file, sha256, write_json
 from aliked.images import list_images, load_image
 from aliked.lightglue import LightGlue
 from aliked.model import ALIKED, PRECISIONS
@@ -142,11 +143,7 @@ def output_path(args: argparse.Namespace) -> Path:
     rows = "any" if open_count else f"top{args.top_k}"
     kind = "colmap" if args.io == "colmap" else args.graph
     name = f"lightglue-{kind}-{rows}-{args.precision}.onnx"
-    path = args.model_output or Path("converted_model") / name
-    if path.suffix != ".onnx" or path.is_dir():
-        raise InputError(f"--model_output {path} is not the name of an .onnx file; give one")
-    writable_folder(path.parent)
-    return path
+    return checked_output(args.model_output or Path("converted_model") / name)
 
 
 def load_pairs(args: argparse.Namespace) -> list[Images]:

@@ -46,7 +46,14 @@ from aliked.export.builder import (
 from aliked.export.onnx_checks import check_model
 from aliked.export.onnx_graph import Target, graph_precision, load_model
 from aliked.features import OUTPUTS
-from aliked.files import read_text, sha256, writable_folder, write_json
+from aliked.files import (
+    check_outputs,
+    read_text,
+    real_path,
+    sha256,
+    writable_folder,
+    write_json,
+)
 from aliked.matching import TENSORS
 from aliked.parity import TOLERANCES
 
@@ -338,9 +345,21 @@ def convert(request: Request) -> bool:
 
 
 def _named(request: Request, library: Library) -> Request:
-    """The request with its engine's path, by default of the suffix that benchmarks use."""
+    """The request with its engine's path, by default of the suffix that benchmarks use.
+
+    `InputError` where no engine can be written there, or the file that it is built from lies there.
+    """
     suffix = ".rtx" if library is RTX else ".trt"
     path = request.engine_path or request.onnx_path.with_suffix(suffix)
+    kinds = ("", ".json", *LAYER_SUFFIXES)
+    files = [Path(f"{path}{name}{kind}") for name in ("", ".rejected") for kind in kinds]
+    check_outputs(files, "--model_trt_path")
+    source = (request.onnx_path, manifest_path(request.onnx_path))
+    if not set(map(real_path, files)).isdisjoint(map(real_path, source)):
+        raise InputError(
+            f"the engine {path} would take the place of {request.onnx_path} or its manifest; give "
+            "another --model_trt_path"
+        )
     return dataclasses.replace(request, engine_path=path)
 
 

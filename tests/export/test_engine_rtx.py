@@ -184,6 +184,32 @@ def test_the_manifest_says_whether_float32_may_be_tf32(
     assert tf32_is_off() == (precision == "fp32")
 
 
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("model.onnx", "would take the place of"),
+        ("model.onnx.json", "would take the place of"),
+        ("folder", "is not the name of a file"),
+        ("under", "under.json is not the name of a file"),
+        ("n" * 240, "is too long; give a shorter --model_trt_path"),
+        ("", "is not the name of a file"),
+    ],
+)
+def test_a_name_that_cannot_be_the_engines_is_refused_before_the_build(
+    build, onnx_path, tmp_path, monkeypatch, capsys, name, says
+):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("folder", "under.json"):
+        (tmp_path / folder).mkdir()
+    Path("model.onnx.json").write_text("{}")
+    there, source = files(tmp_path), onnx_path.read_bytes()
+    monkeypatch.setattr(engine_module, "build_plan", None)
+    assert build("--model_trt_path", name) == 2
+    assert says in capsys.readouterr().err
+    assert files(tmp_path) == there
+    assert onnx_path.read_bytes() == source
+
+
 def test_the_inspector_is_refused_before_the_build(build, tmp_path, capsys):
     assert build("--inspect") == 2
     assert "--inspect needs a GPU" in capsys.readouterr().err
