@@ -153,10 +153,25 @@ def load_pairs(args: argparse.Namespace) -> list[Images]:
     if len(paths) < 2:
         raise InputError(f"{args.images} holds {len(paths)} image; the check needs two")
     images = [(path.name, load_image(path)) for path in paths]
-    return [
+    pairs = [
         Images(f"{name0} - {name1}", image0, image1)
         for (name0, image0), (name1, image1) in itertools.pairwise(images)
     ]
+    if args.graph == "pair" and not args.dynamic:
+        require_first_sizes(args.images, pairs)
+    return pairs
+
+
+def require_first_sizes(folder: Path, pairs: list[Images]) -> None:
+    """Raise `InputError` at the first pair whose sizes are not those of the first one."""
+    sizes = [" and ".join("{1}x{0}".format(*image.shape) for image in pair[1:]) for pair in pairs]
+    for pair, size in zip(pairs, sizes, strict=True):
+        if size != sizes[0]:
+            raise InputError(
+                f"{pair.name} in {folder} have {size} pixels, but {pairs[0].name} have {sizes[0]}; "
+                "a file for fixed sizes is checked on pairs of them: give images of one size, pass "
+                "--num_pairs 1, or export it with --dynamic for any"
+            )
 
 
 def matcher_job(args: argparse.Namespace, matchers: list[LightGlue], pairs: list[Images]) -> Job:
