@@ -82,7 +82,8 @@ class Selection:
 
     def rows(self, height: int, width: int) -> int:
         """Return how many rows an image's outputs have, fill-ins included."""
-        return min(self.limit, (height - 2 * RADIUS) * (width - 2 * RADIUS))
+        room = max(height - 2 * RADIUS, 0) * max(width - 2 * RADIUS, 0)
+        return min(self.limit, room)
 
     def __str__(self) -> str:
         if not self.by_threshold:

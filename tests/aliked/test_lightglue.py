@@ -548,6 +548,16 @@ def test_a_pair_of_nets_that_do_not_fit_is_refused(tmp_path):
         )
 
 
+@pytest.mark.parametrize("small", [0, 1])
+def test_a_pair_of_more_keypoints_than_an_image_has_pixels_is_refused(small, tmp_path):
+    model, matcher = ALIKED("aliked-t16", top_k=50), small_matcher(layers=1, descriptor_dim=64)
+    sizes = [(40, 40), (40, 40)]
+    sizes[small] = (9, 13)
+    with pytest.raises(InputError, match=r"50 keypoints .* 9x13 image can give \(45\)"):
+        export_pair(model, matcher, tmp_path / "pair.onnx", PairOptions(*sizes))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_of_fixed_sizes_is_not_exported_for_a_folder_of_others(tmp_path):
     for name, width in (("a", 60), ("b", 60), ("c", 50)):
         cv2.imwrite(str(tmp_path / f"{name}.png"), texture(40, width, 1))

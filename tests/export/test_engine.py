@@ -243,6 +243,7 @@ def test_a_dynamic_file_is_built_with_its_shapes(machine, build, onnx_path, tmp_
         ("--min_shape 3x32x32 --opt_shape 3x48x64 --max_shape 3x96x96", "does not fit"),
         ("--min_shape 1x3x9x9 --opt_shape 1x3x9x9 --max_shape 1x3x40x40", "photographs"),
         ("--min_shape 1x3x8x8 --opt_shape 1x3x9x9 --max_shape 1x3x64x96", "room for 16 keypoints"),
+        ("--min_shape 1x3x1x1 --opt_shape 1x3x9x9 --max_shape 1x3x64x96", "room for 0 keypoints"),
     ],
 )
 def test_shapes_that_do_not_fit_a_dynamic_file_are_refused(
