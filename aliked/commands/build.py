@@ -24,10 +24,7 @@ from aliked.export.onnx_graph import Target
 
 def shape(text: str) -> Shape:
     """A shape such as 1x3x480x640."""
-    sizes = tuple(int(size) for size in text.split("x"))
-    if min(sizes) < 1:
-        raise ValueError(text)
-    return sizes
+    return tuple(map(whole(1), text.split("x")))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -85,8 +82,8 @@ def add_build_options(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="SM",
         help="GPUs of an engine by TensorRT for RTX, of "
-        f"{', '.join(COMPUTE_CAPABILITIES)}; Turing, SM75, and the GPU of this machine, "
-        "CURRENT, only on their own (default: Ampere and later)",
+        f"{', '.join(COMPUTE_CAPABILITIES)}; CURRENT, the GPU of this machine, only on its own "
+        "(default: Ampere and later; Turing, SM75, has to be named)",
     )
     group.add_argument(
         "--optimization_level",

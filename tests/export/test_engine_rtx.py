@@ -161,6 +161,14 @@ def test_a_dynamic_file_is_built_with_its_shapes_and_not_without(
     assert manifest["shapes"] == [[1, 3, 32, 32], [1, 3, 48, 64], [3, 3, 64, 96]]
 
 
+@pytest.mark.parametrize("side", [3_000_000_000, 10**20])
+def test_a_side_that_no_library_can_count_is_refused(build, onnx_path, tmp_path, capsys, side):
+    write_small_model(onnx_path, dynamic=True)
+    shapes = ["--min_shape", "1x3x32x32", "--opt_shape", "1x3x48x64"]
+    assert build(*shapes, "--max_shape", f"1x3x{side}x64") == 2
+    assert f"--max_shape: {side} is no whole number to go by" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "option",
     ["--timing_cache x", "--version_compatible", "--hardware_compatible"],
