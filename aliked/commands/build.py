@@ -14,7 +14,7 @@ from aliked.backends.tensorrt_library import (
     SEVERITIES,
     Library,
 )
-from aliked.cli import Parser, whole
+from aliked.cli import Parser, is_command, whole
 from aliked.errors import InputError
 from aliked.export.builder import BuildOptions, Shape, parse_file
 from aliked.export.engine import Request, convert, verify
@@ -250,5 +250,6 @@ def main(args: argparse.Namespace) -> int:
         num_images=args.num_images,
         weights=args.weights,
         memory=args.memory,
+        script="aliked build" if is_command() else Request.script,
     )
     return 0 if convert(request) else 1

@@ -262,7 +262,6 @@ def _describe(tensor: dict) -> str:
 
 
 LAYER_SUFFIXES = (".layers.json", ".layers.txt")
-SCRIPT = "python convert_onnx_to_trt.py"
 
 
 @dataclass(frozen=True)
@@ -283,6 +282,7 @@ class Request:
     num_images: int = 10  # of that folder
     weights: Path | None = None  # of the PyTorch reference
     memory: str = "torch"  # of the verification
+    script: str = "python convert_onnx_to_trt.py"  # as the user calls this
 
 
 def choose_library(builder: str | None) -> tuple[Library, str]:
@@ -326,7 +326,7 @@ def convert(request: Request) -> bool:
     unverified = _unverifiable(manifest, library) if request.verify else "--no_verify"
     judge = None if unverified else _prepare_verification(request, source, shapes)
     if unverified and not request.judged_by:
-        manifest["verify_with"] = _verify_command(request.engine_path, manifest)
+        manifest["verify_with"] = _verify_command(request, manifest)
     if options.detailed and (reason := library.unavailable()):
         raise InputError(f"--inspect needs a GPU to ask the engine on, and {reason}; leave it out")
     writable_folder(request.engine_path.parent)
@@ -521,8 +521,12 @@ def build_lightglue(
         _keep(draft, path, passed=True)
 
 
-def _verify_command(engine: Path, manifest: dict) -> str:
-    words = [*SCRIPT.split(), "--verify", str(engine)]
+def _verify_command(request: Request, manifest: dict) -> str:
+    """The command that does later what the request asked for and cannot be done here."""
+    words = [*request.script.split(), "--verify", str(request.engine_path)]
+    for name in ("num_images", "weights", "memory"):
+        if getattr(request, name) != getattr(Request, name):
+            words += [f"--{name}", str(getattr(request, name))]
     return shlex.join(words) + ("" if manifest["source"]["images"] else " --images FOLDER")
 
 

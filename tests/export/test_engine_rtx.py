@@ -16,6 +16,7 @@ from aliked import cli, gpu
 from aliked.backends import Spec
 from aliked.backends.tensorrt import precision_of, read_manifest
 from aliked.backends.tensorrt_library import TF32_OVERRIDE, tf32_is_off
+from aliked.commands import build as build_command
 from aliked.export import build as build_module
 from aliked.export import builder as builder_module
 from aliked.export import engine as engine_module
@@ -113,6 +114,32 @@ def test_the_manifest_names_library_gpus_source_and_precision(build, tmp_path, o
     assert manifest["source"]["images"] is None
     assert manifest["verify_with"].endswith("--images FOLDER")
     assert "compute capability 8.6 and 8.9" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("program", "options", "command"),
+    [
+        (
+            "convert_onnx_to_trt.py",
+            ["--num_images", 3, "--weights", "my weights.pth"],
+            "python convert_onnx_to_trt.py --verify {} --num_images 3 --weights 'my weights.pth'",
+        ),
+        (
+            "/usr/bin/aliked",
+            ["--no_verify", "--memory", "pycuda"],
+            "aliked build --verify {} --memory pycuda",
+        ),
+    ],
+)
+def test_how_an_engine_is_to_be_verified_is_not_forgotten(
+    onnx_path, tmp_path, monkeypatch, program, options, command
+):
+    monkeypatch.setattr(engine_module, "build_plan", lambda *_: b"plan")
+    monkeypatch.setattr(sys, "argv", [program])
+    arguments = ["--model_onnx_path", onnx_path, "--images", tmp_path, *options]
+    assert build_command.main(build_command.parser().parse_args(list(map(str, arguments)))) == 0
+    engine = tmp_path / "model.rtx"
+    assert read_manifest(engine)["verify_with"] == command.format(engine)
 
 
 @pytest.mark.parametrize("model", [{"half": True}, {"uint8": True}, {"batch": 2}, {"opset": 18}])
