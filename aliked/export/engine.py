@@ -166,7 +166,7 @@ def export_command(source: Source, precision: str) -> str:
     if made.get("top_k", 0) > 0:
         words.append(f"--top_k {made['top_k']}")
     elif {"scores_th", "n_limit"} <= made.keys():
-        words.append(f"--scores_th {made['scores_th']} --n_limit {made['n_limit']}")
+        words.append(f"--top_k 0 --scores_th {made['scores_th']} --n_limit {made['n_limit']}")
     else:
         words.append("--top_k K")
     if -1 in source.shape:

@@ -17,6 +17,7 @@ from aliked.backends import Spec
 from aliked.backends.tensorrt import precision_of, read_manifest
 from aliked.backends.tensorrt_library import TF32_OVERRIDE, tf32_is_off
 from aliked.commands import build as build_command
+from aliked.commands import export as export_command
 from aliked.export import build as build_module
 from aliked.export import builder as builder_module
 from aliked.export import engine as engine_module
@@ -149,6 +150,16 @@ def test_every_form_of_a_file_is_built(build, onnx_path, tmp_path, model):
     assert read_manifest(tmp_path / "model.rtx")["precision"] == (
         "FP16" if "half" in model else "FP32"
     )
+
+
+def test_the_export_in_another_precision_can_be_typed_as_it_is_said(build, onnx_path, capsys):
+    write_small_model(onnx_path, metadata={"top_k": 0, "scores_th": 0.3, "n_limit": 50})
+    assert build("--precision_mode", "FP16") == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    given = export_command.parser().parse_args(said.split()[2:])
+    export_command.resolve(given)
+    assert (given.top_k, given.scores_th, given.n_limit) == (0, 0.3, 50)
+    assert given.precision == "fp16"
 
 
 def test_turing_is_built_for_where_it_is_named(build, tmp_path):
