@@ -108,6 +108,11 @@ def read_source(path: Path) -> Source:
     dims = inputs[0].type.tensor_type.shape.dim
     shape = tuple(dim.dim_value if dim.HasField("dim_value") else -1 for dim in dims)
     export = _export_metadata(path, model)
+    if export.get("io", "default") != "default":
+        raise InputError(
+            f"{path} was exported with --io {export['io']}, for another program's runtime; export "
+            "it with the default --io"
+        )
     # A float32 export counts maxima in half precision, which holds small whole numbers exactly.
     said = str(export.get("precision", "")).upper()
     precision = said if said in ("FP32", "FP16") else graph_precision(model)

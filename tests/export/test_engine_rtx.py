@@ -269,6 +269,13 @@ def test_native_deform_conv_is_refused_with_a_cure(build, onnx_path, tmp_path, c
     assert files(tmp_path) == {"model.onnx"}
 
 
+def test_a_file_for_another_program_is_refused_with_a_cure(build, onnx_path, tmp_path, capsys):
+    write_small_model(onnx_path, metadata={"io": "opencv"})
+    assert build() == 2
+    assert "exported with --io opencv" in capsys.readouterr().err
+    assert files(tmp_path) == {"model.onnx"}
+
+
 def test_what_the_parser_refuses_is_said_whole_and_leaves_nothing(
     build, onnx_path, tmp_path, monkeypatch, capsys
 ):
