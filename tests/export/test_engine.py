@@ -341,6 +341,15 @@ def test_a_damaged_timing_cache_is_refused_and_left_alone(machine, build, tmp_pa
     assert cache.read_text() == "garbage"
 
 
+def test_a_timing_cache_that_cannot_be_written_is_refused_before_the_build(
+    machine, build, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("aliked.export.builder.stopped_at_a_step", None)  # around the build
+    assert build("--timing_cache", tmp_path / "file" / "timing.cache") == 2
+    assert "cannot write into" in capsys.readouterr().err
+
+
 def test_inspect_writes_the_layers_as_json_and_text(machine, build, tmp_path, capsys):
     assert build("--inspect") == 0
     layers = json.loads((tmp_path / "model.trt.layers.json").read_text())["Layers"]
