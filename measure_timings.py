@@ -15,23 +15,19 @@ from tqdm import tqdm
 from aliked import cli
 from aliked.backends import BACKENDS, Spec, get_backend
 from aliked.backends.pytorch import COMPILE_MODES
-from aliked.cli import (
-    add_device_option,
-    add_matcher_weights,
-    add_size_option,
-    add_weights_option,
-    check_selection,
-    cosine,
-    positive,
-    seed,
-    share,
-    whole,
-)
+from aliked.cli import cosine, positive, seed, share, whole
 from aliked.configs import CONFIGS, PRECISIONS, get_config
 from aliked.download import offer_download
 from aliked.errors import InputError
 from aliked.files import real_path, writable_folder
 from aliked.matching import LIGHTGLUE_DIM, MATCHERS, check_descriptor_length
+from aliked.options import (
+    add_device_option,
+    add_matcher_weights,
+    add_size_option,
+    add_weights_option,
+    check_selection,
+)
 from benchmark.artifacts import check_model_file
 from benchmark.plots import write_report
 from benchmark.records import AnyRecord, load_records, only_writer, resume

@@ -10,7 +10,6 @@ import shutil
 import signal
 import sqlite3
 import threading
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from aliked.errors import InputError, first_line, missing_package
 from aliked.extraction import TURNS
 from aliked.features import Features
 from aliked.files import SANE_BYTES, as_path, open_regular, read_text
-from aliked.images import MOST_BYTES, natural
+from aliked.images import natural, open_header
 from aliked.matching import Matcher
 from aliked.store import FeatureStore
 
@@ -221,10 +219,11 @@ class ImageWriter:
     def _compare(self, path: Path, image: Any, features: Features) -> None:
         keypoints = self.database.read_keypoints(image.image_id)
         descriptors = self.database.read_descriptors(image.image_id)
+        expected = self._descriptors(features).data.ravel()  # without rows it has no columns there
         same = (
             np.array_equal(keypoints, in_colmap(features))
             and descriptors.type == self.type
-            and np.array_equal(descriptors.data, self._descriptors(features).data)
+            and np.array_equal(descriptors.data.ravel(), expected)
         )
         if not same:
             raise InputError(f"{path} has other features of {image.name}; name another database")
@@ -232,7 +231,7 @@ class ImageWriter:
     def _descriptors(self, features: Features) -> Any:
         """Rows of float32 as bytes, as COLMAP keeps them."""
         rows = np.ascontiguousarray(features.descriptors, np.float32)
-        data = rows.view(np.uint8).reshape(len(rows), -1)
+        data = rows.view(np.uint8)  # [N, 4 D]
         return self.colmap.FeatureDescriptors(self.type, data)
 
     def _shares(self, name: str, exif: dict, size: tuple[int, int]) -> Any:
@@ -305,11 +304,7 @@ def read_exif(path: Path) -> dict[int, Any]:
     Empty where there is none that can be read.
     """
     try:
-        with (
-            warnings.catch_warnings(action="ignore"),
-            open_regular(path, MOST_BYTES) as file,
-            Image.open(file) as image,
-        ):
+        with open_header(path) as image:
             tags = image.getexif()
             found = dict(tags) | dict(tags.get_ifd(EXIF))
             position = _position(tags.get_ifd(GPS))

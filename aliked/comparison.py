@@ -82,9 +82,7 @@ def by_score(features: Features) -> Features:
     return Features(features.keypoints[order], features.scores[order], features.descriptors[order])
 
 
-def compare_matches(
-    first: ImageComparison, second: ImageComparison, matcher: Matcher
-) -> MatchChange:
+def match_change(first: ImageComparison, second: ImageComparison, matcher: Matcher) -> MatchChange:
     """Match two images with either runtime's features, and see which matches are the same.
 
     Two matches are the same when the keypoints at both their ends are pairs.

@@ -45,6 +45,11 @@ def get_config(name: str) -> Config:
     return CONFIGS[name]
 
 
+def most_rows(height: int, width: int) -> int:
+    """The pixels of an image at which there can be a keypoint: detection drops its border."""
+    return max(height - 2 * RADIUS, 0) * max(width - 2 * RADIUS, 0)
+
+
 @dataclass(frozen=True)
 class Selection:
     """Which keypoints of an image are kept: the best, or those above a threshold."""
@@ -82,8 +87,7 @@ class Selection:
 
     def rows(self, height: int, width: int) -> int:
         """Return how many rows an image's outputs have, fill-ins included."""
-        room = max(height - 2 * RADIUS, 0) * max(width - 2 * RADIUS, 0)
-        return min(self.limit, room)
+        return min(self.limit, most_rows(height, width))
 
     def __str__(self) -> str:
         if not self.by_threshold:

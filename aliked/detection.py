@@ -13,6 +13,7 @@ from aliked.patches import get_patches
 from aliked.sampling import bilinear_sample
 
 WINDOW = 2 * RADIUS + 1
+WHOLE = 8  # half-precision values that a product loads at once: rows of others are slow
 TEMPERATURE = 0.1  # of the soft-argmax
 MAX_TOP_K = 3840  # that one TopK of TensorRT can return
 # Values that TensorRT sorts in one block; a TopK of twice as many takes four times as long.
@@ -59,12 +60,26 @@ def band(length: int, device: torch.device) -> torch.Tensor:
     return ((pixel[:, None] - pixel).abs() <= RADIUS).half()
 
 
-def suppress_non_maxima(scores: torch.Tensor, exported: bool = False) -> torch.Tensor:
+def suppress_non_maxima(scores: torch.Tensor, form: Form | None = None) -> torch.Tensor:
     """Zero every score that is not a maximum of its 5x5 window; scores: [B, 1, H, W].
 
-    Two extra rounds recover maxima that were only suppressed by suppressed neighbours.
+    Two extra rounds recover maxima that were only suppressed by suppressed neighbours. Exported for
+    known sizes, the map is filled up with zeros until its rows are whole for the products.
     """
-    bands = tuple(band(side, scores.device) for side in scores.shape[-2:]) if exported else None
+    if form is None or not form.exported:
+        return found_in_rounds(scores, None)
+    height, width = scores.shape[-2:]
+    below, right = (-int(height) % WHOLE, -int(width) % WHOLE) if form.static else (0, 0)
+    filled = F.pad(scores, (0, right, 0, below)) if below or right else scores
+    bands = tuple(band(side, scores.device) for side in filled.shape[-2:])
+    return found_in_rounds(filled, bands)[..., :height, :width]
+
+
+def found_in_rounds(
+    scores: torch.Tensor, bands: tuple[torch.Tensor, torch.Tensor] | None
+) -> torch.Tensor:
+    """`suppress_non_maxima` of a map as it is; for `bands` see `near_any`."""
+    exported = bands is not None
     rest = scores  # without what is near a maximum
     maxima = found = torch.where(rest == window_max(rest, exported), rest, 0.0)
     for _ in range(2):
@@ -242,7 +257,7 @@ def detect(
     `top_k` > 0 selects the best `top_k`; otherwise those above `scores_th`, at most `n_limit`. An
     image in which none is has no keypoint if `strict`, else those above its mean score.
     """
-    candidates = inner(suppress_non_maxima(score_map, form.exported))
+    candidates = inner(suppress_non_maxima(score_map, form))
     if top_k > 0:
         selected = select_top_k(candidates, top_k, form.static)
     else:

@@ -67,15 +67,19 @@ def draw_matches(
     if lines is not None and lines < len(matches):
         drawn = _chosen(features0, features1, matches, lines, correct)
         caption += f" ({len(drawn)} drawn)"
-    dim = (colours * BRIGHTNESS).astype(int).tolist()
-    _draw_dots(canvas, start, dim, 0.6 * radius)
-    _draw_dots(canvas, end, dim, 0.6 * radius)
-    colours = colours[drawn].tolist()
-    opacity = np.clip(LINES / max(len(drawn), 1), 0.3, 0.9)
-    _draw_lines(canvas, start[drawn], end[drawn], colours, opacity)
-    _draw_dots(canvas, start[drawn], colours, radius)
-    _draw_dots(canvas, end[drawn], colours, radius)
+    _draw_matched(canvas, start, end, colours, drawn, radius)
     return _add_caption(canvas, caption)
+
+
+def _draw_matched(canvas, start, end, colours, drawn, radius: float) -> None:
+    """Small dim dots at the ends of all matches, and lines between bright ones of those `drawn`."""
+    dim = (colours * BRIGHTNESS).astype(int).tolist()
+    for points in (start, end):
+        _draw_dots(canvas, points, dim, 0.6 * radius)
+    start, end, colours = start[drawn], end[drawn], colours[drawn].tolist()
+    _draw_lines(canvas, start, end, colours, np.clip(LINES / max(len(drawn), 1), 0.3, 0.9))
+    for points in (start, end):
+        _draw_dots(canvas, points, colours, radius)
 
 
 def _chosen(

@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,6 +65,7 @@ class Job:
     strict: bool = False  # the first bad file ends it
     half: bool = False  # descriptors in float16
     decoder: str = "opencv"  # or "nvimgcodec", of JPEGs on the GPU
+    names: Sequence[str] | None = None  # of all images, where the folder has been searched
 
     def key(self) -> dict:
         """What the features depend on besides the image, as a store of features keeps it."""
@@ -121,7 +122,7 @@ class Job:
             for name, image in frames(self.images, self.every, self.max_frames):
                 yield Photo(name, image.shape[1::-1], lambda out=None, image=image: image)
             return
-        for name in find_images(self.images):
+        for name in self.names or find_images(self.images):
             try:
                 yield _photo(self.images, name)
             except InputError as error:
@@ -406,6 +407,8 @@ def as_stored(features: Features, photo: Photo, extracted: tuple[int, int]) -> F
     if upright != extracted:
         scale = np.array(upright, np.float32) / np.array(extracted, np.float32)
         points = (points + np.float32(0.5)) * scale - np.float32(0.5)
+    if not photo.turns:
+        return Features(points, features.scores, features.descriptors)
     x, y = points.T
     if photo.turns == 1:
         x, y = width - 1 - y, x

@@ -10,7 +10,7 @@ import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from aliked.errors import InputError, shown
 
@@ -30,7 +30,7 @@ def as_path(path: object) -> Path:
         name = b"\0"
     if b"\0" in name or any(len(part) > MOST_NAME_BYTES for part in name.split(b"/")):
         raise InputError(f"{shown(str(path))} cannot be the name of a file; give a shorter path")
-    return Path(path)
+    return path if isinstance(path, Path) else Path(path)
 
 
 def real_path(path: Path) -> Path:
@@ -197,6 +197,15 @@ def whole_file(path: Path) -> Iterator[Path]:
     with scratch_file(path) as partial:
         yield partial
         os.replace(partial, path)
+
+
+def write_at(descriptor: int, offset: int, data: Any) -> None:
+    """Write bytes, or an array's, into an open file."""
+    left = memoryview(data)
+    left = left.cast("B") if left.nbytes else b""  # one without bytes cannot be
+    while left:
+        written = os.pwrite(descriptor, left, offset)
+        left, offset = left[written:], offset + written
 
 
 def write_json(path: Path, data: dict) -> None:

@@ -7,11 +7,16 @@ segmentation fault on a machine without a driver: this question has to come befo
 import ctypes
 import functools
 import sys
+import threading
 from dataclasses import dataclass
 
 from aliked.errors import InputError
 
 COMPUTE_CAPABILITY_MAJOR, COMPUTE_CAPABILITY_MINOR = 75, 76  # CUdevice_attribute, cuda.h
+
+# Held while a CUDA graph is captured: CUDA refuses other threads whatever waits for the whole
+# device meanwhile, as every capture by PyTorch does when it begins.
+CAPTURE = threading.Lock()
 
 
 @dataclass(frozen=True)

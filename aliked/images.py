@@ -6,11 +6,12 @@ import os
 import re
 import struct
 import sys
+import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from numbers import Integral
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import cv2
 import numpy as np
@@ -18,6 +19,9 @@ import numpy as np
 from aliked.errors import InputError, shown
 from aliked.features import MIN_SIDE
 from aliked.files import as_path, open_regular, read_file
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 MOST_BYTES = 2**31  # of an image file
 # Formats of images that are not read: files of these are named when they are passed over.
@@ -33,8 +37,7 @@ def list_images(folder: Path) -> list[Path]:
     """
     folder = as_path(folder)
     try:
-        with os.scandir(folder) as entries:
-            files = [entry.name for entry in entries if not entry.is_dir()]
+        _, _, files = next(os.walk(folder, onerror=_raise))  # a circle of links: a file
     except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
         reason = getattr(error, "strerror", None) or error
         raise InputError(
@@ -45,6 +48,10 @@ def list_images(folder: Path) -> list[Path]:
     if not names:
         raise InputError(f"no image in {folder}; give a folder with {', '.join(SUFFIXES)} files")
     return [folder / name for name in sorted(names, key=natural)]
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def find_images(folder: Path) -> list[str]:
@@ -58,7 +65,8 @@ def find_images(folder: Path) -> list[str]:
     names = []
     for parent, folders, files in os.walk(folder, onerror=list_error.append):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        names += [Path(parent, name).relative_to(folder).as_posix() for name in files]
+        below = Path(parent).relative_to(folder).as_posix()
+        names += files if below == "." else [f"{below}/{name}" for name in files]
     if list_error:
         error = list_error[0]
         raise InputError(
@@ -83,8 +91,8 @@ class Header(NamedTuple):
 
 
 HEADER_BYTES, PNG_BYTES = 2**13, 2**16  # read for a header: a PNG's EXIF may come late
-
-
+MOST_PIXELS = 2**30  # of an image, as OpenCV has it
+_pillow_limit = threading.Lock()  # one for all threads
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -97,7 +105,11 @@ def read_header(path: Path) -> Header:
         head = file.read(HEADER_BYTES)
         if head.startswith(PNG):
             head += file.read(PNG_BYTES)
-    return _plain_header(head) or _full_header(path)
+    header = _plain_header(head) or _full_header(path)
+    if header is None or not 0 < header.width * header.height <= MOST_PIXELS:
+        height, width = load_image(path).shape[:2]  # it says what is wrong with a file
+        header = Header(width, height, 1)
+    return header
 
 
 def _plain_header(head: bytes) -> Header | None:
@@ -119,23 +131,38 @@ def _plain_header(head: bytes) -> Header | None:
 WIDTH, HEIGHT, ORIENTATION = 0x100, 0x101, 0x112  # tags of TIFF and EXIF
 
 
-def _full_header(path: Path) -> Header:
-    from PIL import Image  # here: photographs are decoded without it
-
+def _full_header(path: Path) -> Header | None:
     try:
-        with (
-            warnings.catch_warnings(action="ignore"),
-            open_regular(path, MOST_BYTES) as file,
-            Image.open(file) as image,
-        ):
+        with open_header(path) as image:
             orientation = image.getexif().get(ORIENTATION, 1)
             # Pillow gives the size of a TIFF as it is turned.
             tags = getattr(image, "tag_v2", {})
             width, height = tags.get(WIDTH, image.width), tags.get(HEIGHT, image.height)
     except Exception:  # Pillow reads fewer kinds of pixels than OpenCV, and raises what it likes
-        height, width = load_image(path).shape[:2]
-        return Header(width, height, 1)
+        return None
     return Header(width, height, orientation if orientation in range(1, 9) else 1)
+
+
+@contextlib.contextmanager
+def open_header(path: Path) -> Iterator["Image.Image"]:
+    """A file as Pillow opens it, for what its header says: no pixel of it is decoded.
+
+    So an image may be larger than the 179 million pixels that Pillow takes for an attack, as those
+    of some telephones are.
+    """
+    from PIL import Image  # here: photographs are decoded without it
+
+    with (
+        _pillow_limit,
+        warnings.catch_warnings(action="ignore"),
+        open_regular(path, MOST_BYTES) as file,
+    ):
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            with Image.open(file) as image:
+                yield image
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
 
 
 def load_image(
@@ -295,7 +322,7 @@ def _check_colours(path: str, data: np.ndarray) -> None:
 def _tiff_tags(data: np.ndarray) -> dict[int, int]:
     """The short numbers among the first image's tags; none for another kind of file."""
     head = data[:8].tobytes()
-    if head[:4] not in TIFF:
+    if len(head) < 8 or head[:4] not in TIFF:
         return {}
     order = "<" if head[:2] == b"II" else ">"
     (start,) = struct.unpack(f"{order}I", head[4:])
@@ -341,3 +368,14 @@ def quiet_opencv() -> Iterator[None]:
         yield
     finally:
         cv2.utils.logging.setLogLevel(level)
+
+
+@contextlib.contextmanager
+def one_opencv_thread() -> Iterator[None]:
+    """Keep OpenCV from starting threads of its own: every image has one already."""
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    try:
+        yield
+    finally:
+        cv2.setNumThreads(threads)

@@ -20,7 +20,7 @@ from torch import nn
 from aliked.errors import InputError, first_line, shown
 from aliked.features import Features
 from aliked.matching import LIGHTGLUE_DIM, NO_MATCHES, Matcher, Matches, Size, check_matchable
-from aliked.model import PRECISIONS
+from aliked.model import dtype_of
 from aliked.transfer import choose_device
 from aliked.weights import LIGHTGLUE, find_weights, load_state_dict
 
@@ -319,13 +319,9 @@ class LightGlue(nn.Module, Matcher):
 
         Positions, sums, every softmax and the scores stay float32.
         """
-        if not isinstance(precision, str) or precision not in PRECISIONS:
-            raise InputError(
-                f"unknown precision {shown(precision)}; choose {' or '.join(PRECISIONS)}"
-            )
-        self.precision = precision
         for part in (self.input_proj, self.layers, self.log_assignment):
-            part.to(PRECISIONS[precision])
+            part.to(dtype_of(precision))
+        self.precision = precision
         return self
 
     @property
@@ -409,7 +405,7 @@ class LightGlue(nn.Module, Matcher):
         check_matchable(features, size, self.descriptor_dim)
         device = self.input_proj.weight.device
         keypoints, descriptors, size = (
-            torch.tensor(np.asarray(rows, np.float32), device=device)[None]
+            torch.tensor(np.ascontiguousarray(rows, np.float32), device=device)[None]
             for rows in (features.keypoints, features.descriptors, size)
         )
         return Prepared(normalize_keypoints(keypoints, size), descriptors)

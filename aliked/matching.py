@@ -113,8 +113,8 @@ def padded_rows(features: Features, size: Size, rows: int) -> Arrays:
     count = len(features)
     padding = ((0, rows - count), (0, 0))
     return {
-        "keypoints": np.pad(features.keypoints, padding),
-        "descriptors": np.pad(features.descriptors, padding),
+        "keypoints": np.pad(np.asarray(features.keypoints, np.float32), padding),
+        "descriptors": np.pad(np.asarray(features.descriptors, np.float32), padding),
         "mask": np.arange(rows) < count,
         "size": np.asarray(size, np.float32),
     }
@@ -152,11 +152,12 @@ class MutualMatcher(Matcher):
     def prepare(self, features: Features, size: Size | None = None) -> Any:
         """The descriptors, on the device; the size makes no difference."""
         check_features_type(features)
+        descriptors = np.ascontiguousarray(features.descriptors, np.float32)
         if self.device == "cpu":
-            return features.descriptors
+            return descriptors
         import torch
 
-        return torch.from_numpy(features.descriptors).to(self.device)
+        return torch.from_numpy(descriptors).to(self.device)
 
     def match_prepared(self, first: Any, second: Any) -> Matches:
         """Matches of two images' descriptors."""

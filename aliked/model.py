@@ -29,7 +29,14 @@ from aliked.pyramid import Frame, Maps, Pyramid, unit_length
 from aliked.transfer import choose_device, download, upload
 from aliked.weights import find_weights, load_state_dict
 
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}  # by precision
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    """The type that "fp32" or "fp16" computes in; `InputError` for another precision."""
+    if not isinstance(precision, str) or precision not in DTYPES:
+        raise InputError(f"unknown precision {shown(precision)}; choose {' or '.join(DTYPES)}")
+    return DTYPES[precision]
 
 
 class Output(NamedTuple):
@@ -198,12 +205,8 @@ class ALIKED(nn.Module):
 
         Inputs, outputs, coordinates, sampling, the soft-argmax and the score map stay float32.
         """
-        if not isinstance(precision, str) or precision not in PRECISIONS:
-            raise InputError(
-                f"unknown precision {shown(precision)}; choose {' or '.join(PRECISIONS)}"
-            )
+        self.to(dtype_of(precision))
         self.precision = precision
-        self.to(PRECISIONS[precision])
         for module in self.modules():
             if isinstance(module, DeformableConv2d):
                 module.regular_conv.float()

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from aliked.configs import RADIUS
 from aliked.features import Features
 from aliked.matching import Matches, check_lengths, mutual_nearest_keypoints
 
@@ -13,7 +14,6 @@ EDGE_PX = 1e-3  # rounding: 8 float32 steps of a coordinate in a 1241 px wide im
 # Where an image has no texture the score map is flat, at about 0.002, and rounding decides where
 # its maxima are. The 1000th keypoint of a photograph scores 0.02 to 0.04.
 FAINT = 0.01
-WINDOW_RADIUS_PX = 2  # `detection.RADIUS`, without PyTorch: no keypoint is farther from its maximum
 NO_TIES = np.zeros((0, 2), np.float32)
 
 
@@ -200,8 +200,15 @@ def judge(parities: Mapping[str, Parity], tolerance: Tolerance) -> Verdict:
     if not parities:
         reasons = ["no image was compared"]
     lines = _summary(list(parities.values())) if parities else []
-    lines.append(f"{'outside' if reasons else 'within'} the {tolerance.name} tolerance")
-    return Verdict(reasons, "\n".join(lines + [f"  {reason}" for reason in reasons]))
+    return _verdict(reasons, lines, tolerance)
+
+
+def _verdict(
+    reasons: list[str], lines: list[str], tolerance: "Tolerance | MatchTolerance"
+) -> Verdict:
+    """The verdict of these reasons; its text is the `lines` of numbers and then the outcome."""
+    outcome = f"{'outside' if reasons else 'within'} the {tolerance.name} tolerance"
+    return Verdict(reasons, "\n".join([*lines, outcome, *(f"  {reason}" for reason in reasons)]))
 
 
 def _at_pixel_edge(keypoints0: np.ndarray, keypoints1: np.ndarray) -> np.ndarray:
@@ -217,7 +224,7 @@ def _at_tie(keypoints: np.ndarray, ties: np.ndarray) -> np.ndarray:
     These are in the 5x5 pixels around the keypoint, rounded. The patch that predicts a descriptor's
     sample positions can move there, as at a pixel edge.
     """
-    reach = np.arange(-WINDOW_RADIUS_PX, WINDOW_RADIUS_PX + 1)
+    reach = np.arange(-RADIUS, RADIUS + 1)  # no keypoint is farther from its maximum
     window = np.stack(np.meshgrid(reach, reach), axis=-1).reshape(-1, 2)
     around = np.rint(keypoints[:, None]).astype(np.int64) + window  # [P, 25, 2]
     return np.isin(_number(around), _number(ties.astype(np.int64))).any(axis=1)
@@ -405,8 +412,7 @@ def judge_matches(parities: Mapping[str, MatchParity], tolerance: MatchTolerance
     if not sum(parity.reference for parity in parities.values()):
         reasons.append("no pair has a match in the reference")
     lines = _match_summary(list(parities.values())) if parities else []
-    lines.append(f"{'outside' if reasons else 'within'} the {tolerance.name} tolerance")
-    return Verdict(reasons, "\n".join(lines + [f"  {reason}" for reason in reasons]))
+    return _verdict(reasons, lines, tolerance)
 
 
 def _match_violations(parity: MatchParity, limit: MatchTolerance) -> list[str]:

@@ -7,7 +7,6 @@ attribute `key` says, as JSON, what the features depend on besides the image.
 
 import contextlib
 import errno
-import functools
 import json
 import math
 import mmap
@@ -26,7 +25,8 @@ import numpy as np
 
 from aliked.errors import InputError, shown
 from aliked.features import Features, check_features_type
-from aliked.files import as_path, open_regular, whole_file, writable_folder
+from aliked.files import as_path, open_regular, whole_file, writable_folder, write_at
+from aliked.hdf5 import START, Folders, Member, Plan, plan
 
 FORMAT = "aliked features 1"  # raised when the layout changes
 PART_BYTES = 64 * 2**20  # features held in memory before they go into a file: what a kill can lose
@@ -35,6 +35,7 @@ PART_SUFFIX, FILE_SUFFIX, JOURNAL_SUFFIX = ".part", ".growing", ".journal"
 MAX_OPEN = 64  # files
 MAX_BYTES = 2**31  # of an array: a damaged file may claim anything
 FIELDS, SIZE = ("keypoints", "scores", "descriptors"), "image_size"
+ARRAYS = (*FIELDS, SIZE)
 
 
 Size = tuple[int, int]  # width and height
@@ -210,7 +211,7 @@ def _in_float32(features: Features) -> Features:
 
 
 def arrays_of(features: Features, size: Size) -> list[np.ndarray]:
-    """An image's arrays as they lie in a file, in the order of `FIELDS` and SIZE."""
+    """An image's arrays as they lie in a file, in the order of `ARRAYS`."""
     kind = np.float16 if features.descriptors.dtype == np.float16 else np.float32
     return [
         np.ascontiguousarray(features.keypoints, np.float32),
@@ -249,7 +250,7 @@ def _write_part(path: Path, key: str, images: dict[str, tuple[Features, Size]]) 
                 at += array.nbytes
         index = json.dumps({"format": FORMAT, "key": key, "images": spots}).encode()
         tail = index + len(index).to_bytes(TAIL, "little")
-        write_at(file.fileno(), at, np.frombuffer(tail, np.uint8))
+        write_at(file.fileno(), at, tail)
 
 
 def _index(part: Path) -> dict[str, Any]:
@@ -275,19 +276,26 @@ def _journal(path: Path) -> dict[str, Any]:
 class GrowingFile:
     """The one file while it is written, among the parts. It is closed by a `with` block.
 
-    HDF5 gives each array its bytes in the file and keeps the books. The bytes themselves are
-    written past it, by whoever has them, also by other processes: HDF5 takes longer for them, and
-    lets no other thread run. What they have written is kept in a journal, so that a kill loses
-    nothing: from it and the unfinished file the next run has the features.
+    It gives each image its place; the image itself may be put there by another process. What has
+    been put is kept in a journal, so that a kill loses nothing: from it and the unfinished file
+    the next run has the features.
     """
 
     def __init__(self, store: FeatureStore) -> None:
-        self.store, self._taken = store, set()
+        self.store = store
         self._stack = contextlib.ExitStack()
         self.path = writable_folder(store.parts) / f"{os.getpid()}-{uuid.uuid4().hex}{FILE_SUFFIX}"
-        self._file, self._raw = self._stack.enter_context(_hdf5(self.path))
-        self._file.attrs["format"], self._file.attrs["key"] = FORMAT, store.key
-        self._sources, self._journal = _Sources(), None  # a descriptor
+        self._descriptor, self._journal = self._new(self.path), None
+        self._placed, self._end = Folders(), START
+        self._compressed: dict[str, None] = {}  # that come last, in this order
+        self._sources = _Sources()
+
+    def _new(self, path: Path) -> int:
+        """A descriptor of a new file, closed with this one."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        descriptor = os.open(path, flags, 0o666)
+        self._stack.callback(os.close, descriptor)
+        return descriptor
 
     def __enter__(self) -> "GrowingFile":
         return self
@@ -302,95 +310,76 @@ class GrowingFile:
     def take(self, names: Iterable[str]) -> None:
         """Put in images that the store has, next and in this order; others stay out."""
         for name in names:
-            if name in self.store and name not in self._taken:
+            taken = name in self._placed or name in self._compressed
+            if name in self.store and not taken:
                 arrays = self.store.arrays(name, self._sources)
                 if self.store.compression and len(arrays[0]):  # what is compressed has to have rows
-                    self._compress(name, arrays)
+                    self._compressed[name] = None
                 else:
-                    for spot, array in zip(self.place(name, arrays), arrays, strict=True):
-                        write_at(self._raw.fileno(), spot.offset, array)
+                    put_image(self._descriptor, self.place(name, image_bytes(arrays)), arrays)
 
-    def _compress(self, name: str, arrays: list[np.ndarray]) -> None:
-        self._taken.add(name)
-        group = self._file.create_group(name)
-        for field, values in zip((*FIELDS, SIZE), arrays, strict=True):
-            compression = None if field == SIZE else self.store.compression
-            group.create_dataset(field, data=values, compression=compression)
-
-    def place(self, name: str, arrays: Iterable[np.ndarray | Spot]) -> list[Spot]:
-        """Where the next image's arrays, or what has their shape and kind, are to be written."""
+    def place(self, name: str, nbytes: int) -> int:
+        """Where the next image is to be put, which takes so many bytes."""
         _check_name(name)
-        self._taken.add(name)
-        group = h5py.h5g.create(self._file.id, name.encode(), lcpl=_links())
-        spots = []
-        for field, array in zip((*FIELDS, SIZE), arrays, strict=True):
-            shape, kind = array[1:] if isinstance(array, Spot) else Spot.of(array)[1:]
-            space = _space(tuple(shape))
-            dataset = h5py.h5d.create(group, field.encode(), _kind(kind), space, _plain())
-            spots.append(Spot(dataset.get_offset() if math.prod(shape) else 0, shape, kind))
-        return spots
+        self._placed.add(name, self._end)
+        self._end += nbytes
+        return self._end - nbytes
 
-    def note(self, images: dict[str, list[Spot]]) -> None:
-        """Keep in the journal that these images' arrays have been written."""
-        lines = [images] if images else []
+    def note(self, line: bytes) -> None:
+        """Keep in the journal that images have been put into the file: see `journal_line`."""
         if self._journal is None:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            self._journal = os.open(self.path.with_suffix(JOURNAL_SUFFIX), flags, 0o666)
-            self._stack.callback(os.close, self._journal)
-            lines.insert(0, {"format": FORMAT, "key": self.store.key})
-        for line in lines:
-            data = json.dumps(line).encode() + b"\n"
-            if os.write(self._journal, data) < len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+            self._journal = self._new(self.path.with_suffix(JOURNAL_SUFFIX))
+            line = json.dumps({"format": FORMAT, "key": self.store.key}).encode() + b"\n" + line
+        if os.write(self._journal, line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
     def finish(self) -> None:
         """Put in what else the store has, and put the file in its place."""
         self.take(self.store.names())
+        self._placed.write(self._descriptor, self._end)
+        with _hdf5(self.path) as file:
+            file.attrs["format"], file.attrs["key"] = FORMAT, self.store.key
+            self._compress(file)
         self._stack.close()
         os.replace(self.path, self.store.path)
         self.store.replaced()
 
+    def _compress(self, file: h5py.File) -> None:
+        for name in self._compressed:
+            group, arrays = file.create_group(name), self.store.arrays(name, self._sources)
+            for field, values in zip(ARRAYS, arrays, strict=True):
+                compression = None if field == SIZE else self.store.compression
+                group.create_dataset(field, data=values, compression=compression)
 
-def write_at(descriptor: int, offset: int, array: np.ndarray) -> None:
-    """Write an array's bytes into an open file."""
-    left = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-    while left:
-        written = os.pwrite(descriptor, left, offset)
-        left, offset = left[written:], offset + written
+
+def image_bytes(arrays: list[np.ndarray]) -> int:
+    """What an image takes in the file, given what `arrays_of` it returns."""
+    return _plan(arrays).nbytes
+
+
+def put_image(descriptor: int, at: int, arrays: list[np.ndarray]) -> list[Spot]:
+    """Write an image at its place in the file; where each array is."""
+    where = _plan(arrays)
+    write_at(descriptor, at, where.header_at(at))
+    spots = [Spot.of(array, at + start) for array, start in zip(arrays, where.arrays, strict=True)]
+    for spot, array in zip(spots, arrays, strict=True):
+        write_at(descriptor, spot.offset, array)
+    return spots
+
+
+def _plan(arrays: list[np.ndarray]) -> Plan:
+    pairs = zip(ARRAYS, arrays, strict=True)
+    return plan(tuple(Member(field, array.shape, array.dtype.str) for field, array in pairs))
+
+
+def journal_line(images: dict[str, list[Spot]]) -> bytes:
+    """What a journal says of images that have been put into the file."""
+    return json.dumps(images).encode() + b"\n"
 
 
 def _scratch_of(journal: Path) -> Path:
     """The file that a journal is about."""
     return journal.with_suffix(FILE_SUFFIX)
-
-
-@functools.cache
-def _links() -> h5py.h5p.PropLCID:
-    """A link with a name in UTF-8, below groups that are made with it."""
-    links = h5py.h5p.create(h5py.h5p.LINK_CREATE)
-    links.set_create_intermediate_group(True)
-    links.set_char_encoding(h5py.h5t.CSET_UTF8)
-    return links
-
-
-@functools.cache
-def _plain() -> h5py.h5p.PropDCID:
-    """A dataset that has its place at once, and not the time at which it was made."""
-    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    properties.set_obj_track_times(False)
-    properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-    properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    return properties
-
-
-@functools.lru_cache  # most images have as many keypoints as are asked for
-def _space(shape: tuple[int, ...]) -> h5py.h5s.SpaceID:
-    return h5py.h5s.create_simple(shape)
-
-
-@functools.cache
-def _kind(kind: str) -> h5py.h5t.TypeID:
-    return h5py.h5t.py_create(np.dtype(kind))
 
 
 class _Sources:
@@ -400,7 +389,7 @@ class _Sources:
         self._open: OrderedDict[Path, _Mapped | _Whole] = OrderedDict()
 
     def arrays(self, path: Path, name: str) -> list[np.ndarray]:
-        """An image's arrays, in the order of `FIELDS` and SIZE; they outlast the file."""
+        """An image's arrays, in the order of `ARRAYS`; they outlast the file."""
         if path not in self._open:
             while len(self._open) >= MAX_OPEN:
                 self._open.popitem(last=False)
@@ -484,12 +473,12 @@ class _Disk:
 
 
 @contextlib.contextmanager
-def _hdf5(path: Path) -> Iterator[tuple[h5py.File, BinaryIO]]:
-    """A new HDF5 file and the file below it; `OSError` where it cannot be written."""
-    with open(path, "w+b", buffering=0) as raw:  # HDF5 has buffers of its own
+def _hdf5(path: Path) -> Iterator[h5py.File]:
+    """An HDF5 file to be changed; `OSError` where it cannot be written."""
+    with open(path, "r+b", buffering=0) as raw:  # HDF5 has buffers of its own
         disk = _Disk(raw)
-        with h5py.File(disk, "w") as file:
-            yield file, raw
+        with h5py.File(disk, "r+") as file:
+            yield file
             if disk.error is not None:
                 raise disk.error
         if disk.error is not None:

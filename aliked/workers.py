@@ -5,7 +5,6 @@ killed, another does what it left.
 """
 
 import contextlib
-import itertools
 import multiprocessing
 import os
 import pickle
@@ -33,7 +32,7 @@ from aliked.extraction import (
     missing,
 )
 from aliked.features import Features
-from aliked.store import FeatureStore, Spot, arrays_of, write_at
+from aliked.store import FeatureStore, arrays_of, image_bytes, journal_line, put_image
 from aliked.threads import keep_freed_memory
 
 RESTARTS = 3  # of a worker that was killed; more is no accident
@@ -67,9 +66,6 @@ def extract_in_processes(
     """
     with contextlib.closing(Team(job, store, devices)) as team:
         return team.run(report)
-
-
-Shapes = dict[str, list[Spot]]  # of each image's arrays, by name
 
 
 # What processes say to each other. A batch has its number in the order of the folder.
@@ -107,20 +103,22 @@ class Place(NamedTuple):
     """A worker has extracted a batch; where is it to be written?"""
 
     number: int
-    images: Shapes
+    names: list[str]
+    nbytes: list[int]  # that each image takes
 
 
-class Places(NamedTuple):
-    """There: the offset of each of its arrays, in the order in which they were told."""
+class There(NamedTuple):
+    """The first image of a batch is to be written there, and the others behind it."""
 
     number: int
-    offsets: list[int]
+    at: int
 
 
 class Written(NamedTuple):
     """A worker has written a batch."""
 
     number: int
+    line: bytes  # for the journal
 
 
 class Done(NamedTuple):
@@ -158,8 +156,9 @@ class Team:
 
     def __init__(self, job: Job, store: FeatureStore, devices: list[str]):
         threads = job.threads or max(1, available_cores() // len(devices))
+        self.job = job
         self.jobs = [
-            replace(job, threads=threads, spec=replace(job.spec, device=device))
+            replace(job, threads=threads, spec=replace(job.spec, device=device), names=None)
             for device in devices
         ]
         self.store = store
@@ -218,11 +217,11 @@ class Team:
         """The batches that are to be done; the others are put into the file as they are."""
 
         def bad(error: InputError) -> None:
-            if self.jobs[0].strict:
+            if self.job.strict:
                 raise error
             self.tally.skipped.append(str(error))
 
-        for number, photos in enumerate(self.jobs[0].batches(bad)):
+        for number, photos in enumerate(self.job.batches(bad)):
             names = [photo.name for photo in photos]
             if any(name not in self.store for name in names):
                 yield Batch(number, photos)
@@ -266,7 +265,7 @@ class Team:
                     _send(each.file, said)
             case Place():
                 self._post.put(said)
-            case Places():
+            case There():
                 for each in self.workers.values():
                     if any(said.number == batch.number for batch in each.batches):
                         _send(each.file, said)
@@ -351,6 +350,10 @@ def _errors_to(theirs: Connection) -> Iterator[None]:
 def _work(job: Job, file: Connection, theirs: Connection) -> None:
     """A worker process: batches as long as there are any, into the file that grows."""
     keep_freed_memory()
+    if job.backend == "fused":
+        import torch
+
+        torch.set_num_threads(1)  # small weights are packed on cores that other processes want
     with _errors_to(theirs):
         writer = Writer(file)
 
@@ -361,10 +364,13 @@ def _work(job: Job, file: Connection, theirs: Connection) -> None:
                 yield said.photos
                 theirs.send(Ask())
 
-        pipeline = Pipeline(job, writer, theirs.send)
+        def report(tally: Tally) -> None:
+            theirs.send(replace(tally, cores=tally.cores + Counter(put=writer.worked)))
+
+        pipeline = Pipeline(job, writer, report)
         pipeline.run_batches(batches())
         writer.finish()
-        theirs.send(pipeline.tally)
+        report(pipeline.tally)
         theirs.send(Done())
 
 
@@ -376,6 +382,7 @@ class Writer:
 
     def __init__(self, file: Connection):
         self.numbers: deque[int] = deque()  # of the batches, in the order in which they come
+        self.worked = 0.0  # seconds of a core that putting them took
         self._images: dict[str, list[np.ndarray]] = {}
         self._file, self._sending, self._descriptor = file, threading.Lock(), None
         self._thread = ThreadPoolExecutor(1, "aliked-place")
@@ -389,8 +396,7 @@ class Writer:
         """Have the batch written, once it has its place."""
         number, images = self.numbers.popleft(), self._images
         self._images = {}
-        shapes = {name: [Spot.of(array) for array in arrays] for name, arrays in images.items()}
-        self._send(Place(number, shapes))
+        self._send(Place(number, list(images), [image_bytes(one) for one in images.values()]))
         self._waiting.append(self._thread.submit(self._put, number, images))
         self._wait(WAITING)
 
@@ -406,10 +412,12 @@ class Writer:
         """Write the batch whose places come next: it was the next to ask."""
         if self._descriptor is None:
             self._descriptor = os.open(self._file.recv().path, os.O_WRONLY)
-        arrays = itertools.chain.from_iterable(images.values())
-        for offset, array in zip(self._file.recv().offsets, arrays, strict=True):
-            write_at(self._descriptor, offset, array)
-        self._send(Written(number))
+        at, spots, before = self._file.recv().at, {}, time.thread_time()
+        for name, arrays in images.items():
+            spots[name] = put_image(self._descriptor, at, arrays)
+            at += image_bytes(arrays)
+        self.worked += time.thread_time() - before
+        self._send(Written(number, journal_line(spots)))
 
     def _send(self, said: NamedTuple) -> None:
         with self._sending:
@@ -421,39 +429,34 @@ def _grow(job: Job, path: Path, theirs: Connection) -> None:
     with _errors_to(theirs), FeatureStore.open(path, job.key()).grow() as file:
         theirs.send(Opened(file.path))
         waiting: dict[int, Take | Place] = {}
-        placed: dict[int, Shapes] = {}
+        placed: dict[int, tuple[Place, There]] = {}  # what is not written yet
         following = 0  # the batch that is next
         while not isinstance(said := theirs.recv(), Enough):
             match said:
-                case Written():
-                    file.note(placed.pop(said.number))
+                case Written(number, line):
+                    del placed[number]
+                    file.note(line)
                 case Place() if said.number in placed:  # asked again for one that was killed
-                    if _without_places(placed[said.number]) != _without_places(said.images):
+                    before, there = placed[said.number]
+                    if before != said:
                         raise InputError(
                             "a batch of a process that was killed came out otherwise; pass --resume"
                         )
-                    theirs.send(_places(said.number, placed))
+                    theirs.send(there)
                 case Place() | Take():
                     waiting[said.number] = said
             while following in waiting:
                 match waiting.pop(following):
                     case Take(names=names):
                         file.take(names)
-                    case Place(number, images):
-                        placed[number] = {n: file.place(n, spots) for n, spots in images.items()}
-                        theirs.send(_places(number, placed))
+                    case Place(number, names, nbytes) as place:
+                        places = [file.place(*one) for one in zip(names, nbytes, strict=True)]
+                        there = There(number, places[0] if places else 0)
+                        placed[number] = place, there
+                        theirs.send(there)
                 following += 1
         file.finish()
         theirs.send(Finished())
-
-
-def _places(number: int, placed: dict[int, Shapes]) -> Places:
-    spots = itertools.chain.from_iterable(placed[number].values())
-    return Places(number, [spot.offset for spot in spots])
-
-
-def _without_places(images: Shapes) -> Shapes:
-    return {name: [spot._replace(offset=0) for spot in spots] for name, spots in images.items()}
 
 
 SHARD_BATCHES = 4  # that a worker does between two checkpoints
@@ -486,7 +489,7 @@ def extract_with_ray(
         gpus = int(ray.cluster_resources().get("GPU", 0)) if job.spec.device != "cpu" else 0
         results = ray.data.from_items(shards, override_num_blocks=len(shards)).map_batches(
             ShardWorker,
-            fn_constructor_args=(job, store.path.resolve()),
+            fn_constructor_args=(replace(job, names=None), store.path.resolve()),
             batch_size=1,
             num_gpus=1 if gpus else None,
             compute=ray.data.ActorPoolStrategy(size=min(processes or gpus or 1, len(shards))),

@@ -167,9 +167,7 @@ class ExtractorSubject(Subject):
             }
         except InputError as error:  # descriptors of another length
             raise WrongAnswer(f"it is another model: {error}") from error
-        tolerance = TOLERANCES[self.row.precision]
-        figures = overall(list(parities.values()))
-        return judged(judge(parities, tolerance), tolerance.name) | figures
+        return judged_features(parities, self.row.precision)
 
     def per_image(self, compute: dict, end_to_end: dict) -> list[dict] | None:
         """Median times and keypoints of each image; None for batches."""
@@ -309,6 +307,13 @@ def judged(verdict: Verdict, tolerance: str) -> dict:
         "passed": verdict.passed,
         "reasons": verdict.reasons[:5],
     }
+
+
+def judged_features(parities: dict[str, Parity], precision: str) -> dict:
+    """Return the verdict on features of a precision, by label, and the figures of all together."""
+    tolerance = TOLERANCES[precision]
+    verdict = judge(parities, tolerance)
+    return judged(verdict, tolerance.name) | overall(list(parities.values()))
 
 
 def overall(parities: list[Parity]) -> dict:

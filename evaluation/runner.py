@@ -13,21 +13,19 @@ import numpy as np
 from tqdm import tqdm
 
 from aliked.backends import Spec
-from aliked.cli import (
-    add_device_option,
-    add_matcher_weights,
-    add_selection_options,
-    add_weights_option,
-    check_selection,
-    command_line,
-    seed,
-    whole,
-)
+from aliked.cli import command_line, seed, whole
 from aliked.configs import CONFIGS, Selection, get_config
 from aliked.doctor import installed_versions
 from aliked.errors import InputError
 from aliked.files import sha256, writable_folder
 from aliked.matching import Matcher
+from aliked.options import (
+    add_device_option,
+    add_matcher_weights,
+    add_selection_options,
+    add_weights_option,
+    check_selection,
+)
 from aliked.weights import LIGHTGLUE, find_weights
 from benchmark.environment import Describe, git_commit
 from benchmark.process import TaskFailed, run_task

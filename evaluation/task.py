@@ -2,20 +2,19 @@
 
 import abc
 import argparse
-import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, TypedDict
 
-import cv2
 import msgspec
 import numpy as np
 from tqdm import tqdm
 
 from aliked.drawing import draw_matches
 from aliked.features import Features
+from aliked.images import one_opencv_thread
 from aliked.matching import Matcher
 from evaluation.pairs import MUTUAL, Dataset, Image, Pair
 
@@ -208,14 +207,3 @@ def matched(
     """The features of a pair's images and their matches [P, 2]."""
     first, second = features(pair.first), features(pair.second)
     return first, second, matcher.match(first, second, pair.first.size, pair.second.size).indices
-
-
-@contextlib.contextmanager
-def one_opencv_thread() -> Iterator[None]:
-    """Keep OpenCV from starting threads of its own."""
-    threads = cv2.getNumThreads()
-    cv2.setNumThreads(1)
-    try:
-        yield
-    finally:
-        cv2.setNumThreads(threads)

@@ -14,17 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aliked import cli
-from aliked.cli import (
-    add_device_option,
-    add_model_options,
-    add_selection_options,
-    cosine,
-    extractor_spec,
-    whole,
-)
+from aliked.cli import cosine, whole
 from aliked.configs import get_config
 from aliked.errors import InputError
 from aliked.files import open_regular, read_file, real_path, writable_folder
+from aliked.options import (
+    add_device_option,
+    add_model_options,
+    add_selection_options,
+    extractor_spec,
+)
 from aliked.weights import find_weights
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,7 +1,8 @@
 """How fast a folder of JPEGs becomes a file of features, and which stage it waits for.
 
 Makes the JPEGs from the shipped photographs, and measures by itself each of
-  decode   JPEGs to pixels, in as many processes and threads as `aliked extract` takes
+  decode   JPEGs to pixels, in as many threads as `aliked extract` takes, and in as many processes
+           as it takes for many images
   kernels  the network on batches that lie on the device, one GPU
   copies   the same with copies to the device and back
   writes   the bytes of the features into one file, from as many processes
@@ -9,7 +10,7 @@ Makes the JPEGs from the shipped photographs, and measures by itself each of
 in images per second, and the share of `all` in the slower of decode and kernels; seconds of the
 start, and from the last features until the file was there; of `all` the share of the cores' time in
 which they were idle, and the milliseconds of a core that an image took: of all stages of the
-workers, of the first process, of the file's books, and of the rest.
+workers, of putting it into the file, of the first process, of the file's books, and of the rest.
 
     python -m tools.bench_extract /tmp/jpegs --model aliked-n16 --backend fused --precision fp16 \\
         --output results/scale/h100.jsonl
@@ -40,14 +41,15 @@ import torch
 
 from aliked import cli
 from aliked.backends import Spec, create_extractor
-from aliked.cli import add_device_option, add_model_options
 from aliked.commands.extract import TWO_LANES
 from aliked.configs import CONFIGS
 from aliked.extraction import DECODERS, Job, Tally, available_cores
+from aliked.files import write_at
 from aliked.images import find_images, load_image
-from aliked.store import FeatureStore, write_at
+from aliked.options import add_device_option, add_model_options
+from aliked.store import FeatureStore
 from aliked.threads import keep_freed_memory
-from aliked.workers import Team, devices_of
+from aliked.workers import CORES, Team, devices_of
 from benchmark.environment import git_commit, machine, versions
 
 PHOTOGRAPHS = Path(__file__).resolve().parents[1] / "assets"
@@ -452,7 +454,8 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
             stages = Stages()
             if not args.only_all:
                 if np.isnan(decode):
-                    decode = decode_rate(folder, args.threads, len(devices))
+                    most = max(len(devices), args.threads // CORES)
+                    decode = decode_rate(folder, args.threads, most)
                 kernels, copies, memory = extractor_rates(job)
                 writes = writes_rate(job, args.folder, len(devices))
                 stages = Stages(decode, kernels, copies, writes, memory)

@@ -21,7 +21,7 @@ from aliked.backends.fused import FusedExtractor
 from aliked.configs import CONFIGS
 from aliked.fused import kernels, pipeline, reference, trace, weights
 from aliked.images import load_image
-from aliked.model import ALIKED, PRECISIONS
+from aliked.model import ALIKED, DTYPES
 
 REPEATS = 20  # launches of one operator in a graph, so that the graph's own launch hardly counts
 TOLERANCE = {"fp32": 2e-5, "fp16": 5e-3}  # of the largest output: a few roundings
@@ -91,7 +91,7 @@ def record_calls(spec: Spec, images: torch.Tensor, ops) -> list[trace.Call]:
     """The operator calls of one run."""
     selection = spec.selection
     model = ALIKED.from_pretrained(spec.model, *astuple(selection), weights=spec.weights)
-    packed = weights.pack(model, PRECISIONS[spec.precision], images.device)
+    packed = weights.pack(model, DTYPES[spec.precision], images.device)
     recorder = trace.Recorder(ops)
     pipeline.extract(images, packed, selection, recorder)
     return recorder.calls
@@ -150,7 +150,7 @@ def parser() -> argparse.ArgumentParser:
     p = cli.Parser(description=__doc__)
     p.add_argument("images", type=Path, nargs="+", help="image files, one per size")
     p.add_argument("--models", nargs="+", default=list(CONFIGS), choices=list(CONFIGS))
-    p.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=list(PRECISIONS))
+    p.add_argument("--precisions", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     p.add_argument("--top_k", type=int, default=1000, help="keypoints; default %(default)s")
     p.add_argument("--batches", type=int, nargs="+", default=[1], help="images per batch")
     p.add_argument("--weights", type=Path, help="folder with <model>.pth")

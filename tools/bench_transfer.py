@@ -14,11 +14,11 @@ import numpy as np
 from aliked import cli
 from aliked.backends import Spec, create_extractor
 from aliked.backends.pytorch import to_features
-from aliked.cli import add_device_option, add_weights_option
 from aliked.errors import InputError
 from aliked.features import OUTPUTS, Extractor
 from aliked.images import load_image
-from aliked.model import PRECISIONS
+from aliked.model import DTYPES
+from aliked.options import add_device_option, add_weights_option
 from aliked.transfer import download
 from benchmark.timing import no_garbage_collection, wall_clock
 
@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     default = "default: %(default)s"
     p.add_argument("--backend", choices=BACKENDS, default="fused", help=default)
     p.add_argument("--models", nargs="+", default=["aliked-t16"], metavar="NAME", help=default)
-    p.add_argument("--precision", choices=list(PRECISIONS), default="fp16", help=default)
+    p.add_argument("--precision", choices=list(DTYPES), default="fp16", help=default)
     p.add_argument("--top_k", type=int, default=1000, metavar="K", help=f"keypoints, {default}")
     p.add_argument("--batches", nargs="+", type=int, default=[1, 32], metavar="N", help=default)
     p.add_argument("--runs", type=int, default=200, metavar="N", help=f"of every step, {default}")

@@ -28,10 +28,10 @@ from aliked.export.builder import BuildOptions
 from aliked.export.engine import Request, convert
 from aliked.features import Features
 from aliked.images import list_images, load_image
-from aliked.parity import TOLERANCES, compare_features, judge
+from aliked.parity import compare_features
 from aliked.ties import Expected
 from benchmark.environment import git_commit
-from benchmark.subjects import overall
+from benchmark.subjects import judged_features
 
 SIZES = ((640, 480), (1241, 376), (333, 251), (97, 65))  # width, height
 BATCHES = (1, 4)
@@ -64,9 +64,7 @@ def outcome(expected: list[Expected], found: list[Features], precision: str) -> 
         str(i): compare_features(e.features, f, ties=e.ties)
         for i, (e, f) in enumerate(zip(expected, found, strict=True))
     }
-    verdict = judge(pairs, TOLERANCES[precision])
-    passed = {"passed": verdict.passed, "reasons": verdict.reasons[:5]}
-    return passed | overall(list(pairs.values()))
+    return judged_features(pairs, precision)
 
 
 def check(

@@ -12,11 +12,11 @@ import torch
 
 from aliked import cli
 from aliked.backends import Spec, create_extractor
-from aliked.cli import add_weights_option
 from aliked.configs import CONFIGS
 from aliked.errors import InputError
 from aliked.fused import cuda_source, deform
-from aliked.model import PRECISIONS
+from aliked.model import DTYPES
+from aliked.options import add_weights_option
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     add_weights_option(p)
     default = "default: %(default)s"
     p.add_argument("--model", default="aliked-t16", choices=list(CONFIGS), help=default)
-    p.add_argument("--precision", default="fp16", choices=list(PRECISIONS), help=default)
+    p.add_argument("--precision", default="fp16", choices=list(DTYPES), help=default)
     p.add_argument("--width", type=int, default=133, help="pixels (default: %(default)s)")
     p.add_argument("--height", type=int, default=101, help="pixels (default: %(default)s)")
     p.add_argument("--batch", type=int, default=1, help="images (default: %(default)s)")

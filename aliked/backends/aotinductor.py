@@ -9,7 +9,7 @@ import torch
 
 from aliked.backends import Spec
 from aliked.backends.pytorch import CompiledExtractor, ForwardExtractor
-from aliked.errors import InputError
+from aliked.errors import InputError, first_line
 from aliked.transfer import choose_device
 
 
@@ -38,9 +38,8 @@ def load(path: Path, device: torch.device) -> Any:
     try:
         loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, index)
     except RuntimeError as error:
-        reason = str(error).partition("\n")[0].rstrip(" .:")
         raise InputError(
-            f"{path} cannot be loaded as a package of AOTInductor ({reason}); let "
+            f"{path} cannot be loaded as a package of AOTInductor ({first_line(error)}); let "
             "measure_timings.py build one on this machine"
         ) from error
     return AOTICompiledModel(loader)

@@ -255,13 +255,14 @@ class CudaGraph:
 
     def _record(self, stream: ctypes.c_void_p, enqueue: Callable[[], None]) -> ctypes.c_void_p:
         mode = ctypes.c_int(CAPTURE_MODE_THREAD_LOCAL)
-        gpu.check(self._driver.cuStreamBeginCapture_v2(stream, mode), "cuStreamBeginCapture")
         graph, failure = ctypes.c_void_p(), None
-        try:
-            enqueue()
-        except Exception as error:  # the capture must be ended before anything else is called
-            failure = error
-        status = self._driver.cuStreamEndCapture(stream, ctypes.byref(graph))
+        with gpu.CAPTURE:
+            gpu.check(self._driver.cuStreamBeginCapture_v2(stream, mode), "cuStreamBeginCapture")
+            try:
+                enqueue()
+            except Exception as error:  # the capture must be ended before anything else is called
+                failure = error
+            status = self._driver.cuStreamEndCapture(stream, ctypes.byref(graph))
         if failure is not None:
             raise failure
         gpu.check(status, "cuStreamEndCapture")

@@ -2,7 +2,6 @@
 
 import functools
 import importlib.util
-import threading
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 
@@ -11,7 +10,7 @@ import torch
 
 from aliked import gpu
 from aliked.backends import Spec
-from aliked.backends.pytorch import load_model, named
+from aliked.backends.pytorch import capture, load_model, named
 from aliked.errors import InputError
 from aliked.features import (
     OUTPUTS,
@@ -21,11 +20,9 @@ from aliked.features import (
     features_of_batch,
     room_for,
 )
-from aliked.model import PRECISIONS
+from aliked.model import dtype_of
 from aliked.transfer import Twin, choose_device, upload
 
-# While a thread captures, CUDA refuses others whatever waits for the whole device.
-CAPTURE = threading.Lock()
 MAX_PLANS = 16  # sizes whose buffers are kept; the one unused for longest makes room
 
 
@@ -72,13 +69,11 @@ class FusedExtractor(Extractor):
         index = torch.cuda.current_device() if chosen.index is None else chosen.index
         self.torch_device = torch.device("cuda", index)
         self.device = str(self.torch_device)
-        if spec.precision not in PRECISIONS:
-            choices = " or ".join(PRECISIONS)
-            raise InputError(f"unknown precision {spec.precision!r}; choose {choices}")
+        dtype = dtype_of(spec.precision)
         self.selection = spec.selection
         model = load_model(replace(spec, precision="fp32"), torch.device("cpu"))
         with torch.cuda.device(self.torch_device):
-            packed = weights.pack(model, PRECISIONS[spec.precision], self.torch_device)
+            packed = weights.pack(model, dtype, self.torch_device)
             self.context = gpu.Context()
         self.run = functools.partial(
             pipeline.extract, weights=packed, selection=self.selection, ops=kernels
@@ -141,25 +136,20 @@ class FusedExtractor(Extractor):
         stream = torch._C._cuda_getCurrentRawStream(self.torch_device.index)
         key = (tuple(batch.shape), stream)
         if key not in self.plans:
-            with CAPTURE:
-                self._make_room()
-                self.plans[key] = self._capture(*key)
+            self._make_room()
+            self.plans[key] = self._capture(*key)
         self.plans.move_to_end(key)
         return self.plans[key]
 
     def _make_room(self) -> None:
         """Drop the plan unused for longest, once nothing on the device can still be in it."""
         if len(self.plans) >= MAX_PLANS:
-            torch.cuda.synchronize()
-            self.plans.popitem(last=False)
+            with gpu.CAPTURE:
+                torch.cuda.synchronize()
+                self.plans.popitem(last=False)
 
     @torch.no_grad()  # inference mode would bind every call: it alone may write to its tensors
     def _capture(self, shape: tuple, stream: int) -> Plan:
-        """Run once, which compiles the kernels, then capture the same run as a graph."""
         images = torch.zeros(shape, dtype=torch.uint8, device=self.torch_device)
-        self.run(images)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may allocate meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            outputs = named(self.run(images))
-        return Plan(graph, images, outputs, stream)
+        graph, output = capture(functools.partial(self.run, images))
+        return Plan(graph, images, named(output), stream)

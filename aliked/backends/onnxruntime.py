@@ -6,7 +6,6 @@ import functools
 import importlib.util
 import io
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -18,6 +17,7 @@ import numpy as np
 from aliked import gpu
 from aliked.backends import Spec
 from aliked.backends.tensorrt_library import HOPPER, numbers, settle_tf32
+from aliked.configs import most_rows
 from aliked.errors import InputError, first_line, how_to_install, shown
 from aliked.features import (
     OUTPUTS,
@@ -60,10 +60,10 @@ def deform_conv_missing() -> str | None:
     """Why the installed ONNX Runtime runs no DeformConv, or None; other exports do without."""
     import onnxruntime
 
-    version = onnxruntime.__version__
-    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) >= DEFORM_CONV_SINCE:
+    installed = onnxruntime.__version__
+    if numbers(installed) >= DEFORM_CONV_SINCE:
         return None
-    return f"ONNX Runtime {version} has no DeformConv; install 1.25 or later"
+    return f"ONNX Runtime {installed} has no DeformConv; install 1.25 or later"
 
 
 def cuda_device(device: str) -> str:
@@ -226,10 +226,9 @@ def plugin_devices() -> list:
     try:
         onnxruntime.register_execution_provider_library(name, plugin.get_library_path())
     except Exception as error:  # of a class of ONNX Runtime's own
-        reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"{PLUGIN} does not load into ONNX Runtime {onnxruntime.__version__} ({reason}); "
-            "install versions of both that go together"
+            f"{PLUGIN} does not load into ONNX Runtime {onnxruntime.__version__} "
+            f"({first_line(error)}); install versions of both that go together"
         ) from error
     return [device for device in onnxruntime.get_ep_devices() if device.ep_name == name]
 
@@ -263,6 +262,21 @@ PROVIDERS: dict[str | None, tuple[Callable[[], str | None], Callable[[Spec], Pro
 RANKS = {"keypoints": 3, "descriptors": 3, "scores": 2}  # of the outputs
 # By the type of `image`: at which axis of four its channels are.
 INPUTS = {"tensor(float)": 1, "tensor(uint8)": 3}
+
+
+def sides_of(tensor) -> list[int | str]:
+    """Height and width of the images that a session's input takes; names are of any size."""
+    return tensor.shape[1:3] if tensor.type == "tensor(uint8)" else tensor.shape[2:4]
+
+
+def as_input(images: np.ndarray, tensor) -> np.ndarray:
+    """uint8 [B, H, W, 3] as a session's input takes them, or as float32 [B, 3, H, W] in [0, 1]."""
+    return np.ascontiguousarray(images) if tensor.type == "tensor(uint8)" else as_floats(images)
+
+
+def as_floats(images: np.ndarray) -> np.ndarray:
+    """uint8 [B, H, W, 3] to float32 [B, 3, H, W] in [0, 1]."""
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2), np.float32) / np.float32(255)
 
 
 def _channels_of(shape: Sequence[int | str]) -> int | None:
@@ -401,8 +415,7 @@ class ONNXRuntimeExtractor(Extractor):
                 f"the batch has {len(images)} images, but {self.path} was exported for {batch}; "
                 "export it with --dynamic"
             )
-        uint8 = self.input.type == "tensor(uint8)"
-        expected = self.input.shape[1:3] if uint8 else self.input.shape[2:4]
+        expected = sides_of(self.input)
         for want, got in zip(expected, images.shape[1:3], strict=True):
             if isinstance(want, int) and want != got:
                 raise InputError(
@@ -410,7 +423,7 @@ class ONNXRuntimeExtractor(Extractor):
                     f"exported for {expected[1]}x{expected[0]}; export it with --dynamic"
                 )
         height, width, rows = *images.shape[1:3], self.shapes["scores"][1]
-        room = (height - 4) * (width - 4)  # detection drops a border of 2 pixels
+        room = most_rows(height, width)
         if isinstance(rows, int) and room < rows:
             raise InputError(
                 f"the image is {width}x{height} pixels, which has room for {room} keypoints, but "
@@ -423,9 +436,7 @@ class ONNXRuntimeExtractor(Extractor):
         self._check_size(images)
         if self.device == "cpu":
             check_memory(*images.shape[1:3], len(images))
-        if self.input.type == "tensor(uint8)":
-            return np.ascontiguousarray(images)
-        return np.ascontiguousarray(images.transpose(0, 3, 1, 2), np.float32) / np.float32(255)
+        return as_input(images, self.input)
 
     def extract_batch(self, images: np.ndarray) -> list[Features]:
         """uint8 [B, H, W, 3] RGB to each image's `Features`, copies included."""

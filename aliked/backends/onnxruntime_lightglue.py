@@ -11,10 +11,12 @@ from aliked.backends import Spec
 from aliked.backends.onnxruntime import (
     PROVIDERS,
     Providers,
+    as_input,
     choose_providers,
     device_of,
     open_session,
     place_of,
+    sides_of,
 )
 from aliked.errors import InputError
 from aliked.features import Features, check_image
@@ -105,8 +107,9 @@ class ColmapMatcher(MatcherSession):
 
     def rows(self, features: Features, size: Size) -> dict[str, np.ndarray]:
         """`kpts`, `desc` and `image_size`."""
-        size = np.asarray(size, np.float32)
-        return {"kpts": features.keypoints, "desc": features.descriptors, "image_size": size}
+        rows = features.keypoints, features.descriptors, size
+        arrays = (np.asarray(values, np.float32) for values in rows)
+        return dict(zip(self.features, arrays, strict=True))
 
     def match_prepared(self, *pair) -> Matches:
         """Matches with at least the score `min_score`."""
@@ -142,17 +145,14 @@ class ONNXRuntimePair:
     def _prepare(self, name: str, image: np.ndarray) -> np.ndarray:
         """A batch of one image as the file's input takes it; `InputError` for another size."""
         check_image(image)
-        uint8 = self.tensors[name].type == "tensor(uint8)"
-        sides = self.tensors[name].shape[1:3] if uint8 else self.tensors[name].shape[2:4]
+        sides = sides_of(self.tensors[name])
         for want, got in zip(sides, image.shape[:2], strict=True):
             if isinstance(want, int) and want != got:
                 raise InputError(
                     f"{name} is {image.shape[1]}x{image.shape[0]} pixels, but {self.path} was "
                     f"exported for {sides[1]}x{sides[0]}; export it for images of this size"
                 )
-        if uint8:
-            return np.ascontiguousarray(image[None])
-        return image.transpose(2, 0, 1)[None].astype(np.float32) / np.float32(255)
+        return as_input(image[None], self.tensors[name])
 
 
 class ONNXRuntimePairRuntime(PairRuntime):

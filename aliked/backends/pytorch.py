@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from aliked import gpu
 from aliked.backends import Spec
 from aliked.backends.tensorrt_library import RTX, TENSORRT, numbers, settle_tf32
 from aliked.errors import InputError
@@ -182,15 +183,16 @@ def capture(run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
 
     Returns the graph and what `run` returned, whose tensors each replay overwrites.
     """
-    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-    side.wait_stream(current)
-    with torch.cuda.stream(side):
-        for _ in range(WARMUP_RUNS):
-            run()
-    current.wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # others may allocate
-        result = run()
+    with gpu.CAPTURE:
+        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            for _ in range(WARMUP_RUNS):
+                run()
+        current.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # others may allocate
+            result = run()
     return graph, result
 
 

@@ -76,24 +76,28 @@ MANIFEST_TYPES = {  # what running an engine reads
 }
 
 
-def read_manifest(engine: Path) -> dict:
-    """Return the manifest of an engine; `InputError` where it is missing, damaged or another's."""
+BUILDER = "convert_onnx_to_trt.py"
+
+
+def read_manifest(engine: Path, builder: str = BUILDER) -> dict:
+    """Return the manifest of an engine; `InputError` where it is missing, damaged or another's.
+
+    `builder` is what such engines are built with, for the sentence.
+    """
     if not engine.is_file():
-        raise InputError(f"{engine} does not exist; build it with convert_onnx_to_trt.py")
+        raise InputError(f"{engine} does not exist; build it with {builder}")
     path = manifest_path(engine)
     if not path.exists():
         raise InputError(
             f"{path} is missing, and without it nobody knows for which GPU and TensorRT version "
-            f"{engine.name} is; copy it there, or build the engine with convert_onnx_to_trt.py"
+            f"{engine.name} is; copy it there, or build the engine with {builder}"
         )
     try:
         manifest = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({error}); build the engine again") from error
     if not _is_manifest(manifest):
-        raise InputError(
-            f"{path} is not the manifest of an engine; build the engine with convert_onnx_to_trt.py"
-        )
+        raise InputError(f"{path} is not the manifest of an engine; build it with {builder}")
     return manifest
 
 
@@ -649,14 +653,13 @@ class Engine:
             self.memory.synchronize()
 
 
-def manifest_for(spec: Spec, name: str) -> dict:
+def manifest_for(spec: Spec, name: str, builder: str = BUILDER) -> dict:
     """The manifest of the engine `spec.model_path`; `InputError` for another precision, or none."""
     if spec.model_path is None:
         raise InputError(
-            f"backend {name} needs an engine; pass --model_path FILE.trt, as written by "
-            "convert_onnx_to_trt.py"
+            f"backend {name} needs an engine; pass --model_path FILE.trt, as written by {builder}"
         )
-    manifest = read_manifest(Path(spec.model_path))
+    manifest = read_manifest(Path(spec.model_path), builder)
     if spec.precision == "fp16" and manifest["precision"] == "FP32":
         raise InputError(f"{spec.model_path} is float32; ask for fp32, or build it of an FP16 file")
     return manifest

@@ -8,7 +8,7 @@ from aliked.backends.tensorrt import Buffers, Contract, Engine, manifest_for
 from aliked.errors import InputError
 from aliked.matching import TENSORS, Arrays, PairRuntime
 
-CURE = "build it from a file that convert_lightglue_to_onnx.py wrote with its default --io"
+LIGHTGLUE_BUILDER = "build_lightglue_file of aliked.export.build"
 
 
 class EnginePairRuntime(PairRuntime):
@@ -16,7 +16,7 @@ class EnginePairRuntime(PairRuntime):
 
     def __init__(self, name: str, graph: str, path: Path, device: str, **options: Any) -> None:
         """Load the engine at `path`; `options` are those of `Engine`."""
-        contract = Contract(*TENSORS[graph], CURE)
+        contract = Contract(*TENSORS[graph], f"build it with {LIGHTGLUE_BUILDER}")
         self.name, self.engine = name, Engine(path, contract, device, **options)
         self.device, self.manifest = self.engine.device, self.engine.manifest
 
@@ -57,7 +57,7 @@ def open_runtime(
     **options: Any,
 ) -> EnginePairRuntime:
     """The engine `spec.model_path`, which holds the weights; `options` are those of `Engine`."""
-    manifest = manifest_for(spec, name)
+    manifest = manifest_for(spec, name, LIGHTGLUE_BUILDER)
     _check_export(spec, graph, manifest["source"]["export"])
     return EnginePairRuntime(
         name, graph, Path(spec.model_path), spec.device, manifest=manifest, **options

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from aliked import cli
 from aliked.errors import InputError, missing_package
 
 
@@ -86,7 +87,6 @@ def run(name: str, arguments: Sequence[str]) -> NoReturn:
     command = COMMANDS[name]
     try:
         stage = importlib.import_module(command.module)
-        from aliked import cli  # here: NumPy is not needed to print the list of commands
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("aliked"):
             raise

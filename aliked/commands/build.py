@@ -33,23 +33,7 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         epilog="Exit status: 0 done, 1 findings or a wrong engine, 2 bad input.",
     )
-    task = parser.add_mutually_exclusive_group(required=True)
-    task.add_argument(
-        "--model_onnx_path", type=Path, help="file of convert_pytorch_to_onnx.py to build from"
-    )
-    task.add_argument(
-        "--check_only",
-        type=Path,
-        metavar="MODEL",
-        help="only say what TensorRT would refuse or misread in this ONNX file: what is known of "
-        "it, and what the parsers of the installed libraries say",
-    )
-    task.add_argument(
-        "--verify",
-        type=Path,
-        metavar="ENGINE",
-        help="compare an engine that exists, such as one built without a GPU",
-    )
+    add_task_options(parser.add_mutually_exclusive_group(required=True))
     parser.add_argument(
         "--model_trt_path",
         type=Path,
@@ -67,14 +51,35 @@ def parser() -> argparse.ArgumentParser:
         help="must be the file's own, except that TensorRT 10 can choose FP16 for an FP32 file "
         "(default: the file's own)",
     )
-    add_build_options(parser)
-    add_verification_options(parser)
+    build = parser.add_argument_group("build")
+    add_build_options(build)
+    add_engine_options(build)
+    add_verification_options(parser.add_argument_group("verification against PyTorch in float32"))
     return parser
 
 
-def add_build_options(parser: argparse.ArgumentParser) -> None:
-    """What the builder is told."""
-    group = parser.add_argument_group("build")
+def add_task_options(task: argparse._ActionsContainer) -> None:
+    """What to do: build, check a file or compare an engine."""
+    task.add_argument(
+        "--model_onnx_path", type=Path, help="file of convert_pytorch_to_onnx.py to build from"
+    )
+    task.add_argument(
+        "--check_only",
+        type=Path,
+        metavar="MODEL",
+        help="only say what TensorRT would refuse or misread in this ONNX file: what is known of "
+        "it, and what the parsers of the installed libraries say",
+    )
+    task.add_argument(
+        "--verify",
+        type=Path,
+        metavar="ENGINE",
+        help="compare an engine that exists, such as one built without a GPU",
+    )
+
+
+def add_build_options(group: argparse._ArgumentGroup) -> None:
+    """For which GPUs and inputs the builder searches, and how long."""
     group.add_argument(
         "--compute_capability",
         nargs="+",
@@ -109,6 +114,10 @@ def add_build_options(parser: argparse.ArgumentParser) -> None:
             metavar="BxCxHxW",
             help=f"{text} input of a dynamic file, such as 1x3x480x640 (BxHxWx3 for uint8 input)",
         )
+
+
+def add_engine_options(group: argparse._ArgumentGroup) -> None:
+    """What the engine can do and takes, and what is told of it."""
     group.add_argument(
         "--version_compatible",
         action="store_true",
@@ -141,9 +150,8 @@ def add_build_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_verification_options(parser: argparse.ArgumentParser) -> None:
+def add_verification_options(group: argparse._ArgumentGroup) -> None:
     """How the engine is judged."""
-    group = parser.add_argument_group("verification against PyTorch in float32")
     group.add_argument(
         "--images",
         type=Path,

@@ -9,24 +9,13 @@ import numpy as np
 from tqdm import tqdm
 
 from aliked.backends import BACKENDS, Spec
-from aliked.cli import (
-    Parser,
-    add_device_option,
-    add_matcher_options,
-    add_selection_options,
-    add_size_option,
-    add_weights_option,
-    check_selection,
-    command_line,
-    matcher_from,
-    positive,
-)
+from aliked.cli import Parser, command_line, positive
 from aliked.comparison import (
     ImageComparison,
     Numbers,
     compare_image,
-    compare_matches,
     draw_histogram,
+    match_change,
     report_text,
     write_histogram,
 )
@@ -45,6 +34,15 @@ from aliked.files import (
 )
 from aliked.images import list_images, load_readable
 from aliked.matching import Matcher
+from aliked.options import (
+    add_device_option,
+    add_matcher_options,
+    add_selection_options,
+    add_size_option,
+    add_weights_option,
+    check_selection,
+    matcher_from,
+)
 from aliked.parity import RADIUS_PX
 from aliked.sides import Side, choose_side, common_model, open_side
 from aliked.weights import find_weights
@@ -70,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
         p.add_argument(
             f"--{role}_model_path", type=Path, metavar="FILE", help="its .onnx or .trt file"
         )
-    add_model_options(p.add_argument_group("both sides"))
+    add_shared_options(p.add_argument_group("both sides"))
     add_size_option(p)
     p.add_argument(
         "--radius",
@@ -89,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def add_model_options(group: argparse._ArgumentGroup) -> None:
+def add_shared_options(group: argparse._ArgumentGroup) -> None:
     """The model, where it runs, and how it selects keypoints."""
     group.add_argument(
         "--model",
@@ -170,7 +168,7 @@ def main(args: argparse.Namespace) -> None:
     for image, found in compare(paths, *extractors, args.radius, args.max_size):
         numbers.add_image(found)
         if previous:
-            numbers.add_matches(compare_matches(previous, found, matcher))
+            numbers.add_matches(match_change(previous, found, matcher))
         file = output / f"keypoints_{len(numbers.images):04}.png"
         write_picture(file, picture(image, found, title))
         previous = found

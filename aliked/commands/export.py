@@ -11,14 +11,7 @@ import onnx
 from tqdm import tqdm
 
 from aliked.backends.onnxruntime import CPU, deform_conv_missing, provider_missing
-from aliked.cli import (
-    Parser,
-    add_model_options,
-    add_selection_options,
-    check_selection,
-    command_line,
-    whole,
-)
+from aliked.cli import Parser, command_line, whole
 from aliked.configs import Form
 from aliked.doctor import installed_versions
 from aliked.download import offer_download
@@ -27,7 +20,8 @@ from aliked.export.onnx_export import CONTRACTS, ExportOptions, export_onnx
 from aliked.export.verify import verify_onnx
 from aliked.files import check_outputs, scratch_file, sha256, writable_folder, write_json
 from aliked.images import list_images, load_image, require_same_size
-from aliked.model import ALIKED, PRECISIONS
+from aliked.model import ALIKED, DTYPES
+from aliked.options import add_model_options, add_selection_options, check_selection
 from aliked.parity import Verdict
 from aliked.sampling import SAMPLERS
 from aliked.weights import describe_weights, find_weights
@@ -79,7 +73,7 @@ def add_graph_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--precision",
-        choices=tuple(PRECISIONS),
+        choices=tuple(DTYPES),
         help="of convolutions, products and feature maps (default: fp32)",
     )
     group.add_argument("--amp", action="store_true", help="the same as --precision fp16")
@@ -214,24 +208,13 @@ def main(args: argparse.Namespace) -> int:
             print_graph(proto)
         progress = tqdm(images, "PyTorch fp32 and ONNX Runtime", unit="image", disable=None)
         verdict = verify_onnx(candidate, reference, args.precision, options, progress)
-        print(verdict.text)
-        if not verdict.passed:
-            path = path.with_name(f"{path.name}.rejected")
-        os.replace(candidate, path)
-    manifest = path.with_name(f"{path.name}.json")
-    write_json(manifest, make_manifest(args, options, path, verdict))
-    print(f"{'wrote' if verdict.passed else 'kept the wrong file as'} {path} and {manifest}")
-    return 0 if verdict.passed else 1
+        return conclude(candidate, path, verdict, facts_of(args, options))
 
 
-def make_manifest(
-    args: argparse.Namespace, options: ExportOptions, path: Path, verdict: Verdict
-) -> dict:
-    """What the file is, what it was made from, and how it was judged."""
+def facts_of(args: argparse.Namespace, options: ExportOptions) -> dict:
+    """What the file is and what it was made from, for its manifest."""
     weights = find_weights(args.model, args.weights)
     return {
-        "file": path.name,
-        "sha256": sha256(path),
         "model": args.model,
         "precision": args.precision,
         "top_k": args.top_k,
@@ -241,7 +224,24 @@ def make_manifest(
         **asdict(options),
         "images": str(args.images),
         "weights": {"file": weights.name, "sha256": sha256(weights)},
+    }
+
+
+def conclude(candidate: Path, path: Path, verdict: Verdict, facts: dict) -> int:
+    """Give a judged file its name, or NAME.rejected, and its manifest; the exit status.
+
+    `facts` are what the manifest says of the file beside its checksum and how it was judged.
+    """
+    print(verdict.text)
+    if not verdict.passed:
+        path = path.with_name(f"{path.name}.rejected")
+    os.replace(candidate, path)
+    judged = {
         "verdict": {"passed": verdict.passed, "text": verdict.text.splitlines()},
         "versions": installed_versions(PACKAGES),
         "command": command_line(),
     }
+    manifest = path.with_name(f"{path.name}.json")
+    write_json(manifest, {"file": path.name, "sha256": sha256(path)} | facts | judged)
+    print(f"{'wrote' if verdict.passed else 'kept the wrong file as'} {path} and {manifest}")
+    return 0 if verdict.passed else 1

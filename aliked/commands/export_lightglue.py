@@ -2,7 +2,6 @@
 
 import argparse
 import itertools
-import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -10,10 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from aliked.cli import Parser, add_matcher_weights, add_model_options, command_line, whole
-from aliked.commands.export import checked_output
+from aliked.cli import Parser, whole
+from aliked.commands.export import checked_output, conclude
 from aliked.configs import Form
-from aliked.doctor import installed_versions
 from aliked.download import offer_download
 from aliked.errors import InputError
 from aliked.export.lightglue import (
@@ -25,16 +23,15 @@ from aliked.export.lightglue import (
     verify_matcher,
     verify_pair,
 )
-from aliked.files import scratch_file, sha256, write_json
+from aliked.files import scratch_file, sha256
 from aliked.images import list_images, load_image
 from aliked.lightglue import LightGlue
-from aliked.model import ALIKED, PRECISIONS
+from aliked.model import ALIKED, DTYPES
+from aliked.options import add_matcher_weights, add_model_options
 from aliked.parity import Verdict
 from aliked.sampling import SAMPLERS
 from aliked.weights import LIGHTGLUE, find_weights
 
-# What decides the content of the file and the verdict.
-PACKAGES = ("torch", "torchvision", "onnx", "onnxscript", "onnxruntime", "numpy")
 MODEL = "aliked-n16rot"
 
 
@@ -108,7 +105,7 @@ def add_graph_options(group: argparse._ArgumentGroup) -> None:
         help="inputs and outputs of the matcher: this project's, or those that COLMAP's LightGlue "
         "matcher loads, for any number of keypoints (default: %(default)s)",
     )
-    group.add_argument("--precision", choices=tuple(PRECISIONS), default="fp32")
+    group.add_argument("--precision", choices=tuple(DTYPES), default="fp32")
     group.add_argument("--opset_version", type=int, default=19, metavar="N", help="17, 18 or 19")
     group.add_argument(
         "--uint8_input", action="store_true", help="pair: inputs uint8 [B, H, W, 3] RGB"
@@ -231,32 +228,18 @@ def main(args: argparse.Namespace) -> int:
         job.export(candidate)
         print(f"exported LightGlue to ONNX opset {args.opset_version}; ONNX's full check passed")
         verdict = job.verify(candidate)
-        print(verdict.text)
-        if not verdict.passed:
-            path = path.with_name(f"{path.name}.rejected")
-        os.replace(candidate, path)
-    manifest = path.with_name(f"{path.name}.json")
-    write_json(manifest, make_manifest(args, job.options, path, verdict))
-    print(f"{'wrote' if verdict.passed else 'kept the wrong file as'} {path} and {manifest}")
-    return 0 if verdict.passed else 1
+        return conclude(candidate, path, verdict, facts_of(args, job.options))
 
 
-def make_manifest(
-    args: argparse.Namespace, options: MatcherOptions | PairOptions, path: Path, verdict: Verdict
-) -> dict:
-    """What the file is, what it was made from, and how it was judged."""
+def facts_of(args: argparse.Namespace, options: MatcherOptions | PairOptions) -> dict:
+    """What the file is and what it was made from, for its manifest."""
     weights = [find_weights(LIGHTGLUE, args.matcher_weights)]
     if args.graph == "pair":
         weights.append(find_weights(args.model, args.weights))
     return {
-        "file": path.name,
-        "sha256": sha256(path),
         "graph": args.graph,
         "model": args.model,
         "precision": args.precision,
         **asdict(options),
         "weights": [{"file": file.name, "sha256": sha256(file)} for file in weights],
-        "verdict": {"passed": verdict.passed, "text": verdict.text.splitlines()},
-        "versions": installed_versions(PACKAGES),
-        "command": command_line(),
     }

@@ -3,21 +3,13 @@
 import argparse
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 from aliked.backends import BACKENDS, get_backend
-from aliked.cli import (
-    Parser,
-    add_extractor_options,
-    add_matcher_options,
-    add_video_options,
-    check_video_options,
-    extractor_spec,
-    matcher_from,
-    whole,
-)
+from aliked.cli import Parser, whole
 from aliked.colmap import (
     CAMERA_MODES,
     TYPES,
@@ -33,6 +25,14 @@ from aliked.extraction import DECODERS, Job, Report, Tally, available_cores, ext
 from aliked.files import writable_folder
 from aliked.images import find_images
 from aliked.matching import Matcher
+from aliked.options import (
+    add_extractor_options,
+    add_matcher_options,
+    add_video_options,
+    check_video_options,
+    extractor_spec,
+    matcher_from,
+)
 from aliked.store import FeatureStore
 from aliked.threads import keep_freed_memory
 from aliked.video import is_video
@@ -160,6 +160,7 @@ def main(args: argparse.Namespace) -> None:
     output = args.output or args.colmap.with_suffix(".h5")
     check_outputs(output, args.colmap, args.resume)
     names = [] if is_video(args.images) else find_images(args.images)
+    job = replace(job, names=names)
     if args.match and names:
         pairs_of(args, names)  # whose file should be good before the work, not after
     matcher = matcher_from(args, args.model, mutual_device=args.device) if args.match else None

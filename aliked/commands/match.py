@@ -12,17 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from aliked.backends import create_extractor, get_backend
-from aliked.cli import (
-    Parser,
-    add_extractor_options,
-    add_lines_option,
-    add_matcher_options,
-    add_size_option,
-    add_video_options,
-    check_video_options,
-    extractor_spec,
-    matcher_from,
-)
+from aliked.cli import Parser
 from aliked.download import offer_download
 from aliked.drawing import (
     LINES,
@@ -38,6 +28,16 @@ from aliked.features import Extractor, Features
 from aliked.files import check_writable, remove_files, writable_folder
 from aliked.images import list_images, load_readable, reduced
 from aliked.matching import Matcher
+from aliked.options import (
+    add_extractor_options,
+    add_lines_option,
+    add_matcher_options,
+    add_size_option,
+    add_video_options,
+    check_video_options,
+    extractor_spec,
+    matcher_from,
+)
 from aliked.video import frames, is_video
 from aliked.weights import describe_weights
 

@@ -25,7 +25,7 @@ from aliked.backends.tensorrt_library import (
 )
 from aliked.errors import InputError
 from aliked.export.onnx_graph import load_model
-from aliked.export.rtx_graph import for_rtx
+from aliked.export.rtx_graph import for_rtx, sum_in_float32
 from aliked.files import read_file, whole_file, writable_folder
 
 if TYPE_CHECKING:
@@ -177,7 +177,8 @@ def build_plan(library: Library, onnx_path: Path, options: BuildOptions) -> byte
     if library is RTX:
         settle_tf32(options.tf32)
     trt = library.load()
-    content = for_rtx(load_model(onnx_path)).SerializeToString() if library is RTX else None
+    rewrite = for_rtx if library is RTX else sum_in_float32
+    content = rewrite(load_model(onnx_path)).SerializeToString()
     builder, network, parser = parse_file(library, onnx_path, options, content)
     config = create_config(trt, builder, options)
     if options.shapes:

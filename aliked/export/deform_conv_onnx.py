@@ -7,7 +7,8 @@ exporter based on TorchScript), written from the operator's definition: Dai et a
 
 In the shapes below, T is the number of taps of the kernel, H x W the size of the input, h x w
 that of the output and N = h * w. Every offset group of every image is a map of its own: M maps of
-C channels. Types are float32, and int64 for indices."""
+C channels. Types are float32, and int64 for indices.
+"""
 
 import contextlib
 import math

@@ -21,6 +21,7 @@ import onnx
 from aliked import gpu
 from aliked.backends.cuda_memory import create_memory
 from aliked.backends.tensorrt import (
+    BUILDER,
     INPUT,
     TensorRTExtractor,
     describe_targets,
@@ -32,6 +33,7 @@ from aliked.backends.tensorrt import (
     read_manifest,
 )
 from aliked.backends.tensorrt_library import BUILDERS, LIBRARIES, RTX, Library, tf32_is_off
+from aliked.backends.tensorrt_lightglue import LIGHTGLUE_BUILDER
 from aliked.configs import Selection
 from aliked.errors import InputError
 from aliked.export.builder import (
@@ -96,8 +98,8 @@ def read_source(path: Path) -> Source:
     outputs = [value.name for value in model.graph.output]
     if any(set(names) == set(taken) for taken, _ in TENSORS.values()):
         raise InputError(
-            f"{path} holds LightGlue, whose engines build_lightglue_file of aliked.export.build "
-            "makes and measure_timings.py --matcher lightglue judges; give a file of a model"
+            f"{path} holds LightGlue, whose engines {LIGHTGLUE_BUILDER} makes and "
+            "measure_timings.py --matcher lightglue judges; give a file of a model"
         )
     if names != [INPUT] or not set(OUTPUTS) <= set(outputs):
         raise InputError(
@@ -275,9 +277,8 @@ class Request:
 
     onnx_path: Path
     engine_path: Path | None = None  # None: the ONNX path, ending in .trt or .rtx
-    options: BuildOptions = field(
-        default_factory=BuildOptions
-    )  # `shapes` and `weak_fp16` follow from the file
+    # `shapes` and `weak_fp16` follow from the file.
+    options: BuildOptions = field(default_factory=BuildOptions)
     builder: str | None = None  # "tensorrt" or "tensorrt-rtx"; None: the first that can
     precision: str | None = None  # "FP32" or "FP16"; None: as the file is
     shapes: tuple[Shape | None, ...] = (None, None, None)  # min, opt, max
@@ -287,7 +288,7 @@ class Request:
     num_images: int = 10  # of that folder
     weights: Path | None = None  # of the PyTorch reference
     memory: str = "torch"  # of the verification
-    script: str = "python convert_onnx_to_trt.py"  # as the user calls this
+    script: str = f"python {BUILDER}"  # as the user calls this
 
 
 def choose_library(builder: str | None) -> tuple[Library, str]:

@@ -39,10 +39,7 @@ from aliked.lightglue import LightGlue, Output, filter_matches
 from aliked.matching import Size
 from aliked.model import ALIKED
 from aliked.parity import (
-    MATCH_FP16,
-    MATCH_FP32,
-    PAIR_FP16,
-    PAIR_FP32,
+    MATCH_TOLERANCES,
     MatchParity,
     Verdict,
     compare_matches,
@@ -345,7 +342,7 @@ def verify_matcher(
         name: compare_matches(reference.match(*pair), other.match(*pair))
         for name, *pair in with_fewer(pairs)
     }
-    return judge_matches(parities, MATCH_FP16 if precision == "fp16" else MATCH_FP32)
+    return judge_matches(parities, MATCH_TOLERANCES["matcher", precision])
 
 
 def verify_pair(
@@ -364,7 +361,7 @@ def verify_pair(
     parities = {
         name: _compare_pair(run, model, matcher, image0, image1) for name, image0, image1 in pairs
     }
-    return judge_matches(parities, PAIR_FP16 if precision == "fp16" else PAIR_FP32)
+    return judge_matches(parities, MATCH_TOLERANCES["pair", precision])
 
 
 def _compare_pair(

@@ -277,8 +277,11 @@ def double(node: Node, target: Target) -> Iterator[Finding]:
 
 def infinite_constants(graph: Graph) -> Iterator[Finding]:
     """Constants of FP16 that are not finite any more."""
-    tensors = [(name, tensor) for name, tensor in graph.constants.items()]
-    values = [(name, numpy_helper.to_array(t)) for name, t in tensors if t.data_type == 10]
+    values = [
+        (name, numpy_helper.to_array(tensor))
+        for name, tensor in graph.constants.items()
+        if tensor.data_type == TensorProto.FLOAT16
+    ]
     for proto in graph.proto.node:
         if proto.op_type in ("Constant", "ConstantOfShape") and proto.domain in ("", "ai.onnx"):
             node = Node(proto, graph)

@@ -18,7 +18,7 @@ import torch
 from onnx_ir.passes import common as passes
 from torch import nn
 
-from aliked.configs import RADIUS, STRIDE, Form, Selection
+from aliked.configs import RADIUS, STRIDE, Form, most_rows
 from aliked.detection import inner, refine, suppress_non_maxima
 from aliked.errors import InputError
 from aliked.export.deform_conv_onnx import NATIVE_TRANSLATION, standard_deform_conv
@@ -69,7 +69,7 @@ class ColmapGraph(nn.Module):
     ) -> list[torch.Tensor]:
         """The outputs in the order of `output_names`."""
         features, score_map = self.model.encode(image)
-        candidates = inner(suppress_non_maxima(score_map, self.model.form.exported))
+        candidates = inner(suppress_non_maxima(score_map, self.model.form))
         passing = (candidates > min_score.clamp(min=0)).sum()
         k = torch.minimum(max_keypoints, passing).clamp(min=0)
         if torch.jit.is_tracing():
@@ -161,7 +161,7 @@ def check_options(options: ExportOptions, model: ALIKED) -> None:
 
 def check_room(rows: int, width: int, height: int) -> None:
     """Raise `InputError` where an image has fewer pixels to choose from than a file has rows."""
-    room = Selection(top_k=rows).rows(height, width)
+    room = most_rows(height, width)
     if rows > room:
         raise InputError(
             f"{rows} keypoints are more than a {width}x{height} image can give ({room}); pass a "
@@ -382,13 +382,9 @@ def in_exported_form(model: ALIKED, dynamic: bool, exported: bool = True) -> ALI
     return model
 
 
-@contextlib.contextmanager
-def silence(quiet: bool):
-    """Keep the exporters' progress lines off the terminal."""
-    with contextlib.ExitStack() as stack:
-        if quiet:
-            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        yield
+def silence(quiet: bool) -> contextlib.AbstractContextManager:
+    """Keep the exporters' progress lines off the terminal, where that is to be `quiet`."""
+    return contextlib.redirect_stdout(io.StringIO()) if quiet else contextlib.nullcontext()
 
 
 def measure_behind_the_cast(proto: onnx.ModelProto) -> None:

@@ -1,4 +1,4 @@
-"""What a check says about one node, and what the engine is meant for."""
+"""An ONNX file as its checks read it: nodes, what is known of their inputs, and findings."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

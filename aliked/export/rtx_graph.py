@@ -145,7 +145,7 @@ def for_rtx(model: onnx.ModelProto, pixels: int = PIXELS) -> onnx.ModelProto:
     selu_in_float32(Rewriter(rewritten))
     widen(Rewriter(rewritten), pixels)
     average(Rewriter(rewritten))
-    return rewritten
+    return sum_in_float32(rewritten)
 
 
 def fold_large(rewriter: Rewriter) -> None:
@@ -330,6 +330,36 @@ def selu_in_float32(rewriter: Rewriter) -> None:
             x = new.add("Selu", x, **attributes_of(node))
             new.add("Cast", x, out=out, to=TensorProto.FLOAT16)
     rewriter.replace(instead)
+
+
+def sum_in_float32(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Let LightGlue's products of matrices be summed in float32, as they are elsewhere; `model`.
+
+    TensorRT, for RTX too, sums those of halves in half precision, the products of attention among
+    them, unless their inputs are cast to float32 and what they give is cast back: that it takes as
+    the wish for such sums, and multiplies halves still. Counts of ones are exact as they are.
+    """
+    if not any(entry.key.startswith("lightglue.") for entry in model.metadata_props):
+        return model
+    rewriter, instead = Rewriter(model), {}
+    for node in rewriter.graph.node:
+        out = node.output[0]
+        known = node.op_type == "MatMul" and out in rewriter.types
+        half = known and rewriter.types[out].elem_type == TensorProto.FLOAT16
+        if half and not any(_is_zeros_and_ones(rewriter, name) for name in node.input):
+            new = instead[out] = Nodes(rewriter, out)
+            inputs = [new.add("Cast", name, to=TensorProto.FLOAT) for name in node.input]
+            new.add("Cast", new.add("MatMul", *inputs), out=out, to=TensorProto.FLOAT16)
+    rewriter.replace(instead)
+    return model
+
+
+def _is_zeros_and_ones(rewriter: Rewriter, name: str) -> bool:
+    if name in rewriter.constants:
+        return bool(np.isin(rewriter.value(name), (0, 1)).all())
+    cast = rewriter.preceding(name, "Cast")
+    before = cast[0].input[0] if cast else ""
+    return before in rewriter.types and rewriter.types[before].elem_type == TensorProto.BOOL
 
 
 def widen(rewriter: Rewriter, pixels: int) -> None:

@@ -8,19 +8,18 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from aliked import parity
 from aliked.backends import Spec
-from aliked.backends.onnxruntime import ONNXRuntimeExtractor, open_session
+from aliked.backends.onnxruntime import CPU, ONNXRuntimeExtractor, as_floats, open_session
 from aliked.backends.pytorch import PyTorchExtractor
 from aliked.backends.tensorrt import TensorRTExtractor
 from aliked.configs import STRIDE
-from aliked.errors import InputError
+from aliked.errors import InputError, first_line
 from aliked.export.builder import Shape
 from aliked.export.onnx_export import ExportOptions
 from aliked.features import OUTPUTS, Features, drop_fill_ins
 from aliked.images import list_images, load_image
 from aliked.model import ALIKED
-from aliked.parity import FAINT, TOLERANCES, Verdict, compare_features, judge
+from aliked.parity import FAINT, TOLERANCES, Tolerance, Verdict, compare_features, judge
 from aliked.ties import expect
 
 
@@ -75,7 +74,7 @@ class ColmapExtractor:
     name = "onnxruntime-cpu"
 
     def __init__(self, path: Path, max_keypoints: int, min_score: float):
-        self.session = open_session(path, "CPUExecutionProvider", {})
+        self.session = open_session(path, CPU, {})
         self.limits = {
             "max_keypoints": np.array(max_keypoints, np.int64),
             "min_score": np.array(min_score, np.float32),
@@ -83,8 +82,7 @@ class ColmapExtractor:
 
     def __call__(self, image: np.ndarray) -> Features:
         """uint8 [H, W, 3] RGB, padded by `pad_right_bottom`, to `Features` of the padded image."""
-        batch = image.transpose(2, 0, 1)[None].astype(np.float32) / np.float32(255)
-        rows = self.session.run(OUTPUTS, {"image": batch, **self.limits})
+        rows = self.session.run(OUTPUTS, {"image": as_floats(image[None]), **self.limits})
         keypoints, descriptors, scores = (row[0] for row in rows)
         corner = np.array(image.shape[1::-1], np.float32) - 1  # [2], (x, y)
         return drop_fill_ins((keypoints + 1) / 2 * corner, descriptors, scores)
@@ -97,7 +95,7 @@ def check_none_found(path: Path) -> None:
         none = extract(np.zeros((2 * STRIDE, 2 * STRIDE, 3), np.uint8))
     except Exception as error:  # ONNX Runtime raises a class of its own for every status code
         raise InputError(
-            f"the file does not run where no keypoint passes ({str(error).splitlines()[0]}); "
+            f"the file does not run where no keypoint passes ({first_line(error)}); "
             "export it with another --opset_version or --deform_conv"
         ) from error
     if len(none):
@@ -217,8 +215,8 @@ def verify_engine(
     extractor: TensorRTExtractor,
     reference: PyTorchExtractor,
     images: NamedImages,
-    limits: parity.Tolerance,
-) -> parity.Verdict:
+    limits: Tolerance,
+) -> Verdict:
     """Compare an engine with `reference` on every image, two at a time where it takes batches."""
     smallest, largest = extractor.limits()
     parities = {}
@@ -228,11 +226,9 @@ def verify_engine(
             found = extractor.extract_batch(batch)
             for name, image, features in zip(names, batch, found, strict=False):
                 expected = reference.expect(image)
-                parities[name] = parity.compare_features(
-                    expected.features, features, ties=expected.ties
-                )
+                parities[name] = compare_features(expected.features, features, ties=expected.ties)
                 bar.update()
-    return parity.judge(parities, limits)
+    return judge(parities, limits)
 
 
 def _batches(images: NamedImages, size: int) -> Iterator[tuple[list[str], np.ndarray]]:

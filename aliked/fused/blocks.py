@@ -3,6 +3,7 @@
 import torch
 
 from aliked.fused import cuda_source, launches
+from aliked.fused.common import operator
 from aliked.fused.conv import conv3x3, conv3x3_level
 from aliked.fused.stem import stem
 
@@ -35,7 +36,7 @@ def _allocate1(
     )
 
 
-@torch.library.custom_op("aliked::block1", mutates_args=())
+@operator(_allocate1)
 def block1(
     images: torch.Tensor, stem_weight: torch.Tensor, stem_bias: torch.Tensor,
     weight: torch.Tensor, bias: torch.Tensor, level_weight: torch.Tensor,
@@ -60,9 +61,6 @@ def block1(
     return outputs
 
 
-block1.register_fake(_allocate1)
-
-
 def _allocate2(
     x, first_weight, first_bias, weight, bias, shortcut_weight, level_weight, score_weight,
     fragments,
@@ -75,7 +73,7 @@ def _allocate2(
     )
 
 
-@torch.library.custom_op("aliked::block2", mutates_args=())
+@operator(_allocate2)
 def block2(
     x: torch.Tensor, first_weight: torch.Tensor, first_bias: torch.Tensor,
     weight: torch.Tensor, bias: torch.Tensor, shortcut_weight: torch.Tensor,
@@ -96,6 +94,3 @@ def block2(
     arguments = [x, fragments, first_bias, bias, *outputs, *x.shape[1:3]]
     run(*shape("block2", outputs[0]), arguments)
     return outputs
-
-
-block2.register_fake(_allocate2)

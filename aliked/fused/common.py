@@ -1,5 +1,8 @@
 """What the kernels share: the activation, products in the chosen precision, sizes of tiles."""
 
+import functools
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -71,3 +74,22 @@ def tile_for(kernel: str, x: torch.Tensor) -> dict[str, int]:
     """Return the tile sizes and warps of `kernel` for a map or matrix `x` [..., channels]."""
     by_channels = TILES[kernel]
     return by_channels[max(channels for channels in by_channels if channels <= x.shape[-1])]
+
+
+def operator(allocate: Callable, mutates: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
+    """Make a function an operator of PyTorch; `allocate` has its arguments and makes what it fills.
+
+    `torch.library.custom_op` does so too, but its first call imports the compiler, which takes
+    seconds of every process.
+    """
+
+    def register(function: Callable) -> Callable:
+        name = f"aliked::{function.__name__}"
+        schema = torch.library.infer_schema(function, mutates_args=mutates)
+        torch.library.define(name, schema, tags=torch.Tag.pt2_compliant_tag)
+        torch.library.impl(name, "default", function)
+        torch.library.register_fake(name, allocate)
+        overload = getattr(torch.ops.aliked, function.__name__).default
+        return functools.wraps(function)(lambda *args, **kwargs: overload(*args, **kwargs))
+
+    return register

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from aliked.fused.common import add_product, load_matrix, padded, product, selu, tile_for
+from aliked.fused.common import add_product, load_matrix, operator, padded, product, selu, tile_for
 
 
 @triton.jit
@@ -135,7 +135,7 @@ def _grid(x: torch.Tensor, tile: dict) -> tuple[int, int]:
     return height // tile["ROWS"] * (width // tile["COLUMNS"]), batch
 
 
-@torch.library.custom_op("aliked::conv3x3", mutates_args=())
+@operator(_allocate)
 def conv3x3(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """SELU of a 3x3 convolution: [B, H, W, CI] to [B, H, W, CO], H and W multiples of 16.
 
@@ -151,9 +151,6 @@ def conv3x3(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.
     return out
 
 
-conv3x3.register_fake(_allocate)
-
-
 def _allocate_level(x, weight, bias, shortcut, shortcut_weight, level_weight, score_weight, pool):
     batch, height, width = x.shape[:3]
     kept = weight.shape[1] if shortcut is None else level_weight.shape[1]
@@ -164,7 +161,7 @@ def _allocate_level(x, weight, bias, shortcut, shortcut_weight, level_weight, sc
     )
 
 
-@torch.library.custom_op("aliked::conv3x3_level", mutates_args=())
+@operator(_allocate_level)
 def conv3x3_level(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor,
     shortcut: torch.Tensor | None, shortcut_weight: torch.Tensor | None,
@@ -191,6 +188,3 @@ def conv3x3_level(
         CS=below, CSP=padded(below), QUARTER=level_weight.shape[1], POOL=pool, **tile,
     )  # fmt: skip
     return outputs
-
-
-conv3x3_level.register_fake(_allocate_level)

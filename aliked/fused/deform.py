@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from aliked.fused import cuda_source, launches
-from aliked.fused.common import add_product, load_matrix, product, selu, tile_for
+from aliked.fused.common import add_product, load_matrix, operator, product, selu, tile_for
 from aliked.fused.conv import convolve, emit_level, emit_pooled
 
 
@@ -216,7 +216,7 @@ def _allocate(x, offset_weight, offset_bias, weight, bias, fragments):
     return x.new_empty((*x.shape[:3], weight.shape[1]))
 
 
-@torch.library.custom_op("aliked::deform", mutates_args=())
+@operator(_allocate)
 def deform(
     x: torch.Tensor, offset_weight: torch.Tensor, offset_bias: torch.Tensor,
     weight: torch.Tensor, bias: torch.Tensor, fragments: torch.Tensor,
@@ -243,9 +243,6 @@ def deform(
     return out
 
 
-deform.register_fake(_allocate)
-
-
 def _allocate_level(
     x, offset_weight, offset_bias, weight, bias, fragments,
     shortcut, shortcut_weight, level_weight, score_weight, pool,
@@ -259,7 +256,7 @@ def _allocate_level(
     )
 
 
-@torch.library.custom_op("aliked::deform_level", mutates_args=())
+@operator(_allocate_level)
 def deform_level(
     x: torch.Tensor, offset_weight: torch.Tensor, offset_bias: torch.Tensor,
     weight: torch.Tensor, bias: torch.Tensor, fragments: torch.Tensor,
@@ -293,6 +290,3 @@ def deform_level(
         QUARTER=quarter, POOL=pool, **tile,
     )  # fmt: skip
     return outputs
-
-
-deform_level.register_fake(_allocate_level)

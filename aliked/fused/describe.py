@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from aliked.fused import cuda_source, launches
-from aliked.fused.common import add_product, load_matrix, padded, product, selu, tile_for
+from aliked.fused.common import add_product, load_matrix, operator, padded, product, selu, tile_for
 from aliked.fused.cuda_source import float_bits
 from aliked.fused.score_map import level_geometry, upsampled
 
@@ -119,7 +119,7 @@ def _allocate_offsets(
     return keypoints.new_empty((batch, k, offset_weight.shape[1])), parts
 
 
-@torch.library.custom_op("aliked::sample_offsets", mutates_args=())
+@operator(_allocate_offsets)
 def sample_offsets(
     keypoints: torch.Tensor, x1: torch.Tensor, x1_weight: torch.Tensor,
     f2: torch.Tensor, f3: torch.Tensor, f4: torch.Tensor,
@@ -155,9 +155,6 @@ def sample_offsets(
         Q=f2.shape[3], N=out.shape[2], **tile,
     )  # fmt: skip
     return out, parts
-
-
-sample_offsets.register_fake(_allocate_offsets)
 
 
 def sample_offsets_half(
@@ -282,7 +279,7 @@ def _allocate_descriptors(
     return keypoints.new_empty(shape)
 
 
-@torch.library.custom_op("aliked::sample_descriptors", mutates_args=("parts",))
+@operator(_allocate_descriptors, mutates=("parts",))
 def sample_descriptors(
     keypoints: torch.Tensor, offsets: torch.Tensor, parts: torch.Tensor, x1: torch.Tensor,
     x1_weight: torch.Tensor, f2: torch.Tensor, f3: torch.Tensor, f4: torch.Tensor,
@@ -304,9 +301,6 @@ def sample_descriptors(
     return aggregate(
         sample_features(keypoints, offsets, *maps, project_weight, *frame), aggregate_weight
     )
-
-
-sample_descriptors.register_fake(_allocate_descriptors)
 
 
 def sample_descriptors_half(

@@ -224,13 +224,22 @@ def update(x: torch.Tensor, context: torch.Tensor, ffn: nn.Sequential) -> torch.
 
 
 @triton.jit
-def load_similarity(similarity, own, met, valid, first, second, ROWS: tl.constexpr):
-    """Similarities [M, N] of keypoints `own` [M] of one image with `met` [N] of the other.
+def load_scores(
+    similarity, added, own, met, first, second, FACTOR: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    """Scores [M, N] of keypoints `own` [M] of one image with `met` [N] of the other.
 
-    ROWS: `own` are of the first image, which are the rows of the matrix.
+    FACTOR times their similarity, and what is `added` [first + second] for those met; LEAST where
+    one of the two is no keypoint. ROWS: `own` are of the first image, which are the matrix's rows.
     """
+    count = first if ROWS else second
+    others = second if ROWS else first
+    valid = (own < count)[:, None] & (met < others)[None, :]
     at = own[:, None] * second + met[None, :] if ROWS else own[:, None] + met[None, :] * second
-    return tl.load(similarity + at, mask=valid, other=0).to(tl.float32)
+    scores = FACTOR * tl.load(similarity + at, mask=valid, other=0).to(tl.float32)
+    start = first if ROWS else 0
+    scores += tl.load(added + start + met, mask=met < others, other=0)[None, :]
+    return tl.where(valid, scores, LEAST)
 
 
 @triton.jit
@@ -246,10 +255,7 @@ def offsets_of(
     highest, total = tl.full([M], LEAST, tl.float32), tl.zeros([M], tl.float32)
     for at in range(0, others, N):
         met = at + tl.arange(0, N)
-        valid = (own < count)[:, None] & (met < others)[None, :]
-        values = load_similarity(similarity, own, met, valid, first, second, ROWS)
-        values += tl.load(padding + first - start + met, mask=met < others, other=0)[None, :]
-        values = tl.where(valid, values, LEAST)
+        values = load_scores(similarity, padding, own, met, first, second, 1, ROWS)
         higher = tl.maximum(highest, tl.max(values, axis=1))
         total = total * tl.exp(highest - higher) + tl.sum(tl.exp(values - higher[:, None]), axis=1)
         highest = higher
@@ -297,10 +303,7 @@ def best_of(
     highest, found = tl.full([M], LEAST, tl.float32), tl.zeros([M], tl.int32)
     for at in range(0, others, N):
         met = at + tl.arange(0, N)
-        valid = (own < count)[:, None] & (met < others)[None, :]
-        values = 2 * load_similarity(similarity, own, met, valid, first, second, ROWS)
-        values += tl.load(offset + first - start + met, mask=met < others, other=0)[None, :]
-        values = tl.where(valid, values, LEAST)
+        values = load_scores(similarity, offset, own, met, first, second, 2, ROWS)
         value, index = tl.max(values, axis=1, return_indices=True)
         found = tl.where(value > highest, at + index, found)
         highest = tl.maximum(highest, value)

@@ -6,29 +6,28 @@ block ran first.
 """
 
 import torch
-import triton.language as tl
 
+from aliked.configs import RADIUS, most_rows
 from aliked.fused import cuda_source, launches
-
-RADIUS = tl.constexpr(2)  # of the suppression window, and of the border that is dropped
+from aliked.fused.common import operator
 
 # What is kept with the keys, in int32: the number of keys per bin of scores, the number of keys,
 # then what `select` adds: how many it kept, and whether their order is that of the image; one more
 # makes whole 16 bytes of a row.
 # Scores are counted by the leading bits of their float32: 128 bins per octave, 32 octaves. What is
 # lower belongs to bin 0, which is not counted: it has what the others leave.
-BINS = tl.constexpr(4096)
-BIN_SHIFT = tl.constexpr(16)
-LOWEST_BIN = tl.constexpr((0x3F800000 >> 16) - 4096 + 1)  # score 1 is in the highest
-TALLY = tl.constexpr(4096 + 4)
+BINS = 4096
+BIN_SHIFT = 16
+LOWEST_BIN = (0x3F800000 >> BIN_SHIFT) - BINS + 1  # score 1 is in the highest
+TALLY = BINS + 4
 
 SOURCE = "maxima.cu"
 TALLY_CONSTANTS = (
-    ("RADIUS", RADIUS.value),
-    ("BINS", BINS.value),
-    ("BIN_SHIFT", BIN_SHIFT.value),
-    ("LOWEST_BIN", LOWEST_BIN.value),
-    ("TALLY", TALLY.value),
+    ("RADIUS", RADIUS),
+    ("BINS", BINS),
+    ("BIN_SHIFT", BIN_SHIFT),
+    ("LOWEST_BIN", LOWEST_BIN),
+    ("TALLY", TALLY),
 )
 CONSTANTS = launches.build("maxima", **dict(TALLY_CONSTANTS))
 BLOCK = launches.threads("find_maxima", CONSTANTS)
@@ -41,11 +40,10 @@ def grid(batch: int, height: int, width: int) -> tuple[int, int, int]:
 
 def _allocate(scores, tally):
     batch, height, width = scores.shape
-    capacity = (height - 2 * RADIUS.value) * (width - 2 * RADIUS.value)
-    return scores.new_empty((batch, capacity), dtype=torch.int64)
+    return scores.new_empty((batch, most_rows(height, width)), dtype=torch.int64)
 
 
-@torch.library.custom_op("aliked::find_maxima", mutates_args=("tally",))
+@operator(_allocate, mutates=("tally",))
 def find_maxima(scores: torch.Tensor, tally: torch.Tensor) -> torch.Tensor:
     """Maxima of 5x5 windows in three rounds: float32 [B, H, W] in [0, 1] to keys.
 
@@ -58,6 +56,3 @@ def find_maxima(scores: torch.Tensor, tally: torch.Tensor) -> torch.Tensor:
     run = cuda_source.compiled(SOURCE, "find_maxima", CONSTANTS, scores.device)
     run(grid(batch, height, width), BLOCK, [scores, keys, tally, height, width])
     return keys
-
-
-find_maxima.register_fake(_allocate)

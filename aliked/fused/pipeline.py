@@ -8,15 +8,7 @@ import torch
 from aliked.configs import STRIDE, Selection
 from aliked.fused.weights import Weights
 from aliked.model import Output
-
-
-class Frame(NamedTuple):
-    """Where the image lies in the padded frame, in pixels."""
-
-    top: int
-    left: int
-    height: int
-    width: int
+from aliked.pyramid import Frame
 
 
 class Levels(NamedTuple):

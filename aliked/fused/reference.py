@@ -124,7 +124,7 @@ def score_head(
     x = F.selu(F.conv2d(x, kernel3x3(first_weight), first_bias, padding=1))
     x = F.selu(F.conv2d(x, kernel3x3(second_weight), second_bias, padding=1))
     scores = torch.sigmoid(F.conv2d(x, kernel3x3(last_weight), padding=1))
-    tally = torch.zeros(len(s1), TALLY.value, dtype=torch.int32, device=s1.device)
+    tally = torch.zeros(len(s1), TALLY, dtype=torch.int32, device=s1.device)
     return scores[:, 0, top : top + height, left : left + width].contiguous(), tally
 
 
@@ -137,15 +137,15 @@ def find_maxima(scores, tally):
     bits = found.contiguous().view(torch.int32)
     keys = (bits.long() << 32) | (INDEX_MASK - inner(index.expand(batch, -1, -1, -1)))
     keys = torch.where(found > 0, keys, 0).sort(dim=1, descending=True).values
-    bins = ((bits >> BIN_SHIFT.value) - LOWEST_BIN.value).clamp(min=0)
+    bins = ((bits >> BIN_SHIFT) - LOWEST_BIN).clamp(min=0)
     tally.scatter_add_(1, bins.long(), ((found > 0) & (bins > 0)).int())
-    tally[:, BINS.value] += (found > 0).sum(dim=1)
+    tally[:, BINS] += (found > 0).sum(dim=1)
     return keys
 
 
 def select(keys, tally, means, k, threshold):
     """Twin of `kernels.select`: exactly the k best where there are more, sorted, no slack."""
-    total, kept = tally[:, BINS.value, None], tally[:, BINS.value + 1 : BINS.value + 3]
+    total, kept = tally[:, BINS, None], tally[:, BINS + 1 : BINS + 3]
     keys = torch.where(torch.arange(keys.shape[1], device=keys.device) < total, keys, 0)
     keys = keys.sort(dim=1, descending=True).values
     kept[:, 0] = total[:, 0].clamp(max=k)
@@ -160,7 +160,7 @@ def select(keys, tally, means, k, threshold):
 
 def refine(chosen, tally, scores, k):
     """Twin of `kernels.refine`."""
-    info = tally[:, BINS.value + 1 : BINS.value + 3]
+    info = tally[:, BINS + 1 : BINS + 3]
     width = scores.shape[2]
     i = torch.arange(chosen.shape[1], device=scores.device)
     keys = torch.where(i < info[:, :1], chosen, 0)

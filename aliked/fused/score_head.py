@@ -3,12 +3,13 @@
 import torch
 
 from aliked.fused import cuda_source, launches
+from aliked.fused.common import operator
 from aliked.fused.conv import conv3x3
 from aliked.fused.maxima import TALLY
 from aliked.fused.score_map import blend, score_map
 
 SOURCE = "score_head.cu"
-CONSTANTS = launches.build("score_head", TALLY=TALLY.value)
+CONSTANTS = launches.build("score_head", TALLY=TALLY)
 BLOCK = launches.threads("score_head")
 
 
@@ -22,10 +23,10 @@ def _allocate(
     top, left, height, width,
 ):  # fmt: skip
     scores = s1.new_empty((s1.shape[0], height, width), dtype=torch.float32)
-    return scores, s1.new_empty((s1.shape[0], TALLY.value), dtype=torch.int32)
+    return scores, s1.new_empty((s1.shape[0], TALLY), dtype=torch.int32)
 
 
-@torch.library.custom_op("aliked::score_head", mutates_args=())
+@operator(_allocate)
 def score_head(
     s1: torch.Tensor, s2: torch.Tensor, s3: torch.Tensor, s4: torch.Tensor,
     first_weight: torch.Tensor, first_bias: torch.Tensor,
@@ -43,7 +44,7 @@ def score_head(
     if s1.dtype == torch.float32:
         x = conv3x3(blend(s1, s2, s3, s4), first_weight, first_bias)
         x = conv3x3(x, second_weight, second_bias)
-        tally = s1.new_zeros((s1.shape[0], TALLY.value), dtype=torch.int32)
+        tally = s1.new_zeros((s1.shape[0], TALLY), dtype=torch.int32)
         return score_map(x, last_weight, top, left, height, width), tally
     scores, tally = _allocate(
         s1, s2, s3, s4, first_weight, first_bias, second_weight, second_bias, last_weight,
@@ -54,6 +55,3 @@ def score_head(
     tensors = [s1, s2, s3, s4, fragments, first_bias, second_bias, scores, tally]
     run(grid(batch, height, frame[1]), BLOCK, [*tensors, *frame, top, left, height, width])
     return scores, tally
-
-
-score_head.register_fake(_allocate)

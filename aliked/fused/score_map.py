@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from aliked.fused.common import selu, tile_for, upsampling_scale
+from aliked.fused.common import operator, selu, tile_for, upsampling_scale
 
 
 @triton.jit
@@ -71,7 +71,7 @@ def _allocate_blend(s1, s2, s3, s4):
     return torch.empty_like(s1)
 
 
-@torch.library.custom_op("aliked::blend", mutates_args=())
+@operator(_allocate_blend)
 def blend(s1: torch.Tensor, s2: torch.Tensor, s3: torch.Tensor, s4: torch.Tensor) -> torch.Tensor:
     """SELU of the sum of all shares at full resolution, [B, H, W, 8]; s2..s4 are upsampled."""
     out = _allocate_blend(s1, s2, s3, s4)
@@ -80,9 +80,6 @@ def blend(s1: torch.Tensor, s2: torch.Tensor, s3: torch.Tensor, s4: torch.Tensor
     grid = (triton.cdiv(height * width, tile["M"]), batch)
     _blend[grid](s1, s2, s3, s4, out, height, width, *level_geometry(s1, s2, s3, s4), **tile)
     return out
-
-
-blend.register_fake(_allocate_blend)
 
 
 @triton.jit
@@ -111,7 +108,7 @@ def _allocate_score_map(x, weight, top, left, height, width):
     return x.new_empty((x.shape[0], height, width), dtype=torch.float32)
 
 
-@torch.library.custom_op("aliked::score_map", mutates_args=())
+@operator(_allocate_score_map)
 def score_map(
     x: torch.Tensor, weight: torch.Tensor, top: int, left: int, height: int, width: int
 ) -> torch.Tensor:
@@ -125,6 +122,3 @@ def score_map(
     grid = (triton.cdiv(height * width, tile["M"]), x.shape[0])
     _score_map[grid](x, weight, out, *x.shape[1:3], top, left, height, width, **tile)
     return out
-
-
-score_map.register_fake(_allocate_score_map)

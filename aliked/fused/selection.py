@@ -6,6 +6,7 @@ The kernels are CUDA C++ (`selection.cu`) in either precision: scores are float3
 import torch
 
 from aliked.fused import cuda_source, launches
+from aliked.fused.common import operator
 from aliked.fused.cuda_source import float_bits
 from aliked.fused.maxima import TALLY_CONSTANTS
 
@@ -23,7 +24,7 @@ def _allocate_select(keys, tally, means, k, threshold):
     return keys.new_empty((len(keys), min(k + SLACK, keys.shape[1])))
 
 
-@torch.library.custom_op("aliked::select", mutates_args=("tally",))
+@operator(_allocate_select, mutates=("tally",))
 def select(
     keys: torch.Tensor, tally: torch.Tensor, means: torch.Tensor | None, k: int, threshold: float
 ) -> torch.Tensor:
@@ -39,9 +40,6 @@ def select(
     run = cuda_source.compiled(SOURCE, "select_keys", constants(chosen.shape[1]), keys.device)
     run(*select_launch(keys, tally, means, chosen, k, threshold))
     return chosen
-
-
-select.register_fake(_allocate_select)
 
 
 def select_launch(keys, tally, means, chosen, k: int, threshold: float) -> tuple:
@@ -62,7 +60,7 @@ def _allocate_refine(chosen, tally, scores, k):
     return rows(2), rows(), rows(), rows()
 
 
-@torch.library.custom_op("aliked::refine", mutates_args=())
+@operator(_allocate_refine)
 def refine(
     chosen: torch.Tensor, tally: torch.Tensor, scores: torch.Tensor, k: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -76,9 +74,6 @@ def refine(
     run = cuda_source.compiled(SOURCE, "refine_keypoints", definitions, scores.device)
     run(*refine_launch(chosen, tally, scores, outputs, k))
     return outputs
-
-
-refine.register_fake(_allocate_refine)
 
 
 def refine_launch(chosen, tally, scores, outputs: tuple, k: int) -> tuple:

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from aliked.fused.common import load_matrix, padded, product, selu, tile_for
+from aliked.fused.common import load_matrix, operator, padded, product, selu, tile_for
 
 
 @triton.jit
@@ -43,7 +43,7 @@ def _allocate(images, weight, bias, height, width, top, left):
     return weight.new_empty((images.shape[0], height, width, weight.shape[1]))
 
 
-@torch.library.custom_op("aliked::stem", mutates_args=())
+@operator(_allocate)
 def stem(
     images: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor,
     height: int, width: int, top: int, left: int,
@@ -62,6 +62,3 @@ def stem(
         CO=channels, COP=padded(channels), **tile,
     )  # fmt: skip
     return out
-
-
-stem.register_fake(_allocate)

@@ -59,9 +59,9 @@ def run(call: Call, ops: ModuleType) -> tuple[torch.Tensor, ...]:
     outputs = as_tuple(getattr(ops, call.name)(*arguments))
     if call.name == "find_maxima":
         (keys,), tally = outputs, arguments[1]
-        return sorted_keys(keys, tally[:, BINS.value, None], keys.shape[1]), tally
+        return sorted_keys(keys, tally[:, BINS, None], keys.shape[1]), tally
     if call.name == "select":
-        k, kept = arguments[3], arguments[1][:, BINS.value + 1 : BINS.value + 3]
+        k, kept = arguments[3], arguments[1][:, BINS + 1 : BINS + 3]
         keys = sorted_keys(outputs[0], kept[:, :1], min(k, outputs[0].shape[1]))
         return keys, kept.clamp(max=k)
     return outputs

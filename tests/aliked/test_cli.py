@@ -111,6 +111,44 @@ def test_a_script_that_is_stopped_leaves_nothing_half_written(tmp_path, number):
     assert "Traceback" not in said and list(tmp_path.iterdir()) == []
 
 
+def test_a_script_that_is_interrupted_while_it_imports_says_so_in_a_line(tmp_path):
+    (tmp_path / "slow.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)")
+    (tmp_path / "script.py").write_text("from aliked import cli\nimport slow")
+    process = subprocess.Popen(
+        [sys.executable, tmp_path / "script.py"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, "script.py: interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("statement", "said", "status"),
+    [
+        ("import onnx.nothing", "script.py: error: the package onnx.nothing is not installed", 2),
+        ("import cli.nothing", "Traceback (most recent call last)", 1),
+    ],
+)
+def test_a_script_that_cannot_import_names_an_extra_or_is_at_fault(
+    statement, said, status, tmp_path
+):
+    (tmp_path / "script.py").write_text(f"from aliked import cli\n{statement}")
+    result = subprocess.run(
+        [sys.executable, tmp_path / "script.py"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert result.returncode == status
+    assert result.stderr.startswith(said)
+
+
 PRINTING = """
 from aliked import cli
 

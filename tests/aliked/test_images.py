@@ -96,7 +96,7 @@ def test_a_truncated_file_is_named_and_refused(tmp_path, photo, suffix, missing)
         load_image(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"not an image"])
+@pytest.mark.parametrize("content", [b"", b"not an image", b"II*\0\1"])
 def test_a_file_that_is_no_image_is_named_and_refused(tmp_path, content):
     with pytest.raises(InputError, match=r"notes\.png .*not an image"):
         load_image(written(tmp_path / "notes.png", content))
@@ -154,10 +154,12 @@ def test_images_are_listed_in_natural_order(tmp_path):
     for name in [*names, ".hidden.png", "notes.txt", "frame3.png.txt", "png"]:
         (tmp_path / name).touch()
     (tmp_path / "folder.png").mkdir()
+    (tmp_path / "circle.png").symlink_to("circle.png")  # a bad file, and no reason to read none
     assert [path.name for path in list_images(tmp_path)] == [
         "01.5.png",
         "1.5.png",
         "1.50.png",
+        "circle.png",
         "Frame1.png",
         "frame2.png",
         "frame9.jpg",

@@ -1,6 +1,7 @@
 """LightGlue is the published matcher, in every form in which it runs here."""
 
 import argparse
+import copy
 import dataclasses
 import functools
 
@@ -23,9 +24,11 @@ from aliked.backends.onnxruntime_lightglue import (
     ONNXRuntimePair,
 )
 from aliked.backends.tensorrt import manifest_path
+from aliked.backends.tensorrt_library import RTX, tf32_is_off
 from aliked.commands import export_lightglue
 from aliked.errors import InputError
 from aliked.export import build
+from aliked.export.builder import BuildOptions, build_plan
 from aliked.export.engine import read_source
 from aliked.export.lightglue import (
     MatcherOptions,
@@ -37,12 +40,13 @@ from aliked.export.lightglue import (
     verify_matcher,
     verify_pair,
 )
+from aliked.export.rtx_graph import sum_in_float32
 from aliked.features import Features
 from aliked.fused import pipeline, reference
 from aliked.fused.weights import pack as pack_weights
 from aliked.images import list_images, load_image
 from aliked.lightglue import LightGlue, PairAttention, fused_attention
-from aliked.matching import Matches, matcher_inputs, matches_of_rows
+from aliked.matching import Matches, MutualMatcher, matcher_inputs, matches_of_rows
 from aliked.model import ALIKED
 from aliked.parity import (
     MATCH_FP16,
@@ -456,6 +460,23 @@ def test_a_file_of_any_counts_takes_images_without_keypoints(options, tmp_path):
         np.testing.assert_array_equal(found.indices, matcher.match(*pair, SIZE, SIZE).indices)
 
 
+@pytest.mark.parametrize("io", ["default", "colmap"])
+def test_features_of_another_precision_or_order_in_memory_are_matched(io, tmp_path):
+    path, matcher = tmp_path / "matcher.onnx", small_matcher()
+    export_matcher(matcher, path, MatcherOptions(None, io=io))
+    runs = [(ColmapMatcher if io == "colmap" else ONNXRuntimeMatcher)(path, "cpu"), matcher]
+    first = features_of(30, 1)
+    pair, others = (first, moved(first, 20)), []
+    for features, kind in zip(pair, (np.float64, np.float16), strict=True):
+        rows = (values.astype(kind)[::-1] for values in vars(features).values())
+        others.append(Features(*rows))
+    for run in [*runs, MutualMatcher()]:
+        found, expected = run.match(*others, SIZE, SIZE), run.match(*pair, SIZE, SIZE)
+        indices = np.array((29, 19)) - found.indices[::-1]
+        np.testing.assert_array_equal(indices, expected.indices)
+        assert found.scores.dtype == np.float32 and len(expected) > 10
+
+
 def test_exporting_leaves_the_matcher_as_it_was(tmp_path):
     matcher, pair = small_matcher(), check_pairs()[0][1:]
     before, usual = matcher.match(*pair), (matcher.attention, matcher.select)
@@ -612,6 +633,30 @@ def test_tensorrt_for_rtx_builds_the_matcher(top_k, precision, tmp_path):
     assert builds(path, shapes)
 
 
+def test_an_engine_sums_products_of_halves_in_float32(tmp_path):
+    """An engine holds the source and settings of its kernels, those of attention among them."""
+    path = tmp_path / "matcher.onnx"
+    export_matcher(small_matcher().set_precision("fp16"), path, MatcherOptions(40))
+    if reason := RTX.cannot_build():
+        pytest.skip(reason)
+    plan = build_plan(RTX, path, BuildOptions(tf32=not tf32_is_off()))
+    assert b"accumulation_type=2" in plan and b"hmma_fp32_traits" in plan
+    assert b"accumulation_type=0" not in plan and b"hmma_fp16_traits" not in plan
+
+
+def test_summing_in_float32_changes_no_function(tmp_path):
+    path = tmp_path / "matcher.onnx"
+    model = export_matcher(small_matcher().set_precision("fp16"), path, MatcherOptions(40))
+    inputs = matcher_inputs((features_of(40, 0), features_of(33, 0)), (SIZE, SIZE), 40)
+    run = onnxruntime.InferenceSession
+    before, after = (
+        run(made.SerializeToString()).run(None, inputs)
+        for made in (model, sum_in_float32(copy.deepcopy(model)))
+    )
+    assert (before[0] == after[0]).all() and (before[0] >= 0).sum() > 5
+    np.testing.assert_allclose(before[1], after[1], atol=0.01)
+
+
 def test_tensorrt_for_rtx_builds_a_pair_of_any_sizes(tmp_path):
     path, matcher = tmp_path / "pair.onnx", small_matcher(descriptor_dim=64)
     options = PairOptions((96, 64), (96, 64), dynamic=True)
@@ -669,7 +714,7 @@ def open_rtx(spec, graph="matcher"):
     [
         (lambda engine: engine.write_bytes(engine.read_bytes()[:-7]), "truncated"),
         (lambda engine: manifest_path(engine).unlink(), r"\.rtx\.json is missing"),
-        (lambda engine: engine.unlink(), "does not exist"),
+        (lambda engine: engine.unlink(), "does not exist; build it with build_lightglue_file"),
     ],
 )
 def test_a_damaged_engine_of_lightglue_is_refused(damage, says, rtx_spec):
@@ -690,7 +735,7 @@ def test_an_engine_of_lightglue_of_another_version_is_refused(rtx_spec, monkeypa
         ({}, "pair", "the graph of .* is matcher, not pair"),
         ({"top_k": 41}, "matcher", "the top_k of .* is 40, not 41"),
         ({"precision": "fp16"}, "matcher", "is float32; ask for fp32"),
-        ({"model_path": None}, "matcher", "needs an engine"),
+        ({"model_path": None}, "matcher", "needs an engine; .* as written by build_lightglue_file"),
     ],
 )
 def test_an_engine_that_was_not_asked_for_is_refused(changes, graph, says, rtx_spec):

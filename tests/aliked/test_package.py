@@ -1,6 +1,7 @@
 """The package as it is installed: what one imports, the command `aliked`, and the wheel."""
 
 import importlib
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -118,7 +119,10 @@ def test_an_interrupt_while_a_stage_is_imported_is_one_line(monkeypatch, capsys)
 def test_a_missing_extra_is_named_with_the_command_that_installs_it(
     module, extra, monkeypatch, capsys
 ):
-    monkeypatch.setattr("importlib.metadata.version", lambda name: "1.0.0")
+    version = importlib.metadata.version  # PyTorch, loaded here, asks what else is installed
+    monkeypatch.setattr(
+        "importlib.metadata.version", lambda name: "1.0.0" if name == "aliked" else version(name)
+    )
     monkeypatch.delitem(sys.modules, "aliked.commands.export", raising=False)
     for name in [name for name in sys.modules if name.startswith("aliked.export.")]:
         monkeypatch.delitem(sys.modules, name)

@@ -14,7 +14,7 @@ import pytest
 from aliked import store as module
 from aliked.errors import InputError
 from aliked.features import Features
-from aliked.store import FeatureStore, Spot, arrays_of, write_at
+from aliked.store import FeatureStore, arrays_of, image_bytes, journal_line, put_image
 
 KEY = {"model": "aliked-n16", "weights": "12ab", "top_k": 50}
 SIZE = (640, 480)
@@ -148,11 +148,10 @@ def test_a_file_grows_by_others_and_has_the_same_bytes(tmp_path):
 
     def fill(file, name, written=True):
         arrays = arrays_of(features(ord(name[0]) - ord("a")), SIZE)
-        spots = file.place(name, [Spot.of(array) for array in arrays])
+        at = file.place(name, image_bytes(arrays))
         with open(file.path, "r+b") as other:
-            for spot, array in zip(spots, arrays, strict=True):
-                write_at(other.fileno(), spot.offset, array)
-        file.note({name: spots} if written else {})
+            spots = put_image(other.fileno(), at, arrays)
+        file.note(journal_line({name: spots}) if written else b"")
 
     killed = FeatureStore.open(path, KEY).grow()
     fill(killed, "c.jpg")
@@ -175,6 +174,59 @@ def test_a_file_grows_by_others_and_has_the_same_bytes(tmp_path):
     with pytest.raises(KeyboardInterrupt), FeatureStore.open(path, KEY).grow() as file:
         raise KeyboardInterrupt
     assert not list((tmp_path / "features.h5.parts").iterdir())
+
+
+@pytest.mark.parametrize("count", [0, 1, 9, 257, 8200])  # leaves of 8 names, nodes of 32 of these
+def test_hdf5_reads_and_goes_on_with_a_file_of_any_number_of_images(tmp_path, count):
+    """As hloc does: groups go in and out, arrays get attributes."""
+    path = tmp_path / "features.h5"
+    images = {f"folder {i % 3}/é/{i}.jpg" if i % 7 else f"{i}.jpg": i for i in range(count)}
+    with FeatureStore.open(path, KEY).grow() as file, open(file.path, "r+b") as other:
+        for name, i in images.items():
+            arrays = arrays_of(features(i, i % 3), (i, 1))
+            put_image(other.fileno(), file.place(name, image_bytes(arrays)), arrays)
+        file.finish()
+    with h5py.File(path, "a") as file:
+        for folder in ("", "folder 1/", "new/"):
+            for i in range(100):
+                file[f"{folder}{i}-new/keypoints"] = np.zeros((3, 2))
+        for name in list(images)[::50]:
+            file[name]["keypoints"].attrs["uncertainty"] = 1.0
+        for name in list(images)[1::50]:
+            del file[name], images[name]
+    with h5py.File(path) as file:
+        names: list[str] = []
+        file.visit(names.append)
+        found = {name.removesuffix("/scores") for name in names if name.endswith("/scores")}
+        assert found == set(images)
+        assert sum(name.endswith("-new") for name in names) == 300
+        for name, i in list(images.items())[:: 1 + count // 50]:
+            arrays = arrays_of(features(i, i % 3), (i, 1))
+            for field, values in zip(module.ARRAYS, arrays, strict=True):
+                assert np.array_equal(file[name][field], values)
+                assert file[name][field].dtype == values.dtype
+
+
+def test_what_is_compressed_is_arranged_too(tmp_path):
+    names = ["b.jpg", "none.jpg", "a.jpg"]
+    with FeatureStore.open(tmp_path / "f.h5", KEY, "lzf") as store:
+        store.arrange(names)
+        for i, name in enumerate(names):
+            store.write(name, features(i, 0 if i == 1 else 50), SIZE)
+    store = FeatureStore.open(tmp_path / "f.h5", KEY)
+    for i, name in enumerate(names):
+        assert_same(store.read(name), features(i, 0 if i == 1 else 50))
+    with h5py.File(tmp_path / "f.h5") as file:
+        assert file["a.jpg/scores"].compression == "lzf"
+
+
+def test_an_image_cannot_have_the_name_of_a_folder(tmp_path):
+    store = FeatureStore.open(tmp_path / "f.h5", KEY)
+    store.write("a/b", features(1), SIZE)
+    store.write("a", features(2), SIZE)
+    with pytest.raises(InputError, match="a is an image and a folder of others; rename it"):
+        store.close()
+    assert FeatureStore.open(tmp_path / "f.h5", KEY).names() == ["a", "a/b"]
 
 
 def test_half_precision_is_kept_and_read_as_float32(tmp_path):

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -80,7 +81,7 @@ def test_the_readmes_command_builds_without_a_gpu_and_says_what_is_missing(tmp_p
         text=True,
         check=False,
         cwd=tmp_path,
-        env={"PYTHONPATH": str(ROOT), "PATH": ""},
+        env=SEARCHED | {"PATH": ""},
     )
     assert ran.returncode == 0, ran.stderr
     assert f"building with TensorRT for RTX {trt.__version__} (TensorRT cannot: " in ran.stdout
@@ -93,6 +94,11 @@ def test_the_readmes_command_builds_without_a_gpu_and_says_what_is_missing(tmp_p
     assert manifest["source"]["images"] == "assets/photographs"
 
 
+# Where modules and libraries are found here, for the process to find TensorRT for RTX there too.
+SEARCHED = {
+    "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", ""),
+}
 WITHOUT_GPU = f"""
 import runpy, sys
 from aliked import gpu

@@ -57,9 +57,11 @@ MAPS = [plateaus, noise, flat, ramp, border, lambda h, w: torch.zeros(1, 1, h, w
 
 @pytest.mark.parametrize("scores", MAPS)
 @pytest.mark.parametrize("size", [(5, 5), (5, 64), (6, 7), (33, 50), (120, 161)])
-def test_suppression_by_slices_and_products_is_that_by_pooling(scores, size):
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_suppression_by_slices_and_products_is_that_by_pooling(scores, size, dynamic):
     maps = scores(*size)
-    assert torch.equal(suppress_non_maxima(maps, exported=True), suppress_non_maxima(maps))
+    exported = suppress_non_maxima(maps, Form(exported=True, dynamic=dynamic))
+    assert torch.equal(exported, suppress_non_maxima(maps))
 
 
 @pytest.mark.parametrize("scores", MAPS)

@@ -117,6 +117,19 @@ def test_descriptors_of_a_model_that_colmap_does_not_have_bear_no_name_of_anothe
         assert db.read_descriptors(1).type == pycolmap.FeatureExtractorType.UNDEFINED
 
 
+def test_an_image_without_keypoints_is_written_matched_and_found_again(tmp_path, photos):
+    """One behind a mask that is all black, for example."""
+    path, store = tmp_path / "d.db", stored(photos, NAMES)
+    store.write(NAMES[0], features(0, count=0), (64, 48))
+    for _ in range(2):
+        write_features(path, store, photos, "aliked-n32", Cameras())
+        write_matches(path, store, exhaustive_pairs(NAMES), MutualMatcher(-1))
+    with pycolmap.Database.open(path) as db:
+        counts = [len(db.read_descriptors(image.image_id).data) for image in db.read_all_images()]
+        matched = [len(db.read_matches(1, other)) for other in (2, 3, 4)]
+    assert counts == [0, 30, 30, 30] and matched == [0, 0, 0]
+
+
 @pytest.mark.parametrize("mode", ["AUTO", "SINGLE", "PER_FOLDER", "PER_IMAGE"])
 def test_cameras_and_priors_are_those_that_colmap_imports(tmp_path, photos, mode):
     ours, theirs = tmp_path / "ours.db", tmp_path / "theirs.db"

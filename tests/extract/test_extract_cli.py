@@ -1,10 +1,12 @@
 """`extract.py` as users run it: killed, resumed, shared by processes, given what cannot be used."""
 
+import multiprocessing
 import os
 import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -134,7 +136,8 @@ if __name__ == "__main__":
     assert (tmp_path / "f.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
 
 
-def test_processes_that_were_killed_leave_what_they_wrote(tmp_path, photos):
+@pytest.mark.parametrize("killed", ["all", "the file's"])
+def test_processes_that_were_killed_leave_what_they_wrote(tmp_path, photos, killed):
     """With all of them gone the next run goes on from the file that grew, and its journal."""
     options = ("--top_k", 50, "--batch_size", 1)
     extract(photos, "--output", tmp_path / "whole.h5", *options)
@@ -146,11 +149,41 @@ def test_processes_that_were_killed_leave_what_they_wrote(tmp_path, photos):
 
     while journaled() < 3 and process.poll() is None:
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL and not (tmp_path / "f.h5").exists()
+    if killed == "all":
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    else:
+        (growing,) = parts.glob("*.growing")
+        os.kill(int(growing.name.partition("-")[0]), signal.SIGKILL)
+        errors = process.communicate()[1]
+        assert process.returncode == 2 and "the process that writes the file was killed" in errors
+    assert not (tmp_path / "f.h5").exists()
     extract(photos, "--output", tmp_path / "f.h5", "--resume", *options)
     assert (tmp_path / "f.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
     assert not parts.exists()
+
+
+def test_the_file_gives_places_in_order_and_the_same_ones_again(tmp_path, photos):
+    """A batch of a worker that was killed is done again: at its old place, or not at all."""
+    ours, theirs = multiprocessing.Pipe()
+    arguments = (Job(photos), tmp_path / "f.h5", theirs)
+    file = threading.Thread(target=workers._grow, args=arguments)
+    file.start()
+    (path,) = ours.recv()
+    second, first = (workers.Place(i, [f"{i}0.jpg", f"{i}1.jpg"], [200, 400]) for i in (1, 0))
+    for said in (second, first):
+        ours.send(said)
+    places = [ours.recv() for _ in range(2)]
+    assert [place.number for place in places] == [0, 1]
+    assert places[1].at == places[0].at + 600
+    ours.send(second)
+    assert ours.recv() == places[1]
+    ours.send(workers.Written(0, b'{"00.jpg": []}\n'))
+    ours.send(workers.Place(1, second.names, [200, 408]))
+    (error,) = ours.recv()
+    assert "came out otherwise" in str(error)
+    file.join()
+    assert path.with_suffix(".journal").read_bytes().endswith(b'{"00.jpg": []}\n')
 
 
 def test_a_full_disk_is_one_sentence_and_what_was_extracted_is_kept(tmp_path, photos):

@@ -1,12 +1,15 @@
 """The way from files to a store of features, without a network."""
 
+import struct
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from aliked import extraction
+from aliked.colmap import read_exif
 from aliked.errors import InputError
 from aliked.extraction import (
     Job,
@@ -156,6 +159,33 @@ def test_a_file_whose_header_lies_is_bad(tmp_path, extractor):
     path.write_bytes(data)
     store, tally = run(tmp_path / "p", tmp_path / "f.h5")
     assert store.names() == ["b.png"] and len(tally.skipped) == 1 and "a.png" in tally.skipped[0]
+
+
+PNG_HEAD = b"\x89PNG\r\n\x1a\n\0\0\0\x0dIHDR"
+NO_SIZES = {
+    "cut.png": PNG_HEAD[:10],
+    "flat.png": PNG_HEAD + struct.pack(">II5xI", 9, 0, 0),
+    "flat.jpg": b"\xff\xd8\xff\xc0" + struct.pack(">HBHHB", 17, 8, 0, 9, 3),
+    "large.png": PNG_HEAD + struct.pack(">II5xI", 2**31 - 1, 2**31 - 1, 0),
+}
+
+
+@pytest.mark.parametrize("name", NO_SIZES)
+def test_a_file_whose_header_has_no_possible_size_is_bad(tmp_path, extractor, name):
+    write_photo(tmp_path / "p/good.png", noise(1))
+    (tmp_path / "p" / name).write_bytes(NO_SIZES[name])
+    store, tally = run(tmp_path / "p", tmp_path / "f.h5")
+    assert store.names() == ["good.png"]
+    assert len(tally.skipped) == 1 and f"{name} is truncated" in tally.skipped[0]
+
+
+def test_a_header_is_read_of_images_that_pillow_takes_for_an_attack(tmp_path, monkeypatch):
+    """Some telephones have 200 million pixels."""
+    path = write_photo(tmp_path / "photo.jpg", noise(1), t0x112=6, t0x110="a telephone")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    assert read_header(path) == (64, 48, 6)
+    assert read_exif(path)[0x110] == "a telephone"
+    assert Image.MAX_IMAGE_PIXELS == 1000
 
 
 class DecodingOnTheProcessor(DecodingLane):

@@ -187,7 +187,7 @@ def test_every_build_of_the_table_is_one_that_python_would_compile(monkeypatch):
                     random_model(name, selection), torch.float16, torch.device("meta")
                 )
                 images = torch.empty(2, *size, 3, dtype=torch.uint8, device="meta")
-                ops = {op: getattr(kernels, op)._init_fn for op in kernels.__all__}
+                ops = {op: getattr(kernels, op).__wrapped__ for op in kernels.__all__}
                 pipeline.extract(images, packed, selection, type("Ops", (), ops))
     for source, builds in launches.table().builds.items():
         if source in ("mean", "match"):  # not of the pipeline: PyTorch's mean; matching

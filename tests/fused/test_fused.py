@@ -77,6 +77,33 @@ def test_every_operator_gives_the_results_of_its_twin():
     assert run.returncode == 0, run.stdout[-4000:]
 
 
+PROBE = """
+import sys
+import torch
+from aliked.fused.common import operator
+
+@operator(lambda x, tally: torch.empty_like(x), mutates=("tally",))
+def probe(x: torch.Tensor, tally: torch.Tensor) -> torch.Tensor:
+    tally += 1
+    return 2 * x
+
+x, tally = torch.ones(3), torch.zeros(1)
+assert torch.equal(probe(x, tally), 2 * x) and tally == 1
+assert "torch._dynamo" not in sys.modules
+tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+torch.library.opcheck(torch.ops.aliked.probe.default, (x, tally), test_utils=tests)
+compiled = torch.compile(lambda *args: probe(*args) + 1, fullgraph=True, backend="aot_eager")
+assert torch.equal(compiled(x, tally), 2 * x + 1) and tally == 2
+"""
+
+
+def test_an_operator_can_be_compiled_and_runs_without_the_compiler():
+    """Which takes seconds to import, in every process that extracts."""
+    root = Path(__file__).resolve().parents[2]
+    run = subprocess.run([sys.executable, "-c", PROBE], cwd=root, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_without_a_cuda_device_the_backend_says_so():
     with pytest.raises(InputError, match="no CUDA device"):

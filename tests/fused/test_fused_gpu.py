@@ -150,11 +150,11 @@ def test_a_maximum_in_the_last_row_and_column_of_a_large_image_is_found():
     places = [(3069, 4093), (3069, 2), (2, 4093)]
     for rank, (row, column) in enumerate(places):
         scores[0, row, column] = 1 - rank / 10
-    tallies = [torch.zeros(1, maxima.TALLY.value, dtype=torch.int32) for _ in range(2)]
+    tallies = [torch.zeros(1, maxima.TALLY, dtype=torch.int32) for _ in range(2)]
     expected = reference.find_maxima(scores, tallies[0])
     tally = tallies[1].cuda()
     found = kernels.find_maxima(scores.cuda(), tally)
-    keys = sorted_keys(found, tally[:, maxima.BINS.value, None], found.shape[1]).cpu()
+    keys = sorted_keys(found, tally[:, maxima.BINS, None], found.shape[1]).cpu()
     assert torch.equal(keys, expected) and torch.equal(tally.cpu(), tallies[0])
     indices = reference.INDEX_MASK - (keys[0, :3] & reference.INDEX_MASK)
     assert [divmod(int(index), 4096) for index in indices] == places

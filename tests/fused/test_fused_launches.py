@@ -30,7 +30,7 @@ def test_grids_and_arguments_are_within_the_limits_of_cuda(monkeypatch, name, to
     packed = weights.pack(random_model(name, selection), torch.float16, device)
     images = torch.empty(*shape, 3, dtype=torch.uint8, device=device)
     # The functions behind the operators: on a device without data these are only asked for shapes.
-    ops = SimpleNamespace(**{op: getattr(kernels, op)._init_fn for op in kernels.__all__})
+    ops = SimpleNamespace(**{op: getattr(kernels, op).__wrapped__ for op in kernels.__all__})
     output = pipeline.extract(images, packed, selection, ops)
     assert output.descriptors.shape[:2] == output.keypoints.shape[:2]
     assert len(launches) == 12

@@ -16,12 +16,12 @@ def library(tmp_path_factory):
 
 def find_maxima(library, scores):
     batch, height, width = scores.shape
-    tally = torch.zeros(batch, maxima.TALLY.value, dtype=torch.int32)
+    tally = torch.zeros(batch, maxima.TALLY, dtype=torch.int32)
     keys = torch.full((batch, (height - 4) * (width - 4)), -1)
     grid = maxima.grid(batch, height, width)
     arguments = [scores, keys, tally, height, width]
     cuda_on_host.launch(library, "find_maxima", grid, maxima.BLOCK, arguments)
-    return sorted_keys(keys, tally[:, maxima.BINS.value, None], keys.shape[1]), tally
+    return sorted_keys(keys, tally[:, maxima.BINS, None], keys.shape[1]), tally
 
 
 def smooth(*shape):

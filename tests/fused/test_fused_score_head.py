@@ -39,7 +39,7 @@ def test_scores_are_those_of_the_twin(library, batch, padded, frame):
     expected, _ = reference.score_head(*levels, *head, *frame)
     memory = torch.full((expected.numel() + 128,), float("nan"))  # with 64 before and after
     scores = memory[64:-64].view_as(expected)
-    tally = torch.full((batch + 1, score_head.TALLY.value), -1, dtype=torch.int32)
+    tally = torch.full((batch + 1, score_head.TALLY), -1, dtype=torch.int32)
     arguments = [*levels, head.fragments, head.first_bias, head.second_bias, scores, tally]
     grid = score_head.grid(batch, frame[2], padded[1])
     block = score_head.BLOCK

@@ -26,9 +26,9 @@ def library_for_many(tmp_path_factory):
 
 def maxima(scores):
     """Keys in random order, a batch's tallies, and what follows the keys."""
-    tally = torch.zeros(len(scores), TALLY.value, dtype=torch.int32)
+    tally = torch.zeros(len(scores), TALLY, dtype=torch.int32)
     keys = reference.find_maxima(scores, tally)
-    for row, count in zip(keys, tally[:, BINS.value], strict=True):
+    for row, count in zip(keys, tally[:, BINS], strict=True):
         row[:count] = row[:count][torch.randperm(count)]
         row[count:] = torch.iinfo(torch.int64).max  # never written by `find_maxima`
     return keys, tally
@@ -73,7 +73,7 @@ def test_keypoints_are_those_of_the_twin(library, scores, k, threshold):
     expected_tally = tally.clone()
     expected = reference.select(keys, expected_tally, means, k, threshold)
     chosen = select(library, keys, tally, means, k, threshold)
-    kept, expected_kept = (t[:, BINS.value + 1 : BINS.value + 3] for t in (tally, expected_tally))
+    kept, expected_kept = (t[:, BINS + 1 : BINS + 3] for t in (tally, expected_tally))
     assert torch.equal(kept.clamp(max=k), expected_kept)
     orders = [sorted_keys(each, kept[:, :1], k) for each in (chosen, expected)]
     assert torch.equal(*orders)

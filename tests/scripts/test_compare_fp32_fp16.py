@@ -18,8 +18,8 @@ from aliked.backends.tensorrt_library import Library
 from aliked.comparison import (
     Numbers,
     compare_image,
-    compare_matches,
     draw_histogram,
+    match_change,
     report_text,
     write_histogram,
 )
@@ -147,7 +147,7 @@ def test_matches_are_kept_lost_and_gained_by_their_keypoints():
     )
     other = replace(fourth, descriptors=fourth.descriptors[[0, 1, 3, 2]])  # third and fourth swap
     second = compare(fourth, rows(other, [3, 2, 1]), "next")
-    change = compare_matches(first, second, MutualMatcher(0.75))
+    change = match_change(first, second, MutualMatcher(0.75))
     assert (change.first, change.second) == ("photo", "next")
     assert (change.reference, change.other) == (3, 2)
     assert (change.kept, change.lost, change.undetected, change.gained) == (1, 2, 1, 1)
@@ -158,7 +158,7 @@ def test_matches_are_kept_lost_and_gained_by_their_keypoints():
 @pytest.mark.parametrize("other", [features(), THREE])
 def test_images_without_keypoints_are_compared_too(reference, other, tmp_path):
     images = [compare(reference, other), compare(reference, other)]
-    change = compare_matches(*images, MutualMatcher(0.75))
+    change = match_change(*images, MutualMatcher(0.75))
     numbers = summary_of(*images, matches=[change])
     expected = min(len(reference), len(other))
     assert numbers["total"]["both"] == 2 * expected
