@@ -10,6 +10,7 @@ from aliked.files import as_path
 
 RADIUS = 2  # pixels: of the suppression and refinement windows, and of the border without keypoints
 STRIDE = 32  # of the coarsest features: images are padded to a multiple of it
+MAX_TOP_K = 3840  # that one TopK of TensorRT can return
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from aliked.configs import RADIUS, Form
+from aliked.configs import MAX_TOP_K, RADIUS, Form
 from aliked.patches import get_patches
 from aliked.sampling import bilinear_sample
 
 WINDOW = 2 * RADIUS + 1
 WHOLE = 8  # half-precision values that a product loads at once: rows of others are slow
 TEMPERATURE = 0.1  # of the soft-argmax
-MAX_TOP_K = 3840  # that one TopK of TensorRT can return
 # Values that TensorRT sorts in one block; a TopK of twice as many takes four times as long.
 GROUP = 4096
 MAX_PAIRS = 8  # of lists that are merged at once: an operator each

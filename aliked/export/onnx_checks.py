@@ -14,6 +14,7 @@ import onnx.inliner
 from onnx import TensorProto, numpy_helper
 
 from aliked.backends.tensorrt_library import RTX
+from aliked.configs import MAX_TOP_K
 from aliked.export.onnx_graph import (
     HALF_TYPES,
     INTEGER_TYPES,
@@ -87,7 +88,6 @@ def check_constants(graph: onnx.GraphProto) -> None:
 GATHER = "export with --sampling gather, which has no GridSample"
 DECOMPOSE = "export with --deform_conv gridsample or --deform_conv gather"
 MAX_BATCH = 32  # of the standard plugin behind DeformConv; multiples of it are fine too
-MAX_TOP_K = 3840
 
 
 def grid_sample(node: Node, target: Target) -> Iterator[Finding]:

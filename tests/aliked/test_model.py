@@ -6,9 +6,9 @@ import torch
 from torchvision.ops import deform_conv2d
 
 from aliked.backbone import off_default_stream, sampled_deform_conv2d
-from aliked.configs import CONFIGS, Form
+from aliked.configs import CONFIGS, MAX_TOP_K, Form
 from aliked.descriptors import SDDH
-from aliked.detection import MAX_TOP_K, detect, select_top_k
+from aliked.detection import detect, select_top_k
 from aliked.errors import InputError
 from aliked.model import ALIKED, Output, pad_to_stride, plain_float32
 from aliked.patches import get_patches
