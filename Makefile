@@ -33,12 +33,15 @@ demo: $(VENV)/.installed
 	else echo "no engine: TensorRT for RTX is not installed, as this platform has no wheel of it"; fi
 
 readme-tables: $(VENV)/.installed
-	$(RUN) draw_report.py results/*.jsonl results/tensorrt/h100.jsonl \
-	    results/tensorrt/h100-rtx-wide.jsonl results/tensorrt/h100-plugin.jsonl \
+	$(RUN) draw_report.py results/*.jsonl results/tensorrt/h100-fp16.jsonl \
+	    results/tensorrt/h100-float32.jsonl results/tensorrt/h200-fp16.jsonl \
+	    results/tensorrt/h200-more.jsonl results/tensorrt/h200-others.jsonl \
+	    results/tensorrt/h200-large.jsonl results/fused/h200-timings.jsonl \
 	    results/evaluation/*.jsonl \
 	    --other_run results/other_run/*.jsonl --output results/report \
 	    --docs docs/results.md docs/evaluation.md --readme README.md
-	$(RUN) draw_report.py results/lightglue/h100.jsonl --output results/lightglue/report \
+	$(RUN) draw_report.py results/lightglue/h100-fp16.jsonl results/lightglue/h200.jsonl \
+	    --output results/lightglue/report \
 	    --docs docs/matching.md
 
 lint: $(VENV)/.installed-dev

@@ -68,9 +68,13 @@ def command_line() -> str:
     above it are of this machine, and records are published.
     """
     program, *words = sys.argv
-    installed = Path(program).name in ("aliked", "__main__.py")
-    words = ["aliked", *words] if installed else ["python", program, *words]
+    words = ["aliked", *words] if is_command() else ["python", program, *words]
     return shlex.join(map(_without_folders, words))
+
+
+def is_command() -> bool:
+    """Whether this process is the command `aliked`, not a script of the checkout."""
+    return Path(sys.argv[0]).name in ("aliked", "__main__.py")
 
 
 def _without_folders(word: str) -> str:

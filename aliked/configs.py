@@ -48,7 +48,7 @@ def get_config(name: str) -> Config:
 
 def most_rows(height: int, width: int) -> int:
     """The pixels of an image at which there can be a keypoint: detection drops its border."""
-    return (height - 2 * RADIUS) * (width - 2 * RADIUS)
+    return max(height - 2 * RADIUS, 0) * max(width - 2 * RADIUS, 0)
 
 
 @dataclass(frozen=True)

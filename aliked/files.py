@@ -8,7 +8,7 @@ import json
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -135,6 +135,18 @@ def check_writable(folder: Path) -> None:
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         with tempfile.TemporaryFile(dir=there):
             pass
+
+
+def check_outputs(files: Iterable[Path], option: str) -> None:
+    """Raise `InputError` where one of `files` has a name that no file can be written to.
+
+    One that is too long, or that a folder or a device has; `option` gives other names.
+    """
+    for file in files:
+        if len(os.fsencode(file.name)) > MOST_NAME_BYTES:
+            raise InputError(f"the name {file.name} is too long; give a shorter {option}")
+        if file.exists() and not file.is_file():
+            raise InputError(f"{file} is not the name of a file; give another {option}")
 
 
 @contextlib.contextmanager

@@ -427,7 +427,7 @@ class ONNXRuntimeExtractor(Extractor):
         if isinstance(rows, int) and room < rows:
             raise InputError(
                 f"the image is {width}x{height} pixels, which has room for {room} keypoints, but "
-                f"{self.path} gives {rows}; give larger images or export it with --top_k {room}"
+                f"{self.path} gives {rows}; give larger images, or export it for at most {room}"
             )
 
     def _prepare(self, images: np.ndarray) -> np.ndarray:

@@ -39,7 +39,7 @@ from aliked.backends.tensorrt_library import (
 )
 from aliked.errors import InputError, how_to_install
 from aliked.features import OUTPUTS, Extractor, Features, check_images, features_of_batch
-from aliked.files import read_text, sha256, whole_file
+from aliked.files import read_file, read_text, sha256, whole_file
 from aliked.threads import copied_parts
 from aliked.weights import find_weights
 
@@ -123,7 +123,14 @@ def _is_manifest(manifest: Any) -> bool:
     typed = all(
         key in manifest and isinstance(manifest[key], kind) for key, kind in MANIFEST_TYPES.items()
     )
-    return typed and manifest["library"] in LIBRARIES and _has_known_parts(manifest)
+    return typed and _has_known_values(manifest) and _has_known_parts(manifest)
+
+
+def _has_known_values(manifest: dict) -> bool:
+    """Whether library, version and precision are some that an engine can be of."""
+    numbered = re.fullmatch(r"\d+(\.\w+)*", manifest["version"])
+    known = manifest["library"] in LIBRARIES and manifest["precision"] in ("FP32", "FP16")
+    return known and numbered is not None
 
 
 def _has_known_parts(manifest: dict) -> bool:
@@ -298,12 +305,12 @@ class RuntimeCache:
         config.set_runtime_cache(self._cache)
 
     def _read(self) -> bytes | None:
-        try:
-            line, _, kept = self.path.read_bytes().partition(b"\n")
-            header = json.loads(line)
-        except FileNotFoundError:
+        if not self.path.exists():
             return None
-        except (OSError, ValueError, RecursionError):
+        try:
+            line, _, kept = read_file(self.path).partition(b"\n")
+            header = json.loads(line)
+        except (ValueError, RecursionError):  # an `InputError` among them
             header, kept = None, b""
         digest = hashlib.sha256(kept).hexdigest()
         if header != self._owner | {"sha256": digest}:

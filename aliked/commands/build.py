@@ -14,7 +14,7 @@ from aliked.backends.tensorrt_library import (
     SEVERITIES,
     Library,
 )
-from aliked.cli import Parser, whole
+from aliked.cli import Parser, is_command, whole
 from aliked.errors import InputError
 from aliked.export.builder import BuildOptions, Shape, parse_file
 from aliked.export.engine import Request, convert, verify
@@ -24,10 +24,7 @@ from aliked.export.onnx_graph import Target
 
 def shape(text: str) -> Shape:
     """A shape such as 1x3x480x640."""
-    sizes = tuple(int(size) for size in text.split("x"))
-    if min(sizes) < 1:
-        raise ValueError(text)
-    return sizes
+    return tuple(map(whole(1), text.split("x")))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -90,8 +87,8 @@ def add_build_options(group: argparse._ArgumentGroup) -> None:
         default=[],
         metavar="SM",
         help="GPUs of an engine by TensorRT for RTX, of "
-        f"{', '.join(COMPUTE_CAPABILITIES)}; Turing, SM75, and the GPU of this machine, "
-        "CURRENT, only on their own (default: Ampere and later)",
+        f"{', '.join(COMPUTE_CAPABILITIES)}; CURRENT, the GPU of this machine, only on its own "
+        "(default: Ampere and later; Turing, SM75, has to be named)",
     )
     group.add_argument(
         "--optimization_level",
@@ -261,5 +258,6 @@ def main(args: argparse.Namespace) -> int:
         num_images=args.num_images,
         weights=args.weights,
         memory=args.memory,
+        script="aliked build" if is_command() else Request.script,
     )
     return 0 if convert(request) else 1

@@ -18,7 +18,7 @@ from aliked.download import offer_download
 from aliked.errors import InputError
 from aliked.export.onnx_export import CONTRACTS, ExportOptions, export_onnx
 from aliked.export.verify import verify_onnx
-from aliked.files import MOST_NAME_BYTES, scratch_file, sha256, writable_folder, write_json
+from aliked.files import check_outputs, scratch_file, sha256, writable_folder, write_json
 from aliked.images import list_images, load_image, require_same_size
 from aliked.model import ALIKED, DTYPES
 from aliked.options import add_model_options, add_selection_options, check_selection
@@ -129,10 +129,15 @@ def output_path(args: argparse.Namespace) -> Path:
     rows = f"top{args.top_k}" if args.top_k > 0 else f"th{args.scores_th}"
     name = f"{args.model}-{rows}-{args.precision}-{args.images.resolve().name}.onnx"
     path = args.model_output or Path("converted_model") / name
-    if path.suffix != ".onnx" or (path.exists() and not path.is_file()):
+    return checked_output(path)
+
+
+def checked_output(path: Path) -> Path:
+    """`path`, after making sure that an .onnx file and its manifest can be written there."""
+    if path.suffix != ".onnx":
         raise InputError(f"--model_output {path} is not the name of an .onnx file; give one")
-    if len(os.fsencode(f"{path.name}.rejected.json")) > MOST_NAME_BYTES:
-        raise InputError(f"the name {path.name} is too long; give a shorter --model_output")
+    suffixes = ("", ".json", ".rejected", ".rejected.json")
+    check_outputs((Path(f"{path}{suffix}") for suffix in suffixes), "--model_output")
     writable_folder(path.parent)
     return path
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from aliked.cli import Parser, whole
-from aliked.commands.export import conclude
+from aliked.commands.export import checked_output, conclude
 from aliked.configs import Form
 from aliked.download import offer_download
 from aliked.errors import InputError
@@ -23,7 +23,7 @@ from aliked.export.lightglue import (
     verify_matcher,
     verify_pair,
 )
-from aliked.files import scratch_file, sha256, writable_folder
+from aliked.files import scratch_file, sha256
 from aliked.images import list_images, load_image
 from aliked.lightglue import LightGlue
 from aliked.model import ALIKED, DTYPES
@@ -140,11 +140,7 @@ def output_path(args: argparse.Namespace) -> Path:
     rows = "any" if open_count else f"top{args.top_k}"
     kind = "colmap" if args.io == "colmap" else args.graph
     name = f"lightglue-{kind}-{rows}-{args.precision}.onnx"
-    path = args.model_output or Path("converted_model") / name
-    if path.suffix != ".onnx" or path.is_dir():
-        raise InputError(f"--model_output {path} is not the name of an .onnx file; give one")
-    writable_folder(path.parent)
-    return path
+    return checked_output(args.model_output or Path("converted_model") / name)
 
 
 def load_pairs(args: argparse.Namespace) -> list[Images]:
@@ -154,10 +150,25 @@ def load_pairs(args: argparse.Namespace) -> list[Images]:
     if len(paths) < 2:
         raise InputError(f"{args.images} holds {len(paths)} image; the check needs two")
     images = [(path.name, load_image(path)) for path in paths]
-    return [
+    pairs = [
         Images(f"{name0} - {name1}", image0, image1)
         for (name0, image0), (name1, image1) in itertools.pairwise(images)
     ]
+    if args.graph == "pair" and not args.dynamic:
+        require_first_sizes(args.images, pairs)
+    return pairs
+
+
+def require_first_sizes(folder: Path, pairs: list[Images]) -> None:
+    """Raise `InputError` at the first pair whose sizes are not those of the first one."""
+    sizes = [" and ".join("{1}x{0}".format(*image.shape) for image in pair[1:]) for pair in pairs]
+    for pair, size in zip(pairs, sizes, strict=True):
+        if size != sizes[0]:
+            raise InputError(
+                f"{pair.name} in {folder} have {size} pixels, but {pairs[0].name} have {sizes[0]}; "
+                "a file for fixed sizes is checked on pairs of them: give images of one size, pass "
+                "--num_pairs 1, or export it with --dynamic for any"
+            )
 
 
 def matcher_job(args: argparse.Namespace, matchers: list[LightGlue], pairs: list[Images]) -> Job:

@@ -26,7 +26,7 @@ from aliked.backends.tensorrt_library import (
 from aliked.errors import InputError
 from aliked.export.onnx_graph import load_model
 from aliked.export.rtx_graph import for_rtx, sum_in_float32
-from aliked.files import read_file, whole_file
+from aliked.files import read_file, whole_file, writable_folder
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -288,6 +288,7 @@ def add_profile(
 
 def load_timing_cache(config: "trt.IBuilderConfig", path: Path) -> None:
     """Use the kernel timings of earlier builds, where the file exists."""
+    writable_folder(path.parent)  # it is written after minutes, before the engine is
     data = read_file(path) if path.exists() else b""
     cache = config.create_timing_cache(data)
     if cache is None or not config.set_timing_cache(cache, False):

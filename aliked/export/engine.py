@@ -48,7 +48,14 @@ from aliked.export.builder import (
 from aliked.export.onnx_checks import check_model
 from aliked.export.onnx_graph import Target, graph_precision, load_model
 from aliked.features import OUTPUTS
-from aliked.files import read_text, sha256, writable_folder, write_json
+from aliked.files import (
+    check_outputs,
+    read_text,
+    real_path,
+    sha256,
+    writable_folder,
+    write_json,
+)
 from aliked.matching import TENSORS
 from aliked.parity import TOLERANCES
 
@@ -103,6 +110,11 @@ def read_source(path: Path) -> Source:
     dims = inputs[0].type.tensor_type.shape.dim
     shape = tuple(dim.dim_value if dim.HasField("dim_value") else -1 for dim in dims)
     export = _export_metadata(path, model)
+    if export.get("io", "default") != "default":
+        raise InputError(
+            f"{path} was exported with --io {export['io']}, for another program's runtime; export "
+            "it with the default --io"
+        )
     # A float32 export counts maxima in half precision, which holds small whole numbers exactly.
     said = str(export.get("precision", "")).upper()
     precision = said if said in ("FP32", "FP16") else graph_precision(model)
@@ -161,7 +173,7 @@ def export_command(source: Source, precision: str) -> str:
     if made.get("top_k", 0) > 0:
         words.append(f"--top_k {made['top_k']}")
     elif {"scores_th", "n_limit"} <= made.keys():
-        words.append(f"--scores_th {made['scores_th']} --n_limit {made['n_limit']}")
+        words.append(f"--top_k 0 --scores_th {made['scores_th']} --n_limit {made['n_limit']}")
     else:
         words.append("--top_k K")
     if -1 in source.shape:
@@ -276,6 +288,7 @@ class Request:
     num_images: int = 10  # of that folder
     weights: Path | None = None  # of the PyTorch reference
     memory: str = "torch"  # of the verification
+    script: str = f"python {BUILDER}"  # as the user calls this
 
 
 def choose_library(builder: str | None) -> tuple[Library, str]:
@@ -319,7 +332,7 @@ def convert(request: Request) -> bool:
     unverified = _unverifiable(manifest, library) if request.verify else "--no_verify"
     judge = None if unverified else _prepare_verification(request, source, shapes)
     if unverified and not request.judged_by:
-        manifest["verify_with"] = _verify_command(request.engine_path, manifest)
+        manifest["verify_with"] = _verify_command(request, manifest)
     if options.detailed and (reason := library.unavailable()):
         raise InputError(f"--inspect needs a GPU to ask the engine on, and {reason}; leave it out")
     writable_folder(request.engine_path.parent)
@@ -338,9 +351,21 @@ def convert(request: Request) -> bool:
 
 
 def _named(request: Request, library: Library) -> Request:
-    """The request with its engine's path, by default of the suffix that benchmarks use."""
+    """The request with its engine's path, by default of the suffix that benchmarks use.
+
+    `InputError` where no engine can be written there, or the file that it is built from lies there.
+    """
     suffix = ".rtx" if library is RTX else ".trt"
     path = request.engine_path or request.onnx_path.with_suffix(suffix)
+    kinds = ("", ".json", *LAYER_SUFFIXES)
+    files = [Path(f"{path}{name}{kind}") for name in ("", ".rejected") for kind in kinds]
+    check_outputs(files, "--model_trt_path")
+    source = (request.onnx_path, manifest_path(request.onnx_path))
+    if not set(map(real_path, files)).isdisjoint(map(real_path, source)):
+        raise InputError(
+            f"the engine {path} would take the place of {request.onnx_path} or its manifest; give "
+            "another --model_trt_path"
+        )
     return dataclasses.replace(request, engine_path=path)
 
 
@@ -502,8 +527,12 @@ def build_lightglue(
         _keep(draft, path, passed=True)
 
 
-def _verify_command(engine: Path, manifest: dict) -> str:
-    words = ["python", BUILDER, "--verify", str(engine)]
+def _verify_command(request: Request, manifest: dict) -> str:
+    """The command that does later what the request asked for and cannot be done here."""
+    words = [*request.script.split(), "--verify", str(request.engine_path)]
+    for name in ("num_images", "weights", "memory"):
+        if getattr(request, name) != getattr(Request, name):
+            words += [f"--{name}", str(getattr(request, name))]
     return shlex.join(words) + ("" if manifest["source"]["images"] else " --images FOLDER")
 
 

@@ -26,6 +26,7 @@ from aliked.errors import InputError
 from aliked.export.deform_conv_onnx import standard_deform_conv
 from aliked.export.onnx_export import (
     OPSETS,
+    check_room,
     exporting,
     in_exported_form,
     silence,
@@ -174,6 +175,8 @@ def export_pair(
         )
     if model.top_k <= 0:
         raise InputError("a file from images to matches has a fixed number of rows; pass --top_k")
+    for size in (options.size0, options.size1):
+        check_room(model.top_k, *size)
     model, matcher = in_exported_form(model, options.dynamic), copy.copy(matcher)
     sizes = None if options.dynamic else (options.size0, options.size1)
     graph = PairGraph(model, matcher, options.uint8_input, sizes).eval()

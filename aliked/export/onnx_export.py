@@ -155,12 +155,17 @@ def check_options(options: ExportOptions, model: ALIKED) -> None:
         return
     if options.io == "opencv":
         _check_opencv(options, model)
-    top_k = model.top_k if model.top_k > 0 else model.n_limit
-    room = most_rows(options.height, options.width)
-    if top_k > room:
+    rows = model.top_k if model.top_k > 0 else model.n_limit
+    check_room(rows, options.width, options.height)
+
+
+def check_room(rows: int, width: int, height: int) -> None:
+    """Raise `InputError` where an image has fewer pixels to choose from than a file has rows."""
+    room = most_rows(height, width)
+    if rows > room:
         raise InputError(
-            f"{top_k} keypoints are more than a {options.width}x{options.height} image can give "
-            f"({room}); pass a smaller --top_k or --n_limit"
+            f"{rows} keypoints are more than a {width}x{height} image can give ({room}); pass a "
+            "smaller --top_k or --n_limit"
         )
 
 

@@ -1,9 +1,11 @@
 """LightGlue is the published matcher, in every form in which it runs here."""
 
+import argparse
 import copy
 import dataclasses
 import functools
 
+import cv2
 import numpy as np
 import onnx
 import onnxruntime
@@ -23,6 +25,7 @@ from aliked.backends.onnxruntime_lightglue import (
 )
 from aliked.backends.tensorrt import manifest_path
 from aliked.backends.tensorrt_library import RTX, tf32_is_off
+from aliked.commands import export_lightglue
 from aliked.errors import InputError
 from aliked.export import build
 from aliked.export.builder import BuildOptions, build_plan
@@ -564,6 +567,33 @@ def test_a_pair_of_nets_that_do_not_fit_is_refused(tmp_path):
             tmp_path / "pair.onnx",
             PairOptions(SIZE, SIZE),
         )
+
+
+@pytest.mark.parametrize("small", [0, 1])
+def test_a_pair_of_more_keypoints_than_an_image_has_pixels_is_refused(small, tmp_path):
+    model, matcher = ALIKED("aliked-t16", top_k=50), small_matcher(layers=1, descriptor_dim=64)
+    sizes = [(40, 40), (40, 40)]
+    sizes[small] = (9, 13)
+    with pytest.raises(InputError, match=r"50 keypoints .* 9x13 image can give \(45\)"):
+        export_pair(model, matcher, tmp_path / "pair.onnx", PairOptions(*sizes))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_of_fixed_sizes_is_not_exported_for_a_folder_of_others(tmp_path):
+    for name, width in (("a", 60), ("b", 60), ("c", 50)):
+        cv2.imwrite(str(tmp_path / f"{name}.png"), texture(40, width, 1))
+    given = export_lightglue.parser().parse_args([str(tmp_path), "--graph", "pair"])
+    with pytest.raises(InputError, match=r"b.png - c.png in .* have 60x40 and 50x40 pixels, but"):
+        export_lightglue.load_pairs(given)
+    for settled in ({"num_pairs": 1}, {"dynamic": True}, {"graph": "matcher"}):
+        assert export_lightglue.load_pairs(argparse.Namespace(**vars(given) | settled))
+
+
+def test_a_name_too_long_for_the_manifest_is_refused_before_the_export(tmp_path):
+    path = str(tmp_path / ("n" * 245 + ".onnx"))
+    given = export_lightglue.parser().parse_args([str(tmp_path), "--model_output", path])
+    with pytest.raises(InputError, match="is too long; give a shorter --model_output"):
+        export_lightglue.output_path(given)
 
 
 def test_a_wrong_file_is_rejected(tmp_path):

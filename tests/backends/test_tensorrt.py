@@ -512,7 +512,9 @@ def test_the_second_load_compiles_nothing(rtx, tmp_path):
     assert cache.stat().st_mtime_ns == written
 
 
-@pytest.mark.parametrize("change", ["cut", "empty", "text", "other engine", "other GPU", "folder"])
+@pytest.mark.parametrize(
+    "change", ["cut", "empty", "text", "other engine", "other GPU", "folder", "pipe"]
+)
 def test_a_damaged_or_foreign_runtime_cache_is_made_anew(rtx, tmp_path, change, capsys):
     machine = rtx()
     _, engine = write_rtx_engine(tmp_path)
@@ -522,6 +524,9 @@ def test_a_damaged_or_foreign_runtime_cache_is_made_anew(rtx, tmp_path, change, 
     if change == "folder":
         cache.unlink()
         cache.mkdir()
+    elif change == "pipe":  # nobody writes to, so that reading it would wait
+        cache.unlink()
+        os.mkfifo(cache)
     elif change == "other engine":
         _, engine = write_rtx_engine(tmp_path, top_k=19)
     elif change == "other GPU":
@@ -681,6 +686,8 @@ def test_an_engine_of_another_version_of_tensorrt_for_rtx_is_refused(rtx, tmp_pa
     [
         ("library", "tensorflow"),
         ("version", None),
+        ("version", "newest"),
+        ("precision", "FP64"),
         ("compute_capabilities", ["8.6"]),
         ("gpu", {"name": 3}),
         ("source", {}),

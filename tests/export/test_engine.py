@@ -243,6 +243,7 @@ def test_a_dynamic_file_is_built_with_its_shapes(machine, build, onnx_path, tmp_
         ("--min_shape 3x32x32 --opt_shape 3x48x64 --max_shape 3x96x96", "does not fit"),
         ("--min_shape 1x3x9x9 --opt_shape 1x3x9x9 --max_shape 1x3x40x40", "photographs"),
         ("--min_shape 1x3x8x8 --opt_shape 1x3x9x9 --max_shape 1x3x64x96", "room for 16 keypoints"),
+        ("--min_shape 1x3x1x1 --opt_shape 1x3x9x9 --max_shape 1x3x64x96", "room for 0 keypoints"),
     ],
 )
 def test_shapes_that_do_not_fit_a_dynamic_file_are_refused(
@@ -338,6 +339,15 @@ def test_a_damaged_timing_cache_is_refused_and_left_alone(machine, build, tmp_pa
     assert build("--timing_cache", cache) == 2
     assert "timing.cache" in capsys.readouterr().err
     assert cache.read_text() == "garbage"
+
+
+def test_a_timing_cache_that_cannot_be_written_is_refused_before_the_build(
+    machine, build, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("aliked.export.builder.stopped_at_a_step", None)  # around the build
+    assert build("--timing_cache", tmp_path / "file" / "timing.cache") == 2
+    assert "cannot write into" in capsys.readouterr().err
 
 
 def test_inspect_writes_the_layers_as_json_and_text(machine, build, tmp_path, capsys):

@@ -17,6 +17,8 @@ from aliked import cli, gpu
 from aliked.backends import Spec
 from aliked.backends.tensorrt import precision_of, read_manifest
 from aliked.backends.tensorrt_library import TF32_OVERRIDE, tf32_is_off
+from aliked.commands import build as build_command
+from aliked.commands import export as export_command
 from aliked.export import build as build_module
 from aliked.export import builder as builder_module
 from aliked.export import engine as engine_module
@@ -121,6 +123,32 @@ def test_the_manifest_names_library_gpus_source_and_precision(build, tmp_path, o
     assert "compute capability 8.6 and 8.9" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("program", "options", "command"),
+    [
+        (
+            "convert_onnx_to_trt.py",
+            ["--num_images", 3, "--weights", "my weights.pth"],
+            "python convert_onnx_to_trt.py --verify {} --num_images 3 --weights 'my weights.pth'",
+        ),
+        (
+            "/usr/bin/aliked",
+            ["--no_verify", "--memory", "pycuda"],
+            "aliked build --verify {} --memory pycuda",
+        ),
+    ],
+)
+def test_how_an_engine_is_to_be_verified_is_not_forgotten(
+    onnx_path, tmp_path, monkeypatch, program, options, command
+):
+    monkeypatch.setattr(engine_module, "build_plan", lambda *_: b"plan")
+    monkeypatch.setattr(sys, "argv", [program])
+    arguments = ["--model_onnx_path", onnx_path, "--images", tmp_path, *options]
+    assert build_command.main(build_command.parser().parse_args(list(map(str, arguments)))) == 0
+    engine = tmp_path / "model.rtx"
+    assert read_manifest(engine)["verify_with"] == command.format(engine)
+
+
 @pytest.mark.parametrize("model", [{"half": True}, {"uint8": True}, {"batch": 2}, {"opset": 18}])
 def test_every_form_of_a_file_is_built(build, onnx_path, tmp_path, model):
     write_small_model(onnx_path, **model)
@@ -128,6 +156,16 @@ def test_every_form_of_a_file_is_built(build, onnx_path, tmp_path, model):
     assert read_manifest(tmp_path / "model.rtx")["precision"] == (
         "FP16" if "half" in model else "FP32"
     )
+
+
+def test_the_export_in_another_precision_can_be_typed_as_it_is_said(build, onnx_path, capsys):
+    write_small_model(onnx_path, metadata={"top_k": 0, "scores_th": 0.3, "n_limit": 50})
+    assert build("--precision_mode", "FP16") == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    given = export_command.parser().parse_args(said.split()[2:])
+    export_command.resolve(given)
+    assert (given.top_k, given.scores_th, given.n_limit) == (0, 0.3, 50)
+    assert given.precision == "fp16"
 
 
 def test_turing_is_built_for_where_it_is_named(build, tmp_path):
@@ -167,6 +205,14 @@ def test_a_dynamic_file_is_built_with_its_shapes_and_not_without(
     assert manifest["shapes"] == [[1, 3, 32, 32], [1, 3, 48, 64], [3, 3, 64, 96]]
 
 
+@pytest.mark.parametrize("side", [3_000_000_000, 10**20])
+def test_a_side_that_no_library_can_count_is_refused(build, onnx_path, tmp_path, capsys, side):
+    write_small_model(onnx_path, dynamic=True)
+    shapes = ["--min_shape", "1x3x32x32", "--opt_shape", "1x3x48x64"]
+    assert build(*shapes, "--max_shape", f"1x3x{side}x64") == 2
+    assert f"--max_shape: {side} is no whole number to go by" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "option",
     ["--timing_cache x", "--version_compatible", "--hardware_compatible"],
@@ -190,6 +236,32 @@ def test_the_manifest_says_whether_float32_may_be_tf32(
     assert tf32_is_off() == (precision == "fp32")
 
 
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("model.onnx", "would take the place of"),
+        ("model.onnx.json", "would take the place of"),
+        ("folder", "is not the name of a file"),
+        ("under", "under.json is not the name of a file"),
+        ("n" * 240, "is too long; give a shorter --model_trt_path"),
+        ("", "is not the name of a file"),
+    ],
+)
+def test_a_name_that_cannot_be_the_engines_is_refused_before_the_build(
+    build, onnx_path, tmp_path, monkeypatch, capsys, name, says
+):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("folder", "under.json"):
+        (tmp_path / folder).mkdir()
+    Path("model.onnx.json").write_text("{}")
+    there, source = files(tmp_path), onnx_path.read_bytes()
+    monkeypatch.setattr(engine_module, "build_plan", None)
+    assert build("--model_trt_path", name) == 2
+    assert says in capsys.readouterr().err
+    assert files(tmp_path) == there
+    assert onnx_path.read_bytes() == source
+
+
 def test_the_inspector_is_refused_before_the_build(build, tmp_path, capsys):
     assert build("--inspect") == 2
     assert "--inspect needs a GPU" in capsys.readouterr().err
@@ -200,6 +272,13 @@ def test_native_deform_conv_is_refused_with_a_cure(build, onnx_path, tmp_path, c
     write_small_model(onnx_path, deform=True)
     assert build() == 2
     assert "export with --deform_conv gridsample" in capsys.readouterr().err
+    assert files(tmp_path) == {"model.onnx"}
+
+
+def test_a_file_for_another_program_is_refused_with_a_cure(build, onnx_path, tmp_path, capsys):
+    write_small_model(onnx_path, metadata={"io": "opencv"})
+    assert build() == 2
+    assert "exported with --io opencv" in capsys.readouterr().err
     assert files(tmp_path) == {"model.onnx"}
 
 
