@@ -25,7 +25,14 @@ from aliked.backends import Spec, create_extractor
 from aliked.errors import InputError
 from aliked.features import MIN_SIDE, Extractor, Features
 from aliked.files import read_file, real_path, sha256
-from aliked.images import MOST_BYTES, find_images, load_image, quiet_opencv, read_header
+from aliked.images import (
+    MOST_BYTES,
+    find_images,
+    load_image,
+    one_opencv_thread,
+    quiet_opencv,
+    read_header,
+)
 from aliked.lanes import DecodingLane, FusedLane, Lane
 from aliked.store import FeatureStore
 from aliked.video import frames, is_video
@@ -239,7 +246,7 @@ class Pipeline:
         started = time.perf_counter()
         counts = self.tally.threads
         under_way: deque[tuple[int, Future]] = deque()  # images, and their writing
-        with quiet_opencv(), _one_opencv_thread(), _pools(counts) as (readers, lanes, writer):
+        with quiet_opencv(), one_opencv_thread(), _pools(counts) as (readers, lanes, writer):
             for batch in batches:
                 width, height = self.job.extracted_size(batch[0])
                 if self._decoded_later(batch):
@@ -462,14 +469,3 @@ def _pools(threads: Counter) -> Iterator[list[ThreadPoolExecutor]]:
     finally:
         for pool in pools:
             pool.shutdown(cancel_futures=True)
-
-
-@contextlib.contextmanager
-def _one_opencv_thread() -> Iterator[None]:
-    """Keep OpenCV from starting threads of its own: every image has one already."""
-    threads = cv2.getNumThreads()
-    cv2.setNumThreads(1)
-    try:
-        yield
-    finally:
-        cv2.setNumThreads(threads)

@@ -52,11 +52,12 @@ class Plan(NamedTuple):
     arrays: list[int]  # from its start
     nbytes: int
 
-    def header_at(self, at: int) -> bytes:
-        """What comes before the arrays of a group that is written at `at`."""
+    def pieces_at(self, at: int, arrays: list[np.ndarray]) -> list[np.ndarray | bytes]:
+        """The bytes of the group of these arrays that is written at `at`, piece by piece."""
         header = self.header.copy()
         header[self.places] = (self.addresses + np.uint64(at)).view(np.uint8).reshape(-1, 8)
-        return header.tobytes()
+        padded = ((array, bytes(_padded(array.nbytes) - array.nbytes)) for array in arrays)
+        return [header, *itertools.chain.from_iterable(padded)]
 
 
 @functools.lru_cache(4096)  # a plan takes 0.1 ms; images have one of so many numbers of keypoints

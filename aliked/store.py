@@ -25,7 +25,7 @@ import numpy as np
 
 from aliked.errors import InputError, shown
 from aliked.features import Features, check_features_type
-from aliked.files import as_path, open_regular, whole_file, writable_folder, write_at
+from aliked.files import as_path, in_turn, open_regular, whole_file, writable_folder, write_at
 from aliked.hdf5 import START, Folders, Member, Plan, plan
 
 FORMAT = "aliked features 1"  # raised when the layout changes
@@ -316,7 +316,8 @@ class GrowingFile:
                 if self.store.compression and len(arrays[0]):  # what is compressed has to have rows
                     self._compressed[name] = None
                 else:
-                    put_image(self._descriptor, self.place(name, image_bytes(arrays)), arrays)
+                    at = self.place(name, image_bytes(arrays))
+                    put_images(self._descriptor, at, {name: arrays})
 
     def place(self, name: str, nbytes: int) -> int:
         """Where the next image is to be put, which takes so many bytes."""
@@ -357,13 +358,21 @@ def image_bytes(arrays: list[np.ndarray]) -> int:
     return _plan(arrays).nbytes
 
 
-def put_image(descriptor: int, at: int, arrays: list[np.ndarray]) -> list[Spot]:
-    """Write an image at its place in the file; where each array is."""
-    where = _plan(arrays)
-    write_at(descriptor, at, where.header_at(at))
-    spots = [Spot.of(array, at + start) for array, start in zip(arrays, where.arrays, strict=True)]
-    for spot, array in zip(spots, arrays, strict=True):
-        write_at(descriptor, spot.offset, array)
+def put_images(
+    descriptor: int, at: int, images: dict[str, list[np.ndarray]]
+) -> dict[str, list[Spot]]:
+    """Write images into the file, the first at its place; where the arrays of each are."""
+    spots, placed = {}, []
+    for name, arrays in images.items():
+        where = _plan(arrays)
+        starts = zip(arrays, where.arrays, strict=True)
+        spots[name] = [Spot.of(array, at + start) for array, start in starts]
+        placed.append((at, where.pieces_at(at, arrays)))
+        at += where.nbytes
+    # A call for each image: larger ones want larger pieces of memory, which can take long to find.
+    with in_turn(descriptor):
+        for at, pieces in placed:
+            write_at(descriptor, at, *pieces)
     return spots
 
 

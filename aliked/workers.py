@@ -32,7 +32,7 @@ from aliked.extraction import (
     missing,
 )
 from aliked.features import Features
-from aliked.store import FeatureStore, arrays_of, image_bytes, journal_line, put_image
+from aliked.store import FeatureStore, arrays_of, image_bytes, journal_line, put_images
 from aliked.threads import keep_freed_memory
 
 RESTARTS = 3  # of a worker that was killed; more is no accident
@@ -416,10 +416,8 @@ class Writer:
         """Write the batch whose places come next: it was the next to ask."""
         if self._descriptor is None:
             self._descriptor = os.open(self._file.recv().path, os.O_WRONLY)
-        at, spots, before = self._file.recv().at, {}, time.thread_time()
-        for name, arrays in images.items():
-            spots[name] = put_image(self._descriptor, at, arrays)
-            at += image_bytes(arrays)
+        at, before = self._file.recv().at, time.thread_time()
+        spots = put_images(self._descriptor, at, images)
         self.worked += time.thread_time() - before
         self._send(Written(number, journal_line(spots)))
 

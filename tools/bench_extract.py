@@ -5,7 +5,7 @@ Makes the JPEGs from the shipped photographs, and measures by itself each of
            as it takes for many images
   kernels  the network on batches that lie on the device, one GPU
   copies   the same with copies to the device and back
-  writes   the bytes of the features into one file, from as many processes
+  writes   the bytes of the features into one file, from as many processes, 32 images in turn
   all      `aliked extract` from the time when all its processes have begun until the file is there
 in images per second, and the share of `all` in the slower of decode and kernels; seconds of the
 start, and from the last features until the file was there; of `all` the share of the cores' time in
@@ -43,8 +43,8 @@ from aliked import cli
 from aliked.backends import Spec, create_extractor
 from aliked.commands.extract import TWO_LANES
 from aliked.configs import CONFIGS
-from aliked.extraction import DECODERS, Job, Tally, available_cores
-from aliked.files import write_at
+from aliked.extraction import DECODERS, MAX_BATCH, Job, Tally, available_cores
+from aliked.files import in_turn, write_at
 from aliked.images import find_images, load_image
 from aliked.options import add_device_option, add_model_options
 from aliked.store import FeatureStore
@@ -245,19 +245,22 @@ def writes_rate(job: Job, folder: Path, processes: int) -> float:
     count, depth = job.spec.top_k, CONFIGS[job.spec.model].dim
     size = count * (12 + depth * (2 if job.half else 4))
     with tempfile.NamedTemporaryFile(dir=folder) as file:
-        shares = [(file.name, size, range(i, WRITTEN, processes)) for i in range(processes)]
+        firsts = range(0, WRITTEN, MAX_BATCH)
+        shares = [(file.name, size, firsts[i::processes]) for i in range(processes)]
         return WRITTEN / side_by_side(write_all, shares)
 
 
 def write_all(share: tuple[str, int, range]) -> float:
-    """Seconds that it takes to write what is of the size of these images' features."""
-    name, size, images = share
+    """Seconds that it takes to write what is of the size of these batches' features."""
+    name, size, firsts = share
     values = np.random.default_rng(0).integers(0, 256, size, np.uint8)
     descriptor = os.open(name, os.O_WRONLY)
 
     def write() -> None:
-        for index in images:
-            write_at(descriptor, index * size, values)
+        for first in firsts:
+            with in_turn(descriptor):
+                for index in range(first, min(first + MAX_BATCH, WRITTEN)):
+                    write_at(descriptor, index * size, values)
 
     return timed(write)
 

@@ -1,5 +1,7 @@
 """The file that features are kept in: what comes back, what a kill leaves, what is refused."""
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -14,7 +16,7 @@ import pytest
 from aliked import store as module
 from aliked.errors import InputError
 from aliked.features import Features
-from aliked.store import FeatureStore, arrays_of, image_bytes, journal_line, put_image
+from aliked.store import FeatureStore, arrays_of, image_bytes, journal_line, put_images
 
 KEY = {"model": "aliked-n16", "weights": "12ab", "top_k": 50}
 SIZE = (640, 480)
@@ -150,8 +152,8 @@ def test_a_file_grows_by_others_and_has_the_same_bytes(tmp_path):
         arrays = arrays_of(features(ord(name[0]) - ord("a")), SIZE)
         at = file.place(name, image_bytes(arrays))
         with open(file.path, "r+b") as other:
-            spots = put_image(other.fileno(), at, arrays)
-        file.note(journal_line({name: spots}) if written else b"")
+            spots = put_images(other.fileno(), at, {name: arrays})
+        file.note(journal_line(spots) if written else b"")
 
     killed = FeatureStore.open(path, KEY).grow()
     fill(killed, "c.jpg")
@@ -176,6 +178,40 @@ def test_a_file_grows_by_others_and_has_the_same_bytes(tmp_path):
     assert not list((tmp_path / "features.h5.parts").iterdir())
 
 
+@pytest.mark.parametrize("locks", [True, False])
+def test_images_are_put_in_while_no_other_process_does_in_writes_of_any_length(
+    tmp_path, monkeypatch, locks
+):
+    """Where the file system has locks: they are for speed alone."""
+    images = {f"{i}.jpg": arrays_of(features(i, 3 * i), SIZE) for i in range(4)}
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    flock, pwritev = fcntl.flock, os.pwritev
+
+    def no_flock(descriptor, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    def write_some(descriptor, pieces, offset):
+        if locks:
+            with pytest.raises(BlockingIOError):
+                flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return pwritev(descriptor, [b"".join(pieces)[:1000]], offset)
+
+    with open(whole, "wb") as file:
+        spots = put_images(file.fileno(), 100, images)
+    with open(parted, "wb") as file, open(parted, "rb") as second:
+        other = second.fileno()
+        monkeypatch.setattr(os, "pwritev", write_some)
+        if not locks:
+            monkeypatch.setattr(fcntl, "flock", no_flock)
+        assert put_images(file.fileno(), 100, images) == spots
+        flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as nobody holds it any more
+    assert parted.read_bytes() == whole.read_bytes()
+    for name, arrays in images.items():
+        for (offset, _, kind), array in zip(spots[name], arrays, strict=True):
+            found = np.fromfile(whole, kind, array.size, offset=offset)
+            assert np.array_equal(found, array.ravel())
+
+
 @pytest.mark.parametrize("count", [0, 1, 9, 257, 8200])  # leaves of 8 names, nodes of 32 of these
 def test_hdf5_reads_and_goes_on_with_a_file_of_any_number_of_images(tmp_path, count):
     """As hloc does: groups go in and out, arrays get attributes."""
@@ -184,7 +220,7 @@ def test_hdf5_reads_and_goes_on_with_a_file_of_any_number_of_images(tmp_path, co
     with FeatureStore.open(path, KEY).grow() as file, open(file.path, "r+b") as other:
         for name, i in images.items():
             arrays = arrays_of(features(i, i % 3), (i, 1))
-            put_image(other.fileno(), file.place(name, image_bytes(arrays)), arrays)
+            put_images(other.fileno(), file.place(name, image_bytes(arrays)), {name: arrays})
         file.finish()
     with h5py.File(path, "a") as file:
         for folder in ("", "folder 1/", "new/"):
