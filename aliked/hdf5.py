@@ -1,8 +1,10 @@
 """HDF5 files of very many groups of arrays, written without the library.
 
-The library takes 0.1 ms for a group of four arrays, in one process at a time. Here a group is
-bytes that anybody can write once they know where: its names and the headers of its arrays, then
-these themselves. Only what finds the groups by name is written at the end, in one piece.
+A library comes before code of one's own, but here it is too slow: it takes 89 to 98 us for a group
+of four arrays at best, in one process at a time, and two GPUs that are to be kept busy leave 150 us
+for an image and all that is done to it. Here a group is bytes that anybody can write once they know
+where: its names and the headers of its arrays, then these themselves. Only what finds the groups by
+name is written at the end, in one piece. Reading and compressing are the library's.
 
 The format is the oldest, superblock 0 with symbol tables, which h5py writes by default and every
 version of the library reads and goes on with. Names in comments are those of its specification,

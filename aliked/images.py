@@ -92,7 +92,6 @@ class Header(NamedTuple):
 
 HEADER_BYTES, PNG_BYTES = 2**13, 2**16  # read for a header: a PNG's EXIF may come late
 MOST_PIXELS = 2**30  # of an image, as OpenCV has it
-_pillow_limit = threading.Lock()  # one for all threads
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -141,6 +140,9 @@ def _full_header(path: Path) -> Header | None:
     except Exception:  # Pillow reads fewer kinds of pixels than OpenCV, and raises what it likes
         return None
     return Header(width, height, orientation if orientation in range(1, 9) else 1)
+
+
+_pillow_limit = threading.Lock()  # held while it is lifted: Pillow has one for all threads
 
 
 @contextlib.contextmanager

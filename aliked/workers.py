@@ -144,6 +144,7 @@ class Worker:
     ours: Connection  # it asks for batches here, and tells how far it is
     file: Connection  # and here where to write them
     batches: deque[Batch] = field(default_factory=deque)
+    asking: set[int] = field(default_factory=set)  # for the places of these
     again: deque[Batch] = field(default_factory=deque)  # what one before it has left
 
 
@@ -264,10 +265,12 @@ class Team:
                 for each in self.workers.values():
                     _send(each.file, said)
             case Place():
+                worker.asking.add(said.number)
                 self._post.put(said)
-            case There():
+            case There():  # it may answer one that was killed: nobody else is to hear that
                 for each in self.workers.values():
-                    if any(said.number == batch.number for batch in each.batches):
+                    if said.number in each.asking:
+                        each.asking.remove(said.number)
                         _send(each.file, said)
             case Written():
                 worker.batches.popleft()

@@ -165,8 +165,10 @@ def cpu_name() -> str:
 
 @dataclass(frozen=True)
 class Describe:
-    """Say what this machine is: hardware, versions, the device that "auto" means, and which
-    backends cannot run here, and why."""
+    """Say what this machine is: its hardware and versions, and which backends cannot run on it.
+
+    `device` may be "auto", and is then the one that this means here.
+    """
 
     device: str
     backends: tuple[str, ...]

@@ -58,8 +58,11 @@ def moved_bytes(call: trace.Call) -> int:
 
 
 def ceilings() -> dict:
-    """What this card does at best: bytes per second of a copy, read and written, and FLOP per
-    second of a half-precision product of 8192 x 8192 matrices."""
+    """What this card does at best, in bytes and FLOP per second.
+
+    That is in a copy, bytes read and written, and in a half-precision product of 8192 x 8192
+    matrices.
+    """
     source = torch.empty(2**30, dtype=torch.float32, device="cuda").normal_()
     target = torch.empty_like(source)
     copy_us = median_us(lambda: target.copy_(source), runs=20, warmup=3)

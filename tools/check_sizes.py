@@ -1,7 +1,7 @@
 """Run one dynamic engine at several sizes and batches beside PyTorch in float32; a JSON line each.
 
     python -m tools.check_sizes assets/sequence_640x480 assets/sequence_1241x376 \
-        --output results/tensorrt/h100-sizes.jsonl
+        --output results/tensorrt/h200-sizes.jsonl
 
 Needs a GPU. Of sizes that no folder has, parts of the first folder's images are taken. Lines of
 FP16 also say whether PyTorch's own half precision passes: where K is about as many as an image has

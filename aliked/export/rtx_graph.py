@@ -2,7 +2,7 @@
 
 It takes its kernels by rules and does not time them. What each form brings, in half precision and
 for images of one size, is in docs/tensorrt-graph.md. The ONNX file stays as it is, for every
-runtime.
+runtime. Of these forms TensorRT itself gets one, LightGlue's sums in float32.
 """
 
 from collections import defaultdict
@@ -333,7 +333,7 @@ def selu_in_float32(rewriter: Rewriter) -> None:
 
 
 def sum_in_float32(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Let LightGlue's products of matrices be summed in float32, as they are elsewhere; `model`.
+    """Change `model` so that LightGlue's products of matrices are summed in float32; return it.
 
     TensorRT, for RTX too, sums those of halves in half precision, the products of attention among
     them, unless their inputs are cast to float32 and what they give is cast back: that it takes as

@@ -243,6 +243,23 @@ def test_hdf5_reads_and_goes_on_with_a_file_of_any_number_of_images(tmp_path, co
                 assert file[name][field].dtype == values.dtype
 
 
+def test_hdf5_finds_names_of_any_script_and_length_beyond_4_gb(tmp_path):
+    """Its order is that of their bytes, which it searches by."""
+    names = ["Z", "a/é", "e\u0301", "~", "é", "日本/語", "\uffff", "\U0001f600", " ", "\n", "\x7f"]
+    names += ["n" * 70_000, "/".join(["folder" * 40] * 40), *(f"é{i}" for i in range(100))]
+    store = FeatureStore.open(tmp_path / "f.h5", KEY)
+    for i, name in enumerate(names):
+        store.write(name, features(i, i % 3), SIZE)
+    store.flush()
+    with store.grow() as file:
+        file._end = 2**33  # a hole is before it
+        file.finish()
+    found = FeatureStore.open(tmp_path / "f.h5", KEY)
+    assert found.names() == sorted(names)
+    for i, name in enumerate(names):
+        assert_same(found.read(name), features(i, i % 3))
+
+
 def test_what_is_compressed_is_arranged_too(tmp_path):
     names = ["b.jpg", "none.jpg", "a.jpg"]
     with FeatureStore.open(tmp_path / "f.h5", KEY, "lzf") as store:

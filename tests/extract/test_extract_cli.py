@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import queue
 import resource
 import signal
 import subprocess
@@ -184,6 +185,25 @@ def test_the_file_gives_places_in_order_and_the_same_ones_again(tmp_path, photos
     assert "came out otherwise" in str(error)
     file.join()
     assert path.with_suffix(".journal").read_bytes().endswith(b'{"00.jpg": []}\n')
+
+
+def test_a_place_is_told_once_and_to_the_worker_that_asked():
+    """One that waits for batches before it may come when its worker was killed and replaced.
+
+    A worker that heard it twice would write its next batch over this one.
+    """
+    team, (ours, theirs) = object.__new__(workers.Team), multiprocessing.Pipe()
+    worker = workers.Worker(0, None, None, ours)
+    worker.batches.append(workers.Batch(5, []))
+    team.workers, team._post = {0: worker}, queue.SimpleQueue()
+    team._heed(workers.There(5, 96), None)  # for the one before
+    assert not theirs.poll()
+    ask = workers.Place(5, ["a.jpg"], [200])
+    team._heed(ask, worker)
+    assert team._post.get_nowait() is ask
+    for _ in range(2):
+        team._heed(workers.There(5, 96), None)
+    assert theirs.recv() == workers.There(5, 96) and not theirs.poll()
 
 
 def test_a_full_disk_is_one_sentence_and_what_was_extracted_is_kept(tmp_path, photos):
