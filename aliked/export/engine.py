@@ -56,6 +56,7 @@ from aliked.files import (
     writable_folder,
     write_json,
 )
+from aliked.images import list_images
 from aliked.matching import TENSORS
 from aliked.parity import TOLERANCES
 
@@ -318,6 +319,8 @@ def convert(request: Request) -> bool:
     """
     source = read_source(request.onnx_path)
     shapes = check_shapes(source, request.shapes)
+    if request.images:
+        list_images(request.images)  # which a later --verify is told to take, too
     library, why = choose_library(request.builder)
     request = _named(request, library)
     check_options(library, request.options)

@@ -460,6 +460,9 @@ def test_missing_images_are_refused(machine, build, monkeypatch, onnx_path, tmp_
     assert build(images=tmp_path / "nowhere") == 2
     assert run(monkeypatch, "--model_onnx_path", onnx_path, *BY_TENSORRT) == 2
     assert "--no_verify" in capsys.readouterr().err
+    assert build("--no_verify", images=tmp_path / "nowhere") == 2  # a later --verify would
+    assert "cannot list the images of" in capsys.readouterr().err
+    assert left_over(tmp_path) == set()
 
 
 def test_a_folder_that_cannot_be_written_is_refused(machine, build, tmp_path, capsys):
