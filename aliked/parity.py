@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from aliked.configs import RADIUS
+from aliked.errors import InputError
 from aliked.features import Features
 from aliked.matching import Matches, check_lengths, mutual_nearest_keypoints
 
@@ -403,14 +404,20 @@ def in_terms_of(
 
 
 def judge_matches(parities: Mapping[str, MatchParity], tolerance: MatchTolerance) -> Verdict:
-    """Judge the parities of several pairs of images, given by name, each by itself."""
+    """Judge the parities of several pairs of images, given by name, each by itself.
+
+    `InputError` where nothing is wrong and no pair has a match that could be.
+    """
     reasons = [
         f"{name}: {reason}"
         for name, parity in parities.items()
         for reason in _match_violations(parity, tolerance)
     ]
-    if not sum(parity.reference for parity in parities.values()):
-        reasons.append("no pair has a match in the reference")
+    if not reasons and not any(parity.reference for parity in parities.values()):
+        raise InputError(
+            "no pair of the images has a match, so that they prove nothing; give photographs of "
+            "which neighbours show the same place"
+        )
     lines = _match_summary(list(parities.values())) if parities else []
     return _verdict(reasons, lines, tolerance)
 

@@ -4,6 +4,7 @@ import argparse
 import copy
 import dataclasses
 import functools
+import sys
 
 import cv2
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from aliked import cli
 from aliked.backends import (
     Spec,
     create_pair_runtime,
@@ -878,5 +880,26 @@ def test_another_matcher_is_told_apart(other, reason):
 
 
 def test_a_check_without_any_match_proves_nothing():
-    nothing = compare_matches(some_matches(), some_matches())
-    assert not judge_matches({"pair": nothing}, MATCH_FP32).passed
+    nothing, some = some_matches(), some_matches(*((i, i) for i in range(4)))
+    with pytest.raises(InputError, match="prove nothing"):
+        judge_matches({"pair": compare_matches(nothing, nothing)}, MATCH_FP32)
+    assert not judge_matches({"pair": compare_matches(nothing, some)}, MATCH_FP32).passed
+
+
+def test_a_file_that_no_pair_could_prove_wrong_is_neither_kept_nor_rejected(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(export_lightglue, "load_pairs", lambda args: [])
+    monkeypatch.setattr(export_lightglue.LightGlue, "from_pretrained", lambda *_, **__: None)
+    nothing = {"a - b": compare_matches(some_matches(), some_matches())}
+    job = export_lightglue.Job(
+        None, lambda path: path.touch(), lambda path: judge_matches(nothing, MATCH_FP32)
+    )
+    monkeypatch.setattr(export_lightglue, "matcher_job", lambda *_: job)
+    words = ["images", "--model_output", str(tmp_path / "matcher.onnx")]
+    monkeypatch.setattr(sys, "argv", ["convert_lightglue_to_onnx.py", *words])
+    with pytest.raises(SystemExit) as end:
+        cli.run(export_lightglue.main, export_lightglue.parser())
+    assert end.value.code == 2
+    assert "prove nothing" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
