@@ -10,7 +10,6 @@ import glob
 import json
 import os
 import shlex
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,8 +51,8 @@ from aliked.files import (
     check_outputs,
     read_text,
     real_path,
+    scratch_folder,
     sha256,
-    writable_folder,
     write_json,
 )
 from aliked.images import list_images
@@ -338,9 +337,8 @@ def convert(request: Request) -> bool:
         manifest["verify_with"] = _verify_command(request, manifest)
     if options.detailed and (reason := library.unavailable()):
         raise InputError(f"--inspect needs a GPU to ask the engine on, and {reason}; leave it out")
-    writable_folder(request.engine_path.parent)
-    with tempfile.TemporaryDirectory(dir=request.engine_path.parent, prefix=".build-") as folder:
-        draft = Path(folder) / request.engine_path.name
+    with scratch_folder(request.engine_path.parent) as folder:
+        draft = folder / request.engine_path.name
         _build(source.path, options, library, manifest, draft)
         try:
             passed = judge is None or judge(draft)
@@ -523,9 +521,8 @@ def build_lightglue(
     export = _export_metadata(onnx_path, model, "lightglue.")
     made_of = _made_of(onnx_path, export)
     manifest = _description(library, options, export["precision"].upper(), made_of, judged_by)
-    writable_folder(path.parent)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as folder:
-        draft = Path(folder) / path.name
+    with scratch_folder(path.parent) as folder:
+        draft = folder / path.name
         _build(onnx_path, options, library, manifest, draft)
         _keep(draft, path, passed=True)
 

@@ -6,6 +6,7 @@ where it is installed, which needs no GPU.
 
 import functools
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from aliked.backends import Spec, tensorrt
 from aliked.backends.pytorch import PyTorchExtractor
 from aliked.errors import InputError
 from aliked.export import build as build_module
-from aliked.files import sha256
+from aliked.files import SCRATCH, scratch_folder, sha256
 from tests.helpers.fake_tensorrt import VERSIONS
 from tests.helpers.fake_tensorrt.installed import install
 from tests.helpers.small_models import use_right_model, write_small_model
@@ -366,6 +367,24 @@ def test_layers_without_detail_are_listed_by_name():
     from aliked.export.engine import layer_table
 
     assert layer_table({"Layers": ["conv1", "conv2"]}).splitlines()[2].split() == ["1", "conv2"]
+
+
+def test_a_build_removes_what_killed_ones_left_and_nothing_of_others(machine, build, tmp_path):
+    code = (
+        "import os, pathlib, signal, sys; from aliked.files import scratch_folder\n"
+        "with scratch_folder(pathlib.Path(sys.argv[1])) as folder:\n"
+        "    (folder / 'model.trt').write_text('half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT)
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = tmp_path.glob(f"{SCRATCH}*")
+    with scratch_folder(tmp_path) as running:
+        assert not left.exists()
+        left.mkdir()
+        assert build() == 0
+        assert running.is_dir()
+    assert left_over(tmp_path) == {"model.trt", "model.trt.json"}
 
 
 # what goes wrong on the machine
