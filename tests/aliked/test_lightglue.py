@@ -56,6 +56,7 @@ from aliked.parity import (
     PAIR_FP16,
     PAIR_FP32,
     compare_matches,
+    compare_pair,
     in_terms_of,
     judge_matches,
 )
@@ -862,6 +863,29 @@ def test_matches_of_keypoints_found_elsewhere_are_lost():
     there = here[[1, 0, 2]] + [[0.1, 0], [0, 0.1], [5, 0]]
     found = in_terms_of((here, here), (there, here), some_matches((0, 1), (1, 0), (2, 2)))
     assert found.indices.tolist() == [[1, 1], [0, 0], [-1, 2]]
+
+
+def test_matches_of_faint_keypoints_are_not_counted():
+    places = np.array([[10.0, 10], [20, 20], [30, 30], [40, 40]], np.float32)
+    descriptors = np.zeros((4, 8), np.float32)
+    clear = Features(places, np.array([0.5, 0.4, 0.3, 0.2], np.float32), descriptors)
+    faint = dataclasses.replace(clear, scores=np.array([0.5, 0.4, 3e-3, 2e-3], np.float32))
+    elsewhere = places + np.array([[0, 0], [9, 0], [0, 0], [9, 0]])  # the second and fourth
+    expected = some_matches((0, 0), (1, 1), (2, 2), (3, 3))
+    found = dataclasses.replace(expected, scores=np.array([0.5, 0.5, 0.9, 0.5], np.float32))
+
+    def compare(features):
+        return compare_pair((features, clear), expected, (elsewhere, places), found)
+
+    parity = compare(clear)
+    assert (parity.common, parity.lost, parity.gained) == (2, 2, 2)
+    assert parity.max_score_difference == pytest.approx(0.4)
+    parity = compare(faint)
+    assert (parity.common, parity.lost, parity.gained) == (1, 1, 0)
+    assert parity.max_score_difference == 0
+    nothing = dataclasses.replace(clear, scores=np.full(4, 2e-3, np.float32))
+    with pytest.raises(InputError, match="prove nothing"):
+        judge_matches({"flat": compare(nothing)}, PAIR_FP32)
 
 
 @pytest.mark.parametrize(
