@@ -226,7 +226,8 @@ def _rescale(picture: np.ndarray, max_side: int) -> tuple[np.ndarray, float]:
     if scale == 1:
         return picture, scale
     method = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-    return cv2.resize(picture, None, fx=scale, fy=scale, interpolation=method), scale
+    size = [max(1, round(side * scale)) for side in picture.shape[1::-1]]
+    return cv2.resize(picture, size, interpolation=method), scale
 
 
 def _hues(hue: np.ndarray) -> list[list[int]]:

@@ -370,6 +370,8 @@ class Pipeline:
         images = extracted.result()
         with self._timed("write"):
             for photo, features, mask in images:
+                if photo.name in self.store:  # a batch with a bad file is done again by every run
+                    continue
                 features = as_stored(features, photo, self.job.extracted_size(photo))
                 if mask is not None:
                     features = unmasked(features, mask)

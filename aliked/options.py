@@ -140,12 +140,13 @@ def add_video_options(group: argparse._ActionsContainer) -> None:
 
 def check_video_options(args: argparse.Namespace, endless: bool = False) -> None:
     """Raise `InputError` where they are without effect, or a camera's run would have no end."""
-    from aliked.video import is_video  # here: it loads OpenCV, which most commands do without
+    # Here: it loads OpenCV, which most commands do without.
+    from aliked.video import is_camera, is_video
 
     for name in ("every", "frames"):
         if getattr(args, name) is not None and not is_video(args.images):
             raise InputError(f"--{name} needs a video or a camera; leave it out, or give one")
-    if str(args.images).isdigit() and args.frames is None and not endless:
+    if is_camera(args.images) and args.frames is None and not endless:
         raise InputError(f"camera {args.images} has no end; pass --frames N")
 
 

@@ -549,8 +549,8 @@ def _sentence(path: Path) -> Iterator[None]:
         yield
     except DAMAGED as error:
         raise InputError(
-            f"cannot read the features in {path} ({str(error)[:300]}); remove it, and extract them "
-            "again"
+            f"cannot read the features in {path} ({str(error)[:300]}); name another file, or "
+            "remove this one"
         ) from error
 
 

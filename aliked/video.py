@@ -13,9 +13,14 @@ from aliked.images import quiet_opencv
 VIDEO_SUFFIXES = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
 
 
+def is_camera(source: str | Path) -> bool:
+    """Whether this is the number of a camera ("0"), and no folder that has it for a name."""
+    return str(source).isdecimal() and not Path(source).is_dir()
+
+
 def is_video(source: str | Path) -> bool:
-    """Whether this names a video file, or a camera by its number ("0")."""
-    return str(source).isdigit() or str(source).lower().endswith(VIDEO_SUFFIXES)
+    """Whether this names a video file, or a camera by its number."""
+    return is_camera(source) or str(source).lower().endswith(VIDEO_SUFFIXES)
 
 
 def frames(
@@ -27,7 +32,7 @@ def frames(
     [H, W, 3] RGB. `InputError` where there is no such camera, or the file is no video that OpenCV
     can read. A camera goes on until `limit` or an interrupt.
     """
-    camera = str(source).isdigit()
+    camera = is_camera(source)
     if not camera:
         source = as_path(source)
     if not camera and not Path(source).is_file():

@@ -388,6 +388,10 @@ class Writer:
         self._thread = ThreadPoolExecutor(1, "aliked-place")
         self._waiting: deque[Future] = deque()
 
+    def __contains__(self, name: str) -> bool:
+        """Whether this is written already: the file that grows has all batches put anew."""
+        return False
+
     def write(self, name: str, features: Features, size: tuple[int, int]) -> None:
         """Take the features of an image of the batch."""
         self._images[name] = arrays_of(features, size)
@@ -475,6 +479,7 @@ def extract_with_ray(
     """
     ray = _ray()
     total = Tally()
+    job = _from_any_folder(job)
     shards = _shards(job, store, total)
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
@@ -487,23 +492,43 @@ def extract_with_ray(
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         gpus = int(ray.cluster_resources().get("GPU", 0)) if job.spec.device != "cpu" else 0
+        actors = min(processes or gpus or 1, len(shards))
         results = ray.data.from_items(shards, override_num_blocks=len(shards)).map_batches(
             ShardWorker,
             fn_constructor_args=(replace(job, names=None), store.path.resolve()),
             batch_size=1,
             num_gpus=1 if gpus else None,
-            compute=ray.data.ActorPoolStrategy(size=min(processes or gpus or 1, len(shards))),
+            compute=ray.data.ActorPoolStrategy(size=actors),
         )
         for row in results.iter_rows():
-            total += pickle.loads(row["tally"])
+            shard = pickle.loads(row["tally"])
+            total += shard
             total.wall = time.perf_counter() - started
+            total.threads = Counter({stage: actors * n for stage, n in shard.threads.items()})
             report(total)
     except ray.exceptions.RayError as error:
         cause = getattr(error, "cause", None)
-        raise InputError(str(cause if isinstance(cause, InputError) else error)) from error
+        if isinstance(cause, InputError):
+            raise InputError(str(cause)) from error
+        reason = str(error).strip().rpartition("\n")[2]  # above it is how that was reached
+        raise InputError(
+            f"the Ray cluster gave up ({reason[:300]}); what was extracted is kept: find "
+            "out why, and pass --resume"
+        ) from error
     finally:
         ray.shutdown()
     return total
+
+
+def _from_any_folder(job: Job) -> Job:
+    """The same job for processes that were started in other folders, as those of a cluster are."""
+    paths = {name: getattr(job.spec, name) for name in ("weights", "model_path")}
+    spec = replace(job.spec, **{name: _absolute(path) for name, path in paths.items()})
+    return replace(job, images=_absolute(job.images), masks=_absolute(job.masks), spec=spec)
+
+
+def _absolute(path: Path | None) -> Path | None:
+    return path and Path(path).absolute()
 
 
 class ShardWorker:

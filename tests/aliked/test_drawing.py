@@ -130,6 +130,12 @@ def test_small_images_are_enlarged_so_that_the_caption_fits():
     assert 300 < np.flatnonzero(text).max() < 632
 
 
+def test_a_strip_that_would_have_no_row_left_is_drawn():
+    one = features((7000, 3))
+    picture = draw_motion(one, grey(5, 14000), one, np.array([[0, 0]]), "caption")
+    assert coloured(picture).any()
+
+
 def test_images_of_different_sizes_can_be_joined():
     first, second = features((10, 10)), features((700, 500))
     picture = draw_matches(

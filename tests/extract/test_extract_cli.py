@@ -325,7 +325,7 @@ def test_options_of_a_folder_are_refused_for_a_video(tmp_path, option):
 
 
 def test_ray_loses_nothing_when_a_worker_is_killed(tmp_path, photos, monkeypatch):
-    """Two local actors; one kills itself in the middle of its first shard."""
+    """Two local actors in another folder; one kills itself in the middle of its first shard."""
     pytest.importorskip("ray", reason="ray is not installed")
     pytest.importorskip("ray.data", reason="ray's data library is not installed")
     options = ("--top_k", 50, "--batch_size", 1)
@@ -333,6 +333,10 @@ def test_ray_loses_nothing_when_a_worker_is_killed(tmp_path, photos, monkeypatch
     mark = tmp_path / "killed"
 
     class Dying(workers.ShardWorker):
+        def __init__(self, *args):
+            os.chdir("/")
+            super().__init__(*args)
+
         def __call__(self, rows):
             if not mark.exists():
                 mark.touch()
@@ -344,8 +348,12 @@ def test_ray_loses_nothing_when_a_worker_is_killed(tmp_path, photos, monkeypatch
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-    extract(photos, "--output", tmp_path / "f.h5", *options, "--ray", "local", "--processes", 2)
+    tallies = []
+    monkeypatch.setattr("aliked.commands.extract.counting", lambda bar: tallies.append)
+    monkeypatch.chdir(tmp_path)
+    extract(photos.name, "--output", "f.h5", *options, "--ray", "local", "--processes", 2)
     assert mark.exists()
+    assert tallies[-1].threads["extract"] == 2 and not tallies[-1].skipped
     assert (tmp_path / "f.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
 
 

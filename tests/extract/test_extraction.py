@@ -26,7 +26,7 @@ from aliked.features import Features
 from aliked.images import find_images, load_image, read_header
 from aliked.lanes import DecodingLane, Lane
 from aliked.store import FeatureStore
-from aliked.video import frames
+from aliked.video import frames, is_video
 from tests.helpers.photos import STORED, TURNED, Brightest, noise, write_photo
 
 
@@ -149,6 +149,20 @@ def test_bad_files_are_named_skipped_and_counted(tmp_path, extractor):
     assert bad == [str(folder / name) for name in ("cut.jpg", "empty.jpg", "text.png", "tiny.png")]
     with pytest.raises(InputError, match=r"(cut|empty|text|tiny)\.(jpg|png)"):
         run(folder, tmp_path / "strict.h5", strict=True)
+
+
+def test_a_run_that_leaves_out_bad_files_is_over_when_it_goes_on(tmp_path, extractor):
+    """Nothing is written, not even the file anew, for a batch that has one of them."""
+    whole = write_photo(tmp_path / "p/cut.jpg", noise(1)).read_bytes()
+    write_photo(tmp_path / "p/good.jpg", noise(2))
+    (tmp_path / "p/cut.jpg").write_bytes(whole[:-9])
+    run(tmp_path / "p", tmp_path / "f.h5")
+    before = (tmp_path / "f.h5").stat()
+    store, tally = run(tmp_path / "p", tmp_path / "f.h5")
+    assert (store.names(), len(tally.skipped)) == (["good.jpg"], 1)
+    assert (tmp_path / "f.h5").stat().st_ino == before.st_ino
+    (tmp_path / "p/cut.jpg").write_bytes(whole)
+    assert run(tmp_path / "p", tmp_path / "f.h5")[0].names() == ["cut.jpg", "good.jpg"]
 
 
 def test_a_file_whose_header_lies_is_bad(tmp_path, extractor):
@@ -312,6 +326,13 @@ def test_what_is_no_video_is_refused(tmp_path):
         next(frames(tmp_path / "nowhere.mp4"))
     with pytest.raises(InputError, match="camera 97 gives no image"):
         next(frames("97"))
+
+
+def test_a_folder_may_have_a_number_for_a_name(tmp_path, extractor, monkeypatch):
+    write_photo(tmp_path / "2024/a.png", noise(1))
+    monkeypatch.chdir(tmp_path)
+    assert is_video("2023") and not is_video("2024") and not is_video("²")
+    assert run(Path("2024"), tmp_path / "f.h5")[0].names() == ["a.png"]
 
 
 def test_too_little_memory_is_said_in_a_sentence(tmp_path, extractor, monkeypatch):
