@@ -441,8 +441,8 @@ def judge_matches(parities: Mapping[str, MatchParity], tolerance: MatchTolerance
     ]
     if not reasons and not any(parity.reference for parity in parities.values()):
         raise InputError(
-            "no pair of the images has a match, so that they prove nothing; give photographs of "
-            "which neighbours show the same place"
+            "no pair of the images has a match to judge by, so that they prove nothing; give "
+            "photographs of which neighbours show the same place"
         )
     lines = _match_summary(list(parities.values())) if parities else []
     return _verdict(reasons, lines, tolerance)

@@ -389,7 +389,11 @@ def _prepare_verification(
     request: Request, source: Source, shapes: tuple[Shape, ...] | None
 ) -> Callable[[Path], bool]:
     """Return what judges a draft, after checking that all is there that the judgement needs."""
-    from aliked.export.verify import create_reference, load_fitting_images  # they load PyTorch
+    from aliked.export.verify import (  # they load PyTorch
+        check_telling,
+        create_reference,
+        load_fitting_images,
+    )
 
     folder = request.images or source.images
     if folder is None:
@@ -401,6 +405,7 @@ def _prepare_verification(
     images = load_fitting_images(folder, request.num_images, source.uint8, smallest, largest)
     create_memory(request.memory, index=0)
     reference = create_reference(source.path, source.export, request.weights)
+    check_telling(reference, images)
     open_draft = functools.partial(TensorRTExtractor, memory=request.memory)
     return lambda draft: _judge(open_draft(draft), folder, images, reference)
 
@@ -413,7 +418,11 @@ def verify(
     `images` is a folder, by default that of the export. A wrong engine is renamed to
     `.rejected`. Returns whether it was accepted; `InputError` where it cannot be compared here.
     """
-    from aliked.export.verify import create_reference, load_fitting_images  # they load PyTorch
+    from aliked.export.verify import (  # they load PyTorch
+        check_telling,
+        create_reference,
+        load_fitting_images,
+    )
 
     manifest = read_manifest(engine)
     folder = images or manifest["source"].get("images")
@@ -424,6 +433,7 @@ def verify(
     uint8, limits = extractor.dtype.name == "uint8", extractor.limits()
     found = load_fitting_images(Path(folder), num_images, uint8, *limits)
     reference = create_reference(engine, manifest["source"]["export"], weights)
+    check_telling(reference, found)
     passed = _judge(extractor, Path(folder), found, reference)
     if not passed:
         _keep(engine, engine, passed)

@@ -20,6 +20,7 @@ from aliked.backends import Spec, tensorrt
 from aliked.backends.pytorch import PyTorchExtractor
 from aliked.errors import InputError
 from aliked.export import build as build_module
+from aliked.export import verify
 from aliked.files import SCRATCH, scratch_folder, sha256
 from tests.helpers.fake_tensorrt import VERSIONS
 from tests.helpers.fake_tensorrt.installed import install
@@ -473,6 +474,15 @@ def test_images_of_another_size_are_refused_before_the_build(machine, build, tmp
     cv2.imwrite(str(tmp_path / "photographs" / "9.png"), np.zeros((40, 64, 3), np.uint8))
     assert build() == 2
     assert "9.png has 64x40 pixels and the engine takes 64x48" in capsys.readouterr().err
+
+
+def test_images_without_a_keypoint_are_refused_before_the_build(
+    machine, build, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(verify, "FAINT", 2.0)  # as the small model finds keypoints everywhere
+    assert build() == 2
+    assert "prove nothing" in capsys.readouterr().err
+    assert left_over(tmp_path) == set()
 
 
 def test_missing_images_are_refused(machine, build, monkeypatch, onnx_path, tmp_path, capsys):
