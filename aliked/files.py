@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -18,6 +19,7 @@ PACKAGE = Path(__file__).parent
 SOURCES = (".py", ".cu", ".cuh", ".cpp", ".hpp", ".h", ".json")
 SANE_BYTES = 2**30  # of a file that is read whole
 MOST_NAME_BYTES = 255  # of file systems
+SCRATCH = ".aliked-scratch-"  # how the names of temporary folders begin
 
 
 def as_path(path: object) -> Path:
@@ -189,6 +191,39 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+@contextlib.contextmanager
+def scratch_folder(parent: Path) -> Iterator[Path]:
+    """Yield a new temporary folder in `parent`; it is gone at the end, as are those of the killed.
+
+    Each is locked while it is in use. A process that is killed lets go of the lock and leaves the
+    folder, which the next one to make such a folder there removes.
+    """
+    for left in writable_folder(parent).glob(f"{SCRATCH}*"):
+        with _lock(left, wait=False) as held:
+            if held:
+                shutil.rmtree(left, ignore_errors=True)
+    while True:
+        with tempfile.TemporaryDirectory(dir=parent, prefix=SCRATCH) as name, _lock(Path(name)):
+            if os.path.isdir(name):  # another process has not removed it before it was locked
+                yield Path(name)
+                return
+
+
+@contextlib.contextmanager
+def _lock(folder: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock of a folder; yields whether it could be had: not all file systems have one."""
+    with contextlib.ExitStack() as stack:
+        try:
+            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+            descriptor = os.open(folder, flags)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            held = True
+        except OSError:
+            held = False
+        yield held
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from aliked.configs import RADIUS
+from aliked.errors import InputError
 from aliked.features import Features
 from aliked.matching import Matches, check_lengths, mutual_nearest_keypoints
 
@@ -402,15 +403,47 @@ def in_terms_of(
     return Matches(np.stack(columns, axis=1).astype(np.int64), found.scores)
 
 
+def compare_pair(
+    features: tuple[Features, Features],
+    expected: Matches,
+    keypoints: tuple[np.ndarray, np.ndarray],
+    found: Matches,
+) -> MatchParity:
+    """Compare what two runtimes made of two images from their pixels on.
+
+    `features` and the `expected` matches are the reference's, `keypoints` [N, 2] and what was
+    `found` the other's. Where the reference's keypoints score below `FAINT`, rounding decides which
+    there are, and the scores of all their matches follow from that: these are not counted.
+    """
+    reference = tuple(own.keypoints for own in features)
+    both = expected, in_terms_of(reference, keypoints, found)
+    return compare_matches(*(_without_faint(matches, features) for matches in both))
+
+
+def _without_faint(matches: Matches, features: tuple[Features, Features]) -> Matches:
+    """The matches of which no keypoint is faint; -1 is as the reference's faintest one."""
+    kept = np.ones(len(matches), bool)
+    for own, indices in zip(features, matches.indices.T, strict=True):
+        clear = own.scores >= FAINT
+        kept &= np.append(clear, clear.all())[indices]
+    return Matches(matches.indices[kept], matches.scores[kept])
+
+
 def judge_matches(parities: Mapping[str, MatchParity], tolerance: MatchTolerance) -> Verdict:
-    """Judge the parities of several pairs of images, given by name, each by itself."""
+    """Judge the parities of several pairs of images, given by name, each by itself.
+
+    `InputError` where nothing is wrong and no pair has a match that could be.
+    """
     reasons = [
         f"{name}: {reason}"
         for name, parity in parities.items()
         for reason in _match_violations(parity, tolerance)
     ]
-    if not sum(parity.reference for parity in parities.values()):
-        reasons.append("no pair has a match in the reference")
+    if not reasons and not any(parity.reference for parity in parities.values()):
+        raise InputError(
+            "no pair of the images has a match to judge by, so that they prove nothing; give "
+            "photographs of which neighbours show the same place"
+        )
     lines = _match_summary(list(parities.values())) if parities else []
     return _verdict(reasons, lines, tolerance)
 

@@ -68,8 +68,13 @@ class Run:
 
     @property
     def made_on(self) -> dict:
-        """What files that are made here depend on."""
-        facts = {"versions": self.versions, "machine": self.machine}
+        """What files that are made here depend on.
+
+        For a GPU not on how many threads of the processor this run has, by taskset for example.
+        """
+        threads = () if self.device == "cpu" else ("cpu_threads",)
+        machine = {name: fact for name, fact in self.machine.items() if name not in threads}
+        facts = {"versions": self.versions, "machine": machine}
         return facts | ({"matcher": self._matcher_sha256} if self.lightglue else {})
 
     @functools.cache  # noqa: B019, as there is one run to a process

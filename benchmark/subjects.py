@@ -30,7 +30,7 @@ from aliked.parity import (
     Verdict,
     compare_features,
     compare_matches,
-    in_terms_of,
+    compare_pair,
     judge,
     judge_matches,
 )
@@ -267,19 +267,19 @@ class PairSubject(Subject):
     def _keep(self, clock: str, index: int, outputs: Arrays) -> None:
         self.returned[f"{self.names[index]} ({clock})"] = index, outputs
 
-    def _matches(self, index: int, outputs: Arrays) -> Matches:
-        """The matches of pair `index`, in terms of the reference's keypoints."""
-        matches = matches_of_rows(outputs["matches0"][0], outputs["scores0"][0])
+    def _compare(self, index: int, outputs: Arrays) -> MatchParity:
+        """What was found of pair `index` beside what is expected."""
+        expected = self.expected[index]
+        found = matches_of_rows(outputs["matches0"][0], outputs["scores0"][0])
         if self.row.graph == "matcher":
-            return matches
-        theirs = tuple(features.keypoints for features in self.features[index])
-        ours = outputs["keypoints0"][0], outputs["keypoints1"][0]
-        return in_terms_of(theirs, ours, matches)
+            return compare_matches(expected, found)
+        keypoints = outputs["keypoints0"][0], outputs["keypoints1"][0]
+        return compare_pair(self.features[index], expected, keypoints, found)
 
     def parity(self) -> dict:
         """The verdict on what was timed, and its figures for all pairs together."""
         parities = {
-            label: compare_matches(self.expected[index], self._matches(index, outputs))
+            label: self._compare(index, outputs)
             for label, (index, outputs) in self.returned.items()
         }
         tolerance = MATCH_TOLERANCES[self.row.graph, self.row.precision]

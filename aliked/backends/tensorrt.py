@@ -302,6 +302,10 @@ class RuntimeCache:
         self._written = ""  # SHA-256 of the bytes in the file
         kept = self._read()
         self.used = kept is not None and self._cache.deserialize(kept)
+        if kept and not self.used:
+            print(
+                f"TensorRT for RTX does not take {self.path} here: compiling again", file=sys.stderr
+            )
         config.set_runtime_cache(self._cache)
 
     def _read(self) -> bytes | None:

@@ -10,7 +10,6 @@ import glob
 import json
 import os
 import shlex
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,10 +51,11 @@ from aliked.files import (
     check_outputs,
     read_text,
     real_path,
+    scratch_folder,
     sha256,
-    writable_folder,
     write_json,
 )
+from aliked.images import list_images
 from aliked.matching import TENSORS
 from aliked.parity import TOLERANCES
 
@@ -318,6 +318,8 @@ def convert(request: Request) -> bool:
     """
     source = read_source(request.onnx_path)
     shapes = check_shapes(source, request.shapes)
+    if request.images:
+        list_images(request.images)  # which a later --verify is told to take, too
     library, why = choose_library(request.builder)
     request = _named(request, library)
     check_options(library, request.options)
@@ -335,9 +337,8 @@ def convert(request: Request) -> bool:
         manifest["verify_with"] = _verify_command(request, manifest)
     if options.detailed and (reason := library.unavailable()):
         raise InputError(f"--inspect needs a GPU to ask the engine on, and {reason}; leave it out")
-    writable_folder(request.engine_path.parent)
-    with tempfile.TemporaryDirectory(dir=request.engine_path.parent, prefix=".build-") as folder:
-        draft = Path(folder) / request.engine_path.name
+    with scratch_folder(request.engine_path.parent) as folder:
+        draft = folder / request.engine_path.name
         _build(source.path, options, library, manifest, draft)
         try:
             passed = judge is None or judge(draft)
@@ -388,7 +389,11 @@ def _prepare_verification(
     request: Request, source: Source, shapes: tuple[Shape, ...] | None
 ) -> Callable[[Path], bool]:
     """Return what judges a draft, after checking that all is there that the judgement needs."""
-    from aliked.export.verify import create_reference, load_fitting_images  # they load PyTorch
+    from aliked.export.verify import (  # they load PyTorch
+        check_telling,
+        create_reference,
+        load_fitting_images,
+    )
 
     folder = request.images or source.images
     if folder is None:
@@ -400,6 +405,7 @@ def _prepare_verification(
     images = load_fitting_images(folder, request.num_images, source.uint8, smallest, largest)
     create_memory(request.memory, index=0)
     reference = create_reference(source.path, source.export, request.weights)
+    check_telling(reference, images)
     open_draft = functools.partial(TensorRTExtractor, memory=request.memory)
     return lambda draft: _judge(open_draft(draft), folder, images, reference)
 
@@ -412,7 +418,11 @@ def verify(
     `images` is a folder, by default that of the export. A wrong engine is renamed to
     `.rejected`. Returns whether it was accepted; `InputError` where it cannot be compared here.
     """
-    from aliked.export.verify import create_reference, load_fitting_images  # they load PyTorch
+    from aliked.export.verify import (  # they load PyTorch
+        check_telling,
+        create_reference,
+        load_fitting_images,
+    )
 
     manifest = read_manifest(engine)
     folder = images or manifest["source"].get("images")
@@ -423,6 +433,7 @@ def verify(
     uint8, limits = extractor.dtype.name == "uint8", extractor.limits()
     found = load_fitting_images(Path(folder), num_images, uint8, *limits)
     reference = create_reference(engine, manifest["source"]["export"], weights)
+    check_telling(reference, found)
     passed = _judge(extractor, Path(folder), found, reference)
     if not passed:
         _keep(engine, engine, passed)
@@ -520,9 +531,8 @@ def build_lightglue(
     export = _export_metadata(onnx_path, model, "lightglue.")
     made_of = _made_of(onnx_path, export)
     manifest = _description(library, options, export["precision"].upper(), made_of, judged_by)
-    writable_folder(path.parent)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as folder:
-        draft = Path(folder) / path.name
+    with scratch_folder(path.parent) as folder:
+        draft = folder / path.name
         _build(onnx_path, options, library, manifest, draft)
         _keep(draft, path, passed=True)
 

@@ -43,7 +43,7 @@ from aliked.parity import (
     MatchParity,
     Verdict,
     compare_matches,
-    in_terms_of,
+    compare_pair,
     judge_matches,
 )
 
@@ -367,12 +367,7 @@ def verify_pair(
 def _compare_pair(
     run: ONNXRuntimePair, model: ALIKED, matcher: LightGlue, image0: np.ndarray, image1: np.ndarray
 ) -> MatchParity:
-    features = [model.extract(image) for image in (image0, image1)]
-    sizes = [image.shape[1::-1] for image in (image0, image1)]
+    features = model.extract(image0), model.extract(image1)
+    expected = matcher.match(*features, *(image.shape[1::-1] for image in (image0, image1)))
     found = run(image0, image1)
-    matches = in_terms_of(
-        (features[0].keypoints, features[1].keypoints),
-        (found.keypoints0, found.keypoints1),
-        found.matches,
-    )
-    return compare_matches(matcher.match(*features, *sizes), matches)
+    return compare_pair(features, expected, (found.keypoints0, found.keypoints1), found.matches)

@@ -160,11 +160,15 @@ def verify_onnx(
         telling += int((expected.features.scores >= FAINT).sum())
         parities[name] = compare_features(expected.features, extract(image), ties=expected.ties)
     if parities and not telling:
-        raise InputError(
-            f"no keypoint of the {len(parities)} images scores {FAINT:g} or more, so that they "
-            "prove nothing about the file; give photographs, or a lower threshold"
-        )
+        raise _nothing_told(len(parities))
     return judge(parities, TOLERANCES[precision])
+
+
+def _nothing_told(count: int) -> InputError:
+    return InputError(
+        f"no keypoint of the {count} images scores {FAINT:g} or more, so that they prove nothing "
+        "about the file; give photographs, or a lower threshold"
+    )
 
 
 NamedImages = list[tuple[str, np.ndarray]]  # name, uint8 [H, W, 3] RGB
@@ -209,6 +213,13 @@ def load_fitting_images(
                 f"takes {limits}; give other --images, or pass --no_verify"
             )
     return images if low == high else [pair for pair in cropped(images) if fits(pair[1])]
+
+
+def check_telling(reference: PyTorchExtractor, images: NamedImages) -> None:
+    """`InputError` where no image has a keypoint that says anything about an engine."""
+    found = (reference.expect(image).features.scores for _, image in images)
+    if not any((scores >= FAINT).any() for scores in found):
+        raise _nothing_told(len(images))
 
 
 def verify_engine(

@@ -4,6 +4,7 @@ import argparse
 import copy
 import dataclasses
 import functools
+import sys
 
 import cv2
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from aliked import cli
 from aliked.backends import (
     Spec,
     create_pair_runtime,
@@ -54,6 +56,7 @@ from aliked.parity import (
     PAIR_FP16,
     PAIR_FP32,
     compare_matches,
+    compare_pair,
     in_terms_of,
     judge_matches,
 )
@@ -862,6 +865,29 @@ def test_matches_of_keypoints_found_elsewhere_are_lost():
     assert found.indices.tolist() == [[1, 1], [0, 0], [-1, 2]]
 
 
+def test_matches_of_faint_keypoints_are_not_counted():
+    places = np.array([[10.0, 10], [20, 20], [30, 30], [40, 40]], np.float32)
+    descriptors = np.zeros((4, 8), np.float32)
+    clear = Features(places, np.array([0.5, 0.4, 0.3, 0.2], np.float32), descriptors)
+    faint = dataclasses.replace(clear, scores=np.array([0.5, 0.4, 3e-3, 2e-3], np.float32))
+    elsewhere = places + np.array([[0, 0], [9, 0], [0, 0], [9, 0]])  # the second and fourth
+    expected = some_matches((0, 0), (1, 1), (2, 2), (3, 3))
+    found = dataclasses.replace(expected, scores=np.array([0.5, 0.5, 0.9, 0.5], np.float32))
+
+    def compare(features):
+        return compare_pair((features, clear), expected, (elsewhere, places), found)
+
+    parity = compare(clear)
+    assert (parity.common, parity.lost, parity.gained) == (2, 2, 2)
+    assert parity.max_score_difference == pytest.approx(0.4)
+    parity = compare(faint)
+    assert (parity.common, parity.lost, parity.gained) == (1, 1, 0)
+    assert parity.max_score_difference == 0
+    nothing = dataclasses.replace(clear, scores=np.full(4, 2e-3, np.float32))
+    with pytest.raises(InputError, match="prove nothing"):
+        judge_matches({"flat": compare(nothing)}, PAIR_FP32)
+
+
 @pytest.mark.parametrize(
     ("other", "reason"),
     [
@@ -878,5 +904,26 @@ def test_another_matcher_is_told_apart(other, reason):
 
 
 def test_a_check_without_any_match_proves_nothing():
-    nothing = compare_matches(some_matches(), some_matches())
-    assert not judge_matches({"pair": nothing}, MATCH_FP32).passed
+    nothing, some = some_matches(), some_matches(*((i, i) for i in range(4)))
+    with pytest.raises(InputError, match="prove nothing"):
+        judge_matches({"pair": compare_matches(nothing, nothing)}, MATCH_FP32)
+    assert not judge_matches({"pair": compare_matches(nothing, some)}, MATCH_FP32).passed
+
+
+def test_a_file_that_no_pair_could_prove_wrong_is_neither_kept_nor_rejected(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(export_lightglue, "load_pairs", lambda args: [])
+    monkeypatch.setattr(export_lightglue.LightGlue, "from_pretrained", lambda *_, **__: None)
+    nothing = {"a - b": compare_matches(some_matches(), some_matches())}
+    job = export_lightglue.Job(
+        None, lambda path: path.touch(), lambda path: judge_matches(nothing, MATCH_FP32)
+    )
+    monkeypatch.setattr(export_lightglue, "matcher_job", lambda *_: job)
+    words = ["images", "--model_output", str(tmp_path / "matcher.onnx")]
+    monkeypatch.setattr(sys, "argv", ["convert_lightglue_to_onnx.py", *words])
+    with pytest.raises(SystemExit) as end:
+        cli.run(export_lightglue.main, export_lightglue.parser())
+    assert end.value.code == 2
+    assert "prove nothing" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -41,7 +41,7 @@ from tests.helpers.fake_tensorrt import RTX_VERSION, VERSIONS, Machine
 from tests.helpers.fake_tensorrt.builder import pack
 from tests.helpers.fake_tensorrt.installed import install
 from tests.helpers.fake_tensorrt.pycuda import make_pycuda
-from tests.helpers.fake_tensorrt.runtime import CompiledEngine
+from tests.helpers.fake_tensorrt.runtime import CompiledEngine, IRuntimeCache
 from tests.helpers.small_models import write_small_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -541,6 +541,21 @@ def test_a_damaged_or_foreign_runtime_cache_is_made_anew(rtx, tmp_path, change, 
     assert f"{cache} is damaged or another engine's" in capsys.readouterr().err
     if change != "folder":
         assert TensorRTExtractor(engine).engine.cache.used
+
+
+def test_a_runtime_cache_that_the_library_refuses_is_said_and_made_anew(
+    rtx, tmp_path, monkeypatch, capsys
+):
+    machine = rtx()
+    _, engine = write_rtx_engine(tmp_path)
+    open_rtx(engine)
+    (cache,) = tmp_path.glob("*.cache")
+    with monkeypatch.context() as patch:
+        patch.setattr(IRuntimeCache, "deserialize", lambda self, blob: False)
+        assert not open_rtx(engine).engine.cache.used
+    assert machine.compiled == 2
+    assert f"does not take {cache} here: compiling again" in capsys.readouterr().err
+    assert open_rtx(engine).engine.cache.used
 
 
 def test_each_gpu_and_version_has_a_cache_of_its_own(rtx, tmp_path):

@@ -157,6 +157,17 @@ def test_a_reference_is_of_its_images_weights_versions_and_machine():
     assert runner.reference_path(run, like) == before
 
 
+def test_files_for_a_gpu_are_found_again_by_a_run_on_fewer_threads():
+    facts = {"cpu": "Some CPU", "gpu": "Some GPU"}
+
+    def made_on(device, **changes):
+        return run_of(device=device, machine=facts | {"cpu_threads": 64} | changes).made_on
+
+    assert made_on("cuda:0") == made_on("cuda:0", cpu_threads=16)
+    assert made_on("cuda:0") != made_on("cuda:0", gpu="Another GPU")
+    assert made_on("cpu") != made_on("cpu", cpu_threads=16)
+
+
 # -- the commit --
 
 

@@ -6,6 +6,7 @@ where it is installed, which needs no GPU.
 
 import functools
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,8 @@ from aliked.backends import Spec, tensorrt
 from aliked.backends.pytorch import PyTorchExtractor
 from aliked.errors import InputError
 from aliked.export import build as build_module
-from aliked.files import sha256
+from aliked.export import verify
+from aliked.files import SCRATCH, scratch_folder, sha256
 from tests.helpers.fake_tensorrt import VERSIONS
 from tests.helpers.fake_tensorrt.installed import install
 from tests.helpers.small_models import use_right_model, write_small_model
@@ -368,6 +370,24 @@ def test_layers_without_detail_are_listed_by_name():
     assert layer_table({"Layers": ["conv1", "conv2"]}).splitlines()[2].split() == ["1", "conv2"]
 
 
+def test_a_build_removes_what_killed_ones_left_and_nothing_of_others(machine, build, tmp_path):
+    code = (
+        "import os, pathlib, signal, sys; from aliked.files import scratch_folder\n"
+        "with scratch_folder(pathlib.Path(sys.argv[1])) as folder:\n"
+        "    (folder / 'model.trt').write_text('half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT)
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = tmp_path.glob(f"{SCRATCH}*")
+    with scratch_folder(tmp_path) as running:
+        assert not left.exists()
+        left.mkdir()
+        assert build() == 0
+        assert running.is_dir()
+    assert left_over(tmp_path) == {"model.trt", "model.trt.json"}
+
+
 # what goes wrong on the machine
 
 
@@ -456,10 +476,22 @@ def test_images_of_another_size_are_refused_before_the_build(machine, build, tmp
     assert "9.png has 64x40 pixels and the engine takes 64x48" in capsys.readouterr().err
 
 
+def test_images_without_a_keypoint_are_refused_before_the_build(
+    machine, build, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(verify, "FAINT", 2.0)  # as the small model finds keypoints everywhere
+    assert build() == 2
+    assert "prove nothing" in capsys.readouterr().err
+    assert left_over(tmp_path) == set()
+
+
 def test_missing_images_are_refused(machine, build, monkeypatch, onnx_path, tmp_path, capsys):
     assert build(images=tmp_path / "nowhere") == 2
     assert run(monkeypatch, "--model_onnx_path", onnx_path, *BY_TENSORRT) == 2
     assert "--no_verify" in capsys.readouterr().err
+    assert build("--no_verify", images=tmp_path / "nowhere") == 2  # a later --verify would
+    assert "cannot list the images of" in capsys.readouterr().err
+    assert left_over(tmp_path) == set()
 
 
 def test_a_folder_that_cannot_be_written_is_refused(machine, build, tmp_path, capsys):

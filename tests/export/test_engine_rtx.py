@@ -141,6 +141,7 @@ def test_the_manifest_names_library_gpus_source_and_precision(build, tmp_path, o
 def test_how_an_engine_is_to_be_verified_is_not_forgotten(
     onnx_path, tmp_path, monkeypatch, program, options, command
 ):
+    cv2.imwrite(str(tmp_path / "photograph.png"), np.zeros((48, 64, 3), np.uint8))
     monkeypatch.setattr(engine_module, "build_plan", lambda *_: b"plan")
     monkeypatch.setattr(sys, "argv", [program])
     arguments = ["--model_onnx_path", onnx_path, "--images", tmp_path, *options]
