@@ -229,8 +229,8 @@ class Spot(NamedTuple):
     kind: str  # of its numbers, as NumPy writes it
 
     @classmethod
-    def of(cls, array: np.ndarray, offset: int = 0) -> "Spot":
-        """That of an array; its offset may be found later."""
+    def of(cls, array: np.ndarray, offset: int) -> "Spot":
+        """That of an array."""
         return cls(offset, list(array.shape), array.dtype.str)
 
 
