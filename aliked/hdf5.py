@@ -92,14 +92,15 @@ class Folders:
     """The groups that are in a file, by their paths."""
 
     def __init__(self) -> None:
-        self._folders: dict[str, dict[str, int]] = {"": {}}  # addresses, by the last name
+        # Addresses, by the last name.
+        self._folders: dict[str, dict[str, int | None]] = {"": {}}
 
     def __contains__(self, path: str) -> bool:
         folder, _, name = path.rpartition("/")
         return name in self._folders.get(folder, ())
 
-    def add(self, path: str, address: int) -> None:
-        """Put in a group that begins at this address."""
+    def add(self, path: str, address: int | None) -> None:
+        """Put in a group that begins at this address, or that the library is to make later."""
         folder, _, name = path.rpartition("/")
         while folder not in self._folders:
             self._folders[folder] = {}
@@ -109,8 +110,9 @@ class Folders:
     def write(self, descriptor: int, at: int) -> None:
         """End a file whose groups end at `at`: write what finds them, and the superblock."""
         for path in sorted(self._folders, key=_depth, reverse=True):
-            entries = sorted((name.encode(), a) for name, a in self._folders[path].items())
-            group = _group(entries, at)
+            found = self._folders[path].items()
+            entries = [(name.encode(), place) for name, place in found if place is not None]
+            group = _group(sorted(entries), at)
             write_at(descriptor, at, group)
             if path:
                 if path in self:

@@ -229,8 +229,8 @@ class Spot(NamedTuple):
     kind: str  # of its numbers, as NumPy writes it
 
     @classmethod
-    def of(cls, array: np.ndarray, offset: int = 0) -> "Spot":
-        """That of an array; its offset may be found later."""
+    def of(cls, array: np.ndarray, offset: int) -> "Spot":
+        """That of an array."""
         return cls(offset, list(array.shape), array.dtype.str)
 
 
@@ -287,7 +287,7 @@ class GrowingFile:
         self.path = writable_folder(store.parts) / f"{os.getpid()}-{uuid.uuid4().hex}{FILE_SUFFIX}"
         self._descriptor, self._journal = self._new(self.path), None
         self._placed, self._end = Folders(), START
-        self._compressed: dict[str, None] = {}  # that come last, in this order
+        self._compressed: list[str] = []  # that come last, in this order
         self._sources = _Sources()
 
     def _new(self, path: Path) -> int:
@@ -310,11 +310,11 @@ class GrowingFile:
     def take(self, names: Iterable[str]) -> None:
         """Put in images that the store has, next and in this order; others stay out."""
         for name in names:
-            taken = name in self._placed or name in self._compressed
-            if name in self.store and not taken:
+            if name in self.store and name not in self._placed:
                 arrays = self.store.arrays(name, self._sources)
                 if self.store.compression and len(arrays[0]):  # what is compressed has to have rows
-                    self._compressed[name] = None
+                    self._placed.add(name, None)
+                    self._compressed.append(name)
                 else:
                     at = self.place(name, image_bytes(arrays))
                     put_images(self._descriptor, at, {name: arrays})

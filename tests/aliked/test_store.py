@@ -273,10 +273,12 @@ def test_what_is_compressed_is_arranged_too(tmp_path):
         assert file["a.jpg/scores"].compression == "lzf"
 
 
-def test_an_image_cannot_have_the_name_of_a_folder(tmp_path):
-    store = FeatureStore.open(tmp_path / "f.h5", KEY)
-    store.write("a/b", features(1), SIZE)
-    store.write("a", features(2), SIZE)
+@pytest.mark.parametrize("compression", [None, "lzf"])
+@pytest.mark.parametrize("counts", [(0, 50), (50, 0), (50, 50)])  # those of none stay as they are
+def test_an_image_cannot_have_the_name_of_a_folder(tmp_path, compression, counts):
+    store = FeatureStore.open(tmp_path / "f.h5", KEY, compression)
+    store.write("a/b", features(1, counts[0]), SIZE)
+    store.write("a", features(2, counts[1]), SIZE)
     with pytest.raises(InputError, match="a is an image and a folder of others; rename it"):
         store.close()
     assert FeatureStore.open(tmp_path / "f.h5", KEY).names() == ["a", "a/b"]
