@@ -1,5 +1,6 @@
 """The fused GPU kernels of `aliked.fused`, one CUDA graph per image size and batch."""
 
+import contextlib
 import functools
 import importlib.util
 from collections import OrderedDict
@@ -135,11 +136,13 @@ class FusedExtractor(Extractor):
         # Not public; the public way makes an object first, which takes longer than the launch.
         stream = torch._C._cuda_getCurrentRawStream(self.torch_device.index)
         key = (tuple(batch.shape), stream)
-        if key not in self.plans:
+        plan = self.plans.get(key)
+        if plan is None:
             self._make_room()
-            self.plans[key] = self._capture(*key)
-        self.plans.move_to_end(key)
-        return self.plans[key]
+            plan = self.plans[key] = self._capture(*key)
+        with contextlib.suppress(KeyError):  # another thread may have dropped it by now
+            self.plans.move_to_end(key)
+        return plan
 
     def _make_room(self) -> None:
         """Drop the plan unused for longest, once nothing on the device can still be in it."""
