@@ -158,7 +158,7 @@ def main(args: argparse.Namespace) -> None:
     job = job_of(args)
     cameras = args.colmap and cameras_of(args)
     output = args.output or args.colmap.with_suffix(".h5")
-    check_outputs(output, args.colmap, args.resume)
+    check_output_and_database(output, args.colmap, args.resume)
     names = [] if is_video(args.images) else find_images(args.images)
     job = replace(job, names=names)
     if args.match and names:
@@ -251,7 +251,7 @@ def cameras_of(args: argparse.Namespace) -> Cameras:
     return Cameras(**{name: value for name, value in given.items() if value is not None})
 
 
-def check_outputs(output: Path, database: Path | None, resume: bool) -> None:
+def check_output_and_database(output: Path, database: Path | None, resume: bool) -> None:
     """Raise `InputError` where an output is there already, or cannot be written."""
     parts = output.with_name(f"{output.name}.parts")
     for path in filter(None, (output, parts, database)):
