@@ -161,6 +161,8 @@ def main(args: argparse.Namespace) -> None:
     check_output_and_database(output, args.colmap, args.resume)
     names = [] if is_video(args.images) else find_images(args.images)
     job = replace(job, names=names)
+    if cameras and names:
+        cameras.check_sizes(job)
     if args.match and names:
         pairs_of(args, names)  # whose file should be good before the work, not after
     matcher = matcher_from(args, args.model, mutual_device=args.device) if args.match else None

@@ -280,6 +280,22 @@ def test_a_database_with_its_features_and_matches(tmp_path, photos, extractor):
     assert not (tmp_path / "e.h5").exists()
 
 
+@pytest.mark.parametrize("mode", ["single", "folder"])
+def test_images_of_other_sizes_that_are_to_share_a_camera_are_refused_at_once(
+    tmp_path, photos, extractor, mode
+):
+    pytest.importorskip("pycolmap", reason="pycolmap is not installed")
+    options = (photos, "--colmap", tmp_path / "d.db", "--camera_mode", mode)
+    if mode == "folder":
+        extract(photos, "--colmap", tmp_path / "good.db", "--camera_mode", mode)  # one size in each
+        write_photo(photos / "a/other.png", noise(9, 48, 64))
+        extractor.seen.clear()
+    there = sorted(tmp_path.iterdir())
+    with pytest.raises(InputError, match=r"has .* pixels, but its camera .*; pass --camera_mode"):
+        extract(*options)
+    assert sorted(tmp_path.iterdir()) == there and not extractor.seen
+
+
 def test_half_the_descriptors_are_another_file(tmp_path, photos, extractor):
     extract(photos, "--output", tmp_path / "full.h5")
     extract(photos, "--output", tmp_path / "half.h5", "--half")
