@@ -176,9 +176,10 @@ def main(args: argparse.Namespace) -> None:
         if args.colmap is not None:
             write_colmap(args, store, names, cameras, matcher)
     except OSError as error:
+        kept = len(FeatureStore.open(output, job.key()))
         raise InputError(
-            f"cannot write {error.filename or output} ({error.strerror or error}); what was "
-            "extracted is kept: make room, and pass --resume"
+            f"cannot write {error.filename or output} ({error.strerror or error}); "
+            f"{'what was extracted' if kept else 'nothing'} is kept: make room, and pass --resume"
         ) from error
 
 

@@ -1,5 +1,6 @@
 """`extract.py` as users run it: killed, resumed, shared by processes, given what cannot be used."""
 
+import errno
 import multiprocessing
 import os
 import queue
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 
 import extract as script
-from aliked import extraction, workers
+from aliked import extraction, store, workers
 from aliked.configs import Spec
 from aliked.errors import InputError
 from aliked.extraction import Job
@@ -222,6 +223,19 @@ def test_a_full_disk_is_one_sentence_and_what_was_extracted_is_kept(tmp_path, ph
     extract(photos, *options, "--batch_size", 1, "--resume")
     extract(photos, "--output", tmp_path / "whole.h5", "--top_k", 50, "--batch_size", 1)
     assert (tmp_path / "f.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
+
+
+def test_a_disk_that_is_full_from_the_start_keeps_nothing_and_says_so(
+    tmp_path, photos, extractor, monkeypatch
+):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "write_at", full)
+        with pytest.raises(InputError, match=r"f\.h5 \(No space .* nothing is kept: make room"):
+            extract(photos, "--output", tmp_path / "f.h5")
+    extract(photos, "--output", tmp_path / "f.h5", "--resume")  # as it says
 
 
 def test_the_report_counts_images_and_names_bad_files(tmp_path, photos, extractor, capsys):
