@@ -165,6 +165,20 @@ def test_processes_that_were_killed_leave_what_they_wrote(tmp_path, photos, kill
     assert not parts.exists()
 
 
+def test_processes_leave_a_finished_file_alone(tmp_path, photos, extractor):
+    """Where an image is bad too, whose batch is done again by every run."""
+    (photos / "a/bad.jpg").write_bytes((photos / "b/2.jpg").read_bytes()[:-9])
+    extract(photos, "--output", tmp_path / "f.h5")
+    before = (tmp_path / "f.h5").stat()
+    extract(photos, "--output", tmp_path / "f.h5", "--resume", "--processes", 2)
+    after = (tmp_path / "f.h5").stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    (photos / "a/bad.jpg").write_bytes((photos / "b/2.jpg").read_bytes())
+    extract(photos, "--output", tmp_path / "f.h5", "--resume", "--processes", 2)
+    extract(photos, "--output", tmp_path / "whole.h5")
+    assert (tmp_path / "f.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
+
+
 def test_the_file_gives_places_in_order_and_the_same_ones_again(tmp_path, photos):
     """A batch of a worker that was killed is done again: at its old place, or not at all."""
     ours, theirs = multiprocessing.Pipe()
