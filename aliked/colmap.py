@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 
 from aliked.errors import InputError, first_line, missing_package
-from aliked.extraction import TURNS
+from aliked.extraction import TURNS, Job
 from aliked.features import Features
 from aliked.files import SANE_BYTES, as_path, open_regular, read_text
 from aliked.images import natural, open_header
 from aliked.matching import Matcher
-from aliked.store import FeatureStore
+from aliked.store import FeatureStore, Size
 
 TYPES = {"aliked-n16rot": "ALIKED_N16ROT", "aliked-n32": "ALIKED_N32"}  # of COLMAP's own models
 CAMERA_MODES = ("auto", "single", "folder", "image")
@@ -69,6 +69,33 @@ class Cameras:
         if self.model not in models or self.model == "INVALID":
             names = ", ".join(name for name in models if name != "INVALID")
             raise InputError(f"COLMAP has no camera model {self.model!r}; choose one of {names}")
+
+    def by_name(self, name: str) -> str | None:
+        """What all images of one camera have in common in their names, where these alone decide."""
+        if self.mode == "folder":
+            return name.rpartition("/")[0]
+        return "" if self.mode == "single" else None
+
+    def check_sizes(self, job: Job) -> None:
+        """Raise `InputError` where images of a job that are to share a camera have other sizes.
+
+        Only their headers are read: the extraction, which may take hours, comes after that.
+        """
+        if self.by_name("") is None:
+            return
+        sizes: dict[str | None, Size] = {}
+        for batch in job.batches(lambda bad: None):  # which the extraction names
+            for photo in batch:
+                first = sizes.setdefault(self.by_name(photo.name), photo.size)
+                _check_size(photo.name, photo.size, first)
+
+
+def _check_size(name: str, size: Size, of_camera: Size) -> None:
+    if size != of_camera:
+        raise InputError(
+            f"{name} has {size[0]}x{size[1]} pixels, but its camera {of_camera[0]}x{of_camera[1]}; "
+            "pass --camera_mode auto or image"
+        )
 
 
 @contextlib.contextmanager
@@ -236,10 +263,9 @@ class ImageWriter:
 
     def _shares(self, name: str, exif: dict, size: tuple[int, int]) -> Any:
         """What all images of one camera have in common, or None for a camera of its own."""
-        if self.cameras.mode == "single":
-            return "single"
-        if self.cameras.mode == "folder":
-            return name.rpartition("/")[0]
+        by_name = self.cameras.by_name(name)
+        if by_name is not None:
+            return by_name
         focal = exif.get(FOCAL_35MM) or exif.get(FOCAL)
         if self.cameras.mode == "image" or not (exif.get(MAKE) and exif.get(MODEL) and focal):
             return None
@@ -249,11 +275,7 @@ class ImageWriter:
         """The camera of an image and its rig's number, new or shared."""
         if shared is not None and shared in self.shared:
             camera, rig_id = self.shared[shared]
-            if (camera.width, camera.height) != size:
-                raise InputError(
-                    f"{name} has {size[0]}x{size[1]} pixels, but its camera {camera.width}x"
-                    f"{camera.height}; pass --camera_mode auto or image"
-                )
+            _check_size(name, size, (camera.width, camera.height))
             return camera, rig_id
         camera = self._guess(name, exif, size)
         camera.camera_id = self.database.write_camera(camera)

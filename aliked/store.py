@@ -136,6 +136,10 @@ class FeatureStore:
         self._order += new
         self._arranged.update(new)
 
+    def is_closed(self) -> bool:
+        """Whether all that it has is in the one file."""
+        return self.path.exists() and not self._pending and not self._part_files()
+
     def grow(self) -> "GrowingFile":
         """The file to be, with nothing in it."""
         for scratch in filter(_is_left, self.parts.glob("*")):

@@ -1,5 +1,6 @@
 """Frames of a video file or a camera, as `aliked.images` gives photographs."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from aliked.files import as_path
 from aliked.images import quiet_opencv
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
+SHORT = 0.9  # of its frames: a video that ends before is named; some containers only estimate them
 
 
 def is_camera(source: str | Path) -> bool:
@@ -30,7 +32,8 @@ def frames(
 
     Yields a name ("clip.mp4/000012", "camera0/000012", counted from 0 over all frames) and uint8
     [H, W, 3] RGB. `InputError` where there is no such camera, or the file is no video that OpenCV
-    can read. A camera goes on until `limit` or an interrupt.
+    can read; a file that ends long before its container says is named on stderr. A camera goes on
+    until `limit` or an interrupt.
     """
     camera = is_camera(source)
     if not camera:
@@ -54,6 +57,8 @@ def frames(
             count += 1
             index += every
             image = _skip_to(capture, every)
+        if count != limit and not camera:
+            _name_if_short(source, capture)
     finally:
         capture.release()
 
@@ -64,3 +69,12 @@ def _skip_to(capture: cv2.VideoCapture, steps: int) -> np.ndarray | None:
         if not capture.grab():
             return None
     return capture.read()[1]
+
+
+def _name_if_short(source: str | Path, capture: cv2.VideoCapture) -> None:
+    """Say that a video which was read to its end has far fewer frames than its container says."""
+    read = int(capture.get(cv2.CAP_PROP_POS_FRAMES))
+    said = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+    if read < SHORT * said:
+        sentence = f"{source} ends after {read} of the {said} frames that it claims; is it cut off?"
+        print(sentence, file=sys.stderr)

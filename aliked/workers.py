@@ -5,6 +5,7 @@ killed, another does what it left.
 """
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -29,6 +30,7 @@ from aliked.extraction import (
     Report,
     Tally,
     available_cores,
+    extract,
     missing,
 )
 from aliked.features import Features
@@ -62,8 +64,14 @@ def extract_in_processes(
 ) -> Tally:
     """Extract what `store` does not have, a process for each of `devices`; the caller closes it.
 
-    `InputError` where one of a worker's stops it, or the same worker is killed again and again.
+    They write the file anew. So one that is finished and lacks no more batches than there are
+    devices, whose images may all be bad, is this process's own to go on with. `InputError` where
+    one of a worker's stops it, or the same worker is killed again and again.
     """
+    if store.is_closed():
+        left = itertools.islice(missing(job, store, Tally()), len(devices) + 1)
+        if sum(1 for _ in left) <= len(devices):
+            return extract(job, store, report)
     with contextlib.closing(Team(job, store, devices)) as team:
         return team.run(report)
 

@@ -158,9 +158,11 @@ def main(args: argparse.Namespace) -> None:
     job = job_of(args)
     cameras = args.colmap and cameras_of(args)
     output = args.output or args.colmap.with_suffix(".h5")
-    check_outputs(output, args.colmap, args.resume)
+    check_output_and_database(output, args.colmap, args.resume)
     names = [] if is_video(args.images) else find_images(args.images)
     job = replace(job, names=names)
+    if cameras and names:
+        cameras.check_sizes(job)
     if args.match and names:
         pairs_of(args, names)  # whose file should be good before the work, not after
     matcher = matcher_from(args, args.model, mutual_device=args.device) if args.match else None
@@ -174,9 +176,10 @@ def main(args: argparse.Namespace) -> None:
         if args.colmap is not None:
             write_colmap(args, store, names, cameras, matcher)
     except OSError as error:
+        kept = len(FeatureStore.open(output, job.key()))
         raise InputError(
-            f"cannot write {error.filename or output} ({error.strerror or error}); what was "
-            "extracted is kept: make room, and pass --resume"
+            f"cannot write {error.filename or output} ({error.strerror or error}); "
+            f"{'what was extracted' if kept else 'nothing'} is kept: make room, and pass --resume"
         ) from error
 
 
@@ -251,7 +254,7 @@ def cameras_of(args: argparse.Namespace) -> Cameras:
     return Cameras(**{name: value for name, value in given.items() if value is not None})
 
 
-def check_outputs(output: Path, database: Path | None, resume: bool) -> None:
+def check_output_and_database(output: Path, database: Path | None, resume: bool) -> None:
     """Raise `InputError` where an output is there already, or cannot be written."""
     parts = output.with_name(f"{output.name}.parts")
     for path in filter(None, (output, parts, database)):

@@ -1,5 +1,6 @@
 """`extract.py` as users run it: killed, resumed, shared by processes, given what cannot be used."""
 
+import errno
 import multiprocessing
 import os
 import queue
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 
 import extract as script
-from aliked import extraction, workers
+from aliked import extraction, store, workers
 from aliked.configs import Spec
 from aliked.errors import InputError
 from aliked.extraction import Job
@@ -164,6 +165,20 @@ def test_processes_that_were_killed_leave_what_they_wrote(tmp_path, photos, kill
     assert not parts.exists()
 
 
+def test_processes_leave_a_finished_file_alone(tmp_path, photos, extractor):
+    """Where an image is bad too, whose batch is done again by every run."""
+    (photos / "a/bad.jpg").write_bytes((photos / "b/2.jpg").read_bytes()[:-9])
+    extract(photos, "--output", tmp_path / "f.h5")
+    before = (tmp_path / "f.h5").stat()
+    extract(photos, "--output", tmp_path / "f.h5", "--resume", "--processes", 2)
+    after = (tmp_path / "f.h5").stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    (photos / "a/bad.jpg").write_bytes((photos / "b/2.jpg").read_bytes())
+    extract(photos, "--output", tmp_path / "f.h5", "--resume", "--processes", 2)
+    extract(photos, "--output", tmp_path / "whole.h5")
+    assert (tmp_path / "f.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
+
+
 def test_the_file_gives_places_in_order_and_the_same_ones_again(tmp_path, photos):
     """A batch of a worker that was killed is done again: at its old place, or not at all."""
     ours, theirs = multiprocessing.Pipe()
@@ -224,6 +239,19 @@ def test_a_full_disk_is_one_sentence_and_what_was_extracted_is_kept(tmp_path, ph
     assert (tmp_path / "f.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
 
 
+def test_a_disk_that_is_full_from_the_start_keeps_nothing_and_says_so(
+    tmp_path, photos, extractor, monkeypatch
+):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "write_at", full)
+        with pytest.raises(InputError, match=r"f\.h5 \(No space .* nothing is kept: make room"):
+            extract(photos, "--output", tmp_path / "f.h5")
+    extract(photos, "--output", tmp_path / "f.h5", "--resume")  # as it says
+
+
 def test_the_report_counts_images_and_names_bad_files(tmp_path, photos, extractor, capsys):
     (photos / "a/bad.jpg").write_text("no image")
     extract(photos, "--output", tmp_path / "f.h5")
@@ -278,6 +306,22 @@ def test_a_database_with_its_features_and_matches(tmp_path, photos, extractor):
     with pytest.raises(InputError, match=r"names nowhere\.png, which is not among"):
         extract(photos, "--colmap", tmp_path / "e.db", "--match", "pairs", pairs)
     assert not (tmp_path / "e.h5").exists()
+
+
+@pytest.mark.parametrize("mode", ["single", "folder"])
+def test_images_of_other_sizes_that_are_to_share_a_camera_are_refused_at_once(
+    tmp_path, photos, extractor, mode
+):
+    pytest.importorskip("pycolmap", reason="pycolmap is not installed")
+    options = (photos, "--colmap", tmp_path / "d.db", "--camera_mode", mode)
+    if mode == "folder":
+        extract(photos, "--colmap", tmp_path / "good.db", "--camera_mode", mode)  # one size in each
+        write_photo(photos / "a/other.png", noise(9, 48, 64))
+        extractor.seen.clear()
+    there = sorted(tmp_path.iterdir())
+    with pytest.raises(InputError, match=r"has .* pixels, but its camera .*; pass --camera_mode"):
+        extract(*options)
+    assert sorted(tmp_path.iterdir()) == there and not extractor.seen
 
 
 def test_half_the_descriptors_are_another_file(tmp_path, photos, extractor):

@@ -318,6 +318,19 @@ def test_frames_of_a_video_by_number(tmp_path, clip, extractor):
     assert store.names() == ["clip.avi/000000", "clip.avi/000004", "clip.avi/000008"]
 
 
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_video_that_ends_long_before_its_container_says_is_named(clip, capsys, every):
+    """A whole one is not, nor one of which more frames were not asked for."""
+    list(frames(clip, every))
+    pieces = clip.read_bytes().split(b"00dc")  # so begins each frame, and is named in the header
+    clip.write_bytes(b"00dc".join(pieces[:7]))
+    list(frames(clip, every, limit=-(-5 // every)))
+    assert not capsys.readouterr().err
+    assert len(list(frames(clip, every))) == -(-5 // every)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{clip} ends after 5 of the 10 frames")
+
+
 def test_what_is_no_video_is_refused(tmp_path):
     (tmp_path / "clip.mp4").write_text("no video")
     with pytest.raises(InputError, match="no video that OpenCV can read"):
