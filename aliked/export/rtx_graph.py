@@ -48,10 +48,13 @@ class Rewriter:
         sizes = [dim.dim_value for dim in dims]
         return sizes if sizes and all(sizes) else None
 
+    def kind(self, name: str) -> int:
+        """The type of a tensor's elements, as ONNX numbers them; UNDEFINED where it is unknown."""
+        return self.types[name].elem_type if name in self.types else TensorProto.UNDEFINED
+
     def is_half(self, name: str) -> bool:
         """Whether a tensor is in half precision and of a known shape."""
-        known = self.shape(name) is not None
-        return known and self.types[name].elem_type == TensorProto.FLOAT16
+        return self.shape(name) is not None and self.kind(name) == TensorProto.FLOAT16
 
     def constant(self, name: str, values: np.ndarray) -> str:
         """Add a constant; returns its name."""
@@ -322,8 +325,7 @@ def selu_in_float32(rewriter: Rewriter) -> None:
     instead: dict[str, Nodes] = {}
     for node in rewriter.graph.node:
         out = node.output[0]
-        known = node.op_type == "Selu" and out in rewriter.types
-        half = known and rewriter.types[out].elem_type == TensorProto.FLOAT16
+        half = node.op_type == "Selu" and rewriter.kind(out) == TensorProto.FLOAT16
         if half and rewriter.shape(out) is None:
             new = instead[out] = Nodes(rewriter, out)
             x = new.add("Cast", node.input[0], to=TensorProto.FLOAT)
@@ -344,8 +346,7 @@ def sum_in_float32(model: onnx.ModelProto) -> onnx.ModelProto:
     rewriter, instead = Rewriter(model), {}
     for node in rewriter.graph.node:
         out = node.output[0]
-        known = node.op_type == "MatMul" and out in rewriter.types
-        half = known and rewriter.types[out].elem_type == TensorProto.FLOAT16
+        half = node.op_type == "MatMul" and rewriter.kind(out) == TensorProto.FLOAT16
         if half and not any(_is_zeros_and_ones(rewriter, name) for name in node.input):
             new = instead[out] = Nodes(rewriter, out)
             inputs = [new.add("Cast", name, to=TensorProto.FLOAT) for name in node.input]
@@ -358,8 +359,7 @@ def _is_zeros_and_ones(rewriter: Rewriter, name: str) -> bool:
     if name in rewriter.constants:
         return bool(np.isin(rewriter.value(name), (0, 1)).all())
     cast = rewriter.preceding(name, "Cast")
-    before = cast[0].input[0] if cast else ""
-    return before in rewriter.types and rewriter.types[before].elem_type == TensorProto.BOOL
+    return bool(cast) and rewriter.kind(cast[0].input[0]) == TensorProto.BOOL
 
 
 def widen(rewriter: Rewriter, pixels: int) -> None:
