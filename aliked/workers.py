@@ -30,7 +30,6 @@ from aliked.extraction import (
     Report,
     Tally,
     available_cores,
-    extract,
     missing,
 )
 from aliked.features import Features
@@ -69,9 +68,13 @@ def extract_in_processes(
     one of a worker's stops it, or the same worker is killed again and again.
     """
     if store.is_closed():
-        left = itertools.islice(missing(job, store, Tally()), len(devices) + 1)
-        if sum(1 for _ in left) <= len(devices):
-            return extract(job, store, report)
+        found = Tally()  # the bad files: the folder is read once
+        left = list(itertools.islice(missing(job, store, found), len(devices) + 1))
+        if len(left) <= len(devices):
+            pipeline = Pipeline(job, store, report)
+            pipeline.begin().skipped += found.skipped
+            pipeline.run_batches(left)
+            return pipeline.tally
     with contextlib.closing(Team(job, store, devices)) as team:
         return team.run(report)
 
