@@ -501,10 +501,12 @@ def _hdf5(path: Path) -> Iterator[h5py.File]:
 def _names(path: Path, key: str) -> list[str]:
     """The images in a file of features; `InputError` where it has another key."""
     found: list[str] = []
-    # First as a file: FIFOs and devices never end.
-    with _sentence(path), open_regular(path, most_bytes=None), h5py.File(path, "r") as file:
-        kind, own_key = file.attrs.get("format"), file.attrs.get("key")
-        file.visit(found.append)  # which follows no link to another file
+    with _sentence(path):
+        with open_regular(path, most_bytes=None):  # first as a file: FIFOs and devices never end
+            pass
+        with h5py.File(path, "r") as file:
+            kind, own_key = file.attrs.get("format"), file.attrs.get("key")
+            file.visit(found.append)  # which follows no link to another file
     _check_key(path, kind, own_key, key)
     everything = set(found)
     names = (name.removesuffix(f"/{SIZE}") for name in found if name.endswith(f"/{SIZE}"))
