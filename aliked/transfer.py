@@ -6,16 +6,13 @@ of its own, which takes less for a single image than copying to ours. What is la
 parts, so that the device copies one while threads prepare the next ones.
 """
 
-import functools
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from aliked import gpu
 from aliked.errors import InputError, shown
-from aliked.threads import copied_parts, each, in_parts
+from aliked.threads import copied_parts
 
 
 def page_locked(tensor: torch.Tensor) -> torch.Tensor:
@@ -93,69 +90,3 @@ def download(tensors: Iterable[torch.Tensor], asleep: bool = False) -> list[np.n
     else:
         stream.synchronize()
     return [copy.numpy() for copy in copies]
-
-
-class Part(NamedTuple):
-    """A part of page-locked memory, and where both sides of its copy are."""
-
-    rows: slice  # of the images or, of a single one, of its pixels
-    array: np.ndarray
-    on_device: int
-    on_host: int
-
-
-class Twin:
-    """Page-locked memory of the shape of a contiguous CUDA tensor, and copies between the two.
-
-    The driver is called directly, with what can be known before: a copy by PyTorch takes 40 us of
-    the processor's time, and this one 4. Inside the device's context; nothing is waited for.
-    """
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self._tensor, self._on_device = tensor, tensor.data_ptr()
-        self._whole = slice(None) if len(tensor) > 1 else 0
-
-    @functools.cached_property
-    def _host(self) -> torch.Tensor:
-        return page_locked(self._tensor)
-
-    @functools.cached_property
-    def array(self) -> np.ndarray:
-        """The page-locked memory, made when it is first needed."""
-        return self._host.numpy()
-
-    @functools.cached_property
-    def _parts(self) -> list[Part]:
-        """What several threads copy, one part each; nothing where it is not worth waking them."""
-        slices = in_parts(len(self._tensor[self._whole]), self._tensor.nbytes)
-        if len(slices) == 1:
-            return []
-        array = self.array[self._whole]
-        offsets = [rows.start * array.strides[0] for rows in slices]
-        return [
-            Part(rows, array[rows], self._on_device + offset, self._host.data_ptr() + offset)
-            for rows, offset in zip(slices, offsets, strict=True)
-        ]
-
-    def send(self, values: np.ndarray, stream: int) -> np.ndarray:
-        """Queue the copy of an array [B, H, ...] to the device.
-
-        Keep what is returned until the stream has been waited for: it may be read until then.
-        """
-        if not self._parts:  # by the driver's own page-locked memory it takes less than by ours
-            values = np.ascontiguousarray(values)
-            gpu.copy_async(self._on_device, values.ctypes.data, values.nbytes, stream)
-            return values
-        rows_of = values[self._whole]
-
-        def copy(part: Part) -> Part:
-            np.copyto(part.array, rows_of[part.rows])
-            return part
-
-        for part in each(copy, self._parts):
-            gpu.copy_async(part.on_device, part.on_host, part.array.nbytes, stream)
-        return values
-
-    def fetch(self, stream: int) -> None:
-        """Queue the copy of all values from the device."""
-        gpu.copy_async(self._host.data_ptr(), self._on_device, self.array.nbytes, stream)

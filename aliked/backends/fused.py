@@ -11,6 +11,7 @@ import torch
 
 from aliked import gpu
 from aliked.backends import Spec
+from aliked.backends.cuda_memory import Twin
 from aliked.backends.pytorch import capture, load_model, named
 from aliked.errors import InputError
 from aliked.features import (
@@ -22,9 +23,15 @@ from aliked.features import (
     room_for,
 )
 from aliked.model import dtype_of
-from aliked.transfer import Twin, choose_device, upload
+from aliked.transfer import choose_device, page_locked, upload
 
 MAX_PLANS = 16  # sizes whose buffers are kept; the one unused for longest makes room
+
+
+def twin_of(tensor: torch.Tensor) -> Twin:
+    """Page-locked memory of a contiguous tensor's shape and type."""
+    shape, address = tuple(tensor.shape), tensor.data_ptr()
+    return Twin(address, shape, tensor.nbytes, lambda: page_locked(tensor).numpy())
 
 
 @dataclass(frozen=True)
@@ -39,12 +46,12 @@ class Plan:
     @functools.cached_property
     def staged(self) -> Twin:
         """What sends images to the device, from the first use on."""
-        return Twin(self.images)
+        return twin_of(self.images)
 
     @functools.cached_property
     def results(self) -> list[Twin]:
         """Page-locked memory for outputs on their way home."""
-        return [Twin(self.outputs[name]) for name in OUTPUTS]
+        return [twin_of(self.outputs[name]) for name in OUTPUTS]
 
 
 class FusedExtractor(Extractor):
@@ -88,9 +95,7 @@ class FusedExtractor(Extractor):
             plan = self._plan(images)
             sent = plan.staged.send(images, plan.stream)
             plan.graph.replay()
-            for output in plan.results:
-                output.fetch(plan.stream)
-            outputs = [output.array for output in plan.results]
+            outputs = [output.fetch(plan.stream) for output in plan.results]
             rooms = None  # where a threshold decides, few of the rows are keypoints
             if not self.selection.by_threshold:
                 rooms = [room_for(*image) for image in zip(*outputs, strict=True)]

@@ -5,13 +5,15 @@ itself cannot be asked: without a driver it ends the process, and an engine of a
 GPU is an error in its log at best.
 """
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
 import json
+import math
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +23,7 @@ import numpy as np
 
 from aliked import gpu
 from aliked.backends import Spec
-from aliked.backends.cuda_memory import ALIGNMENT, CudaGraph, create_memory
+from aliked.backends.cuda_memory import ALIGNMENT, CudaGraph, Twin, create_memory
 from aliked.backends.tensorrt_library import (
     AMPERE,
     COMPUTE_CAPABILITIES,
@@ -38,9 +40,8 @@ from aliked.backends.tensorrt_library import (
     settle_tf32,
 )
 from aliked.errors import InputError, how_to_install
-from aliked.features import OUTPUTS, Extractor, Features, check_images, features_of_batch
+from aliked.features import OUTPUTS, Extractor, Features, check_images, features_of_batch, room_for
 from aliked.files import read_file, read_text, sha256, whole_file
-from aliked.threads import copied_parts
 from aliked.weights import find_weights
 
 if TYPE_CHECKING:
@@ -370,9 +371,9 @@ class Contract:
 class Engine:
     """One engine on a stream of its own; not for several threads at once.
 
-    Device buffers and pinned arrays, by tensor name, are made for one set of input shapes at a
-    time and used again with every run. All methods but `infer` and `synchronize` are called inside
-    `memory.active()`.
+    Device buffers and their twins in host memory, by tensor name, are made for one set of input
+    shapes at a time and used again with every run. All methods but `infer` and `synchronize` are
+    called inside `memory.active()`.
     """
 
     def __init__(
@@ -406,7 +407,7 @@ class Engine:
         self.shapes: dict[str, Shape] = {}  # of the inputs, for which all below is made
         self._new_shapes = True  # nothing has run in these shapes yet
         self.buffers: Buffers = {}
-        self.pinned: dict[str, np.ndarray] = {}
+        self.twins: dict[str, Twin] = {}
         self._batch: Buffers = {}
         self._graphs: dict[bool, CudaGraph] = {}  # with the inputs copied first, and without
         with self.memory.active():
@@ -526,11 +527,17 @@ class Engine:
 
     def _make_buffers(self, shapes: dict[str, Shape]) -> None:
         self.buffers.clear()
-        self.pinned.clear()
+        self.twins.clear()
         for name, shape in shapes.items():
             self.buffers[name] = self.empty(name, shape)
-            self.pinned[name] = self.memory.pinned(shape, self.dtypes[name])
+            self.twins[name] = self._twin(name, self.buffers[name])
             self._set_address(name, self.buffers[name])
+
+    def _twin(self, name: str, buffer: Any) -> Twin:
+        shape, dtype = tuple(buffer.shape), self.dtypes[name]
+        make = functools.partial(self.memory.pinned, shape, dtype)
+        nbytes = math.prod(shape) * dtype.itemsize
+        return Twin(self.memory.address(buffer), shape, nbytes, make)
 
     def empty(self, name: str, shape: Shape) -> Any:
         """A device buffer in a tensor's type; `InputError` where the device has no room."""
@@ -577,7 +584,7 @@ class Engine:
             mine = self.buffers[name]
             # A recorded graph reads where it was recorded; TensorRT wants aligned addresses.
             if buffer is not mine and (self.cuda_graph or self.memory.address(buffer) % ALIGNMENT):
-                self.memory.copy(buffer, mine)
+                gpu.copy_async(*self._copy(name, buffer), self.memory.stream)
                 buffer = mine
             self._set_address(name, buffer)
         self._enqueue()
@@ -588,6 +595,11 @@ class Engine:
         if self.cuda_graph:  # the run above has settled what the engine allocates late
             self._graphs[copied] = self._record(batch if copied else {})
 
+    def _copy(self, name: str, buffer: Any) -> tuple[int, int, int]:
+        """The copy of an input to the engine's own buffer: target, source and bytes."""
+        address = self.memory.address
+        return address(self.buffers[name]), address(buffer), self.twins[name].nbytes
+
     def _enqueue(self) -> None:
         self._require(self.context.execute_async_v3(self.memory.stream), "the execution")
 
@@ -597,12 +609,7 @@ class Engine:
     def _record(self, batch: Buffers) -> CudaGraph:
         """The engine's work as a graph, which begins by copying `batch` to its own buffers."""
         self.memory.synchronize()
-        address = self.memory.address
-        copies = [
-            (address(self.buffers[name]), address(batch[name]), self.pinned[name].nbytes)
-            for name in self.shapes
-            if name in batch
-        ]
+        copies = [self._copy(name, batch[name]) for name in self.shapes if name in batch]
         try:
             return CudaGraph(self.memory.stream, self._enqueue, copies)
         except RuntimeError as error:
@@ -633,23 +640,32 @@ class Engine:
                 self.run(batch)
         return {name: self.buffers[name] for name in self.outputs}
 
-    def uploaded(self) -> Buffers:
-        """New device buffers that hold what was written into the inputs' pinned arrays."""
-        batch = {name: self.empty(name, shape) for name, shape in self.shapes.items()}
-        for name, buffer in batch.items():
-            self.memory.upload(self.pinned[name], buffer)
-        self.memory.synchronize()  # the pinned arrays are used again
+    def upload(self, arrays: dict[str, np.ndarray]) -> Buffers:
+        """New device buffers that hold these arrays, by input, of the prepared shapes."""
+        batch = {name: self.empty(name, values.shape) for name, values in arrays.items()}
+        twins = {name: self._twin(name, buffer) for name, buffer in batch.items()}
+        sent = [twins[name].send(arrays[name], self.memory.stream) for name in arrays]
+        self.memory.synchronize()
+        del sent, twins  # both could be read until now
         return batch
 
-    def run_pinned(self, outputs: Iterable[str]) -> dict[str, np.ndarray]:
-        """Run on the inputs' pinned arrays; returns the outputs' pinned arrays, filled."""
-        for name in self.shapes:
-            self.memory.upload(self.pinned[name], self.buffers[name])
+    @contextlib.contextmanager
+    def running(
+        self, arrays: dict[str, np.ndarray], outputs: Iterable[str]
+    ) -> Iterator[list[np.ndarray]]:
+        """Run on arrays by input, of the prepared shapes, while the block does something else.
+
+        The page-locked arrays that the block is given hold these outputs when it has been left;
+        the next run overwrites them.
+        """
+        stream = self.memory.stream
+        sent = [self.twins[name].send(values, stream) for name, values in arrays.items()]
         self.run({name: self.buffers[name] for name in self.shapes})
-        for name in outputs:
-            self.memory.download(self.buffers[name], self.pinned[name])
-        self.memory.synchronize()
-        return {name: self.pinned[name] for name in outputs}
+        try:
+            yield [self.twins[name].fetch(stream) for name in outputs]
+        finally:
+            self.memory.synchronize()
+            del sent  # they could be read until now
 
     def synchronize(self) -> None:
         """Wait for the stream; not inside `memory.active()`."""
@@ -712,6 +728,7 @@ class TensorRTExtractor(Extractor):
         self.path, self.device = self.engine.path, self.engine.device
         self.manifest, self.dtype = self.engine.manifest, self.engine.dtypes[INPUT]
         self.top_k = self._check_top_k(top_k)
+        self._by_threshold = self.manifest["source"]["export"].get("top_k", 0) <= 0
 
     def _check_top_k(self, top_k: int) -> int | None:
         rows = self.engine.fixed_shape("scores")[1]
@@ -726,23 +743,20 @@ class TensorRTExtractor(Extractor):
         """Return the smallest and the largest shape that the input takes."""
         return self.engine.limits(INPUT)
 
-    def _stage(self, images: np.ndarray) -> None:
-        """Write uint8 [B, H, W, 3] into the pinned input, in the engine's type and layout."""
+    def _prepared(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """The input of uint8 [B, H, W, 3], in the engine's type and layout, its shape prepared."""
         check_images(images)
-        uint8 = self.dtype == np.uint8
-        values = images if uint8 else images.transpose(0, 3, 1, 2)
+        values = images
+        if self.dtype != np.uint8:
+            values = np.divide(images.transpose(0, 3, 1, 2), np.float32(255))
+            values = values.astype(self.dtype, copy=False)
         self.engine.prepare({INPUT: values.shape})
-        pinned = self.engine.pinned[INPUT]
-        if uint8:
-            list(copied_parts(pinned, values))
-        else:
-            np.divide(values, np.float32(255), out=pinned, casting="same_kind")
+        return {INPUT: values}
 
     def to_device(self, images: np.ndarray) -> Any:
         """uint8 [B, H, W, 3] RGB to a new buffer of the engine's input type and layout."""
         with self.engine.memory.active():
-            self._stage(images)
-            return self.engine.uploaded()[INPUT]
+            return self.engine.upload(self._prepared(images))[INPUT]
 
     def infer(self, batch: Any) -> dict[str, Any]:
         """`to_device`'s buffer to `keypoints`, `descriptors` and `scores` on the device."""
@@ -752,10 +766,15 @@ class TensorRTExtractor(Extractor):
     def extract_batch(self, images: np.ndarray) -> list[Features]:
         """uint8 [B, H, W, 3] RGB to each image's `Features`, copies included."""
         with self.engine.memory.active():
-            self._stage(images)
-            found = self.engine.run_pinned(OUTPUTS)
-        rows = (found[n][:, : self.top_k].astype(np.float32, copy=False) for n in OUTPUTS)
-        return features_of_batch(*rows)
+            given = self._prepared(images)
+            rooms = None  # where a threshold decides, few of the rows are keypoints
+            with self.engine.running(given, OUTPUTS) as found:
+                if not self._by_threshold:
+                    rooms = [room_for(*image) for image in zip(*self._rows(found), strict=True)]
+        return features_of_batch(*self._rows(found), rooms)
+
+    def _rows(self, found: list[np.ndarray]) -> list[np.ndarray]:
+        return [rows[:, : self.top_k].astype(np.float32, copy=False) for rows in found]
 
     def synchronize(self) -> None:
         """Wait for the stream."""

@@ -20,24 +20,26 @@ class EnginePairRuntime(PairRuntime):
         self.name, self.engine = name, Engine(path, contract, device, **options)
         self.device, self.manifest = self.engine.device, self.engine.manifest
 
-    def _stage(self, inputs: Arrays) -> None:
-        """Write the inputs into the pinned arrays."""
-        self.engine.prepare({name: inputs[name].shape for name in self.engine.inputs})
-        for name in self.engine.inputs:
-            self.engine.pinned[name][...] = inputs[name]
+    def _prepared(self, inputs: Arrays) -> Arrays:
+        """The inputs in the engine's types, their shapes prepared."""
+        engine = self.engine
+        engine.prepare({name: inputs[name].shape for name in engine.inputs})
+        return {n: inputs[n].astype(engine.dtypes[n], copy=False) for n in engine.inputs}
 
     def __call__(self, inputs: Arrays) -> Arrays:
         """Arrays in host memory to the outputs, copies included."""
-        with self.engine.memory.active():
-            self._stage(inputs)
-            found = self.engine.run_pinned(self.engine.outputs)
-        return {name: rows.copy() for name, rows in found.items()}
+        engine = self.engine
+        with (
+            engine.memory.active(),
+            engine.running(self._prepared(inputs), engine.outputs) as found,
+        ):
+            pass  # nothing else can be done meanwhile
+        return {n: rows.copy() for n, rows in zip(engine.outputs, found, strict=True)}
 
     def to_device(self, inputs: Arrays) -> Buffers:
         """The inputs in new buffers on the device."""
         with self.engine.memory.active():
-            self._stage(inputs)
-            return self.engine.uploaded()
+            return self.engine.upload(self._prepared(inputs))
 
     def infer(self, batch: Buffers) -> Buffers:
         """The outputs by name; the next call overwrites them."""

@@ -1,6 +1,7 @@
 """What goes to a device and comes back is the same, and nobody else writes to it."""
 
 import ctypes
+import functools
 import multiprocessing
 
 import numpy as np
@@ -9,9 +10,10 @@ import torch
 
 from aliked import gpu, threads
 from aliked.backends import Spec, create_extractor
+from aliked.backends.cuda_memory import Twin
 from aliked.errors import InputError
 from aliked.features import drop_fill_ins, features_of_batch, room_for
-from aliked.transfer import Twin, download, upload
+from aliked.transfer import download, upload
 from tests.helpers.textures import texture
 
 NAMES = ("keypoints", "scores", "descriptors")
@@ -106,7 +108,6 @@ def test_anything_but_bytes_is_refused(dtype):
 def test_a_twin_sends_every_part_once_and_fetches_all(monkeypatch, part_bytes):
     """The device is the host's memory here, and the driver copies at once."""
     monkeypatch.setattr(threads, "PART_BYTES", part_bytes)
-    monkeypatch.setattr("aliked.transfer.page_locked", torch.empty_like)
     sent = []
 
     def copy_async(to, source, nbytes, stream):
@@ -116,15 +117,15 @@ def test_a_twin_sends_every_part_once_and_fetches_all(monkeypatch, part_bytes):
     monkeypatch.setattr(gpu, "copy_async", copy_async)
     for images in views_of(np.stack([texture(20, 30, seed) for seed in range(7)])):
         for batch in (images, images[:1]):
-            tensor = torch.zeros(batch.shape, dtype=torch.uint8)
-            twin = Twin(tensor)
+            on_device = np.zeros(batch.shape, np.uint8)
+            make = functools.partial(np.empty, batch.shape, np.uint8)
+            twin = Twin(on_device.ctypes.data, batch.shape, batch.nbytes, make)
             sent.clear()
             twin.send(batch, 7)
-            np.testing.assert_array_equal(tensor.numpy(), batch)
+            np.testing.assert_array_equal(on_device, batch)
             assert sum(sent) == batch.nbytes
-            tensor += 1
-            twin.fetch(7)
-            np.testing.assert_array_equal(twin.array, batch + 1)
+            on_device += 1
+            np.testing.assert_array_equal(twin.fetch(7), batch + 1)
 
 
 @pytest.mark.gpu

@@ -1,5 +1,6 @@
 """The stand-in for TensorRT: no name that the real bindings lack, and none of their rules lost."""
 
+import ctypes
 import enum
 import json
 import subprocess
@@ -180,22 +181,30 @@ def test_contexts_refuse_to_run_before_everything_is_set(trt, tmp_path, broken):
             assert not context.set_input_shape("image", (1, 3, 49, 64))
 
 
-def test_work_runs_only_when_the_stream_is_waited_for(trt, tmp_path):
+def driver_copy(memory: HostMemory, driver, target: int, source: int, size: int) -> None:
+    words = (ctypes.c_void_p(target), ctypes.c_void_p(source), ctypes.c_size_t(size))
+    assert driver.cuMemcpyAsync(*words, ctypes.c_void_p(memory.stream)) == 0
+
+
+@pytest.mark.parametrize("page_locked", [True, False])
+def test_work_runs_only_when_the_stream_is_waited_for(trt, page_locked):
     memory = HostMemory(trt._machine)
     with memory.active():
-        buffer, host = memory.empty((4,), np.float32), np.ones(4, np.float32)
-        memory.upload(host, buffer)
+        buffer = memory.empty((4,), np.float32)
+        host = memory.pinned((4,), np.float32) if page_locked else np.empty(4, np.float32)
+        host[:] = 1
+        driver_copy(memory, trt._machine.driver, buffer.address, host.ctypes.data, host.nbytes)
         assert not buffer.numpy().any()
-        host[:] = 2
+        host[:] = 2  # which a copy from page-locked memory sees, and one of ordinary memory not
         memory.synchronize()
-    assert (buffer.numpy() == 2).all()
+    assert (buffer.numpy() == (2 if page_locked else 1)).all()
 
 
 def test_freed_device_memory_cannot_be_read(trt):
     memory = HostMemory(trt._machine)
     with memory.active():
-        buffer, host = memory.empty((4,), np.float32), np.ones(4, np.float32)
-        memory.upload(host, buffer)
+        buffer, host = memory.empty((4,), np.float32), memory.pinned((4,), np.float32)
+        driver_copy(memory, trt._machine.driver, host.ctypes.data, buffer.address, host.nbytes)
         del buffer
         with pytest.raises(Crash):
             memory.synchronize()

@@ -1,6 +1,7 @@
 """Running engines, over the stand-in: results, shapes, batches, graphs, and every refusal."""
 
 import copy
+import functools
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aliked import threads
 from aliked.backends import BACKENDS, Spec, create_extractor
 from aliked.backends.cuda_memory import TorchMemory
 from aliked.backends.onnxruntime import ONNXRuntimeExtractor
@@ -123,13 +125,18 @@ def test_a_dynamic_engine_follows_the_image_size(make_engine, cuda_graph):
         assert_same(extractor(image), features_in_onnxruntime(onnx_path, image))
 
 
-def test_a_batch_gives_each_image_its_own_features(make_engine):
+@pytest.mark.parametrize("part_bytes", [1, 1 << 40])  # copied by several threads, or by one
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_a_batch_gives_each_image_its_own_features(
+    make_engine, monkeypatch, part_bytes, cuda_graph
+):
+    monkeypatch.setattr(threads, "PART_BYTES", part_bytes)
     onnx_path, engine = make_engine(SHAPES)
+    extractor = TensorRTExtractor(engine, cuda_graph=cuda_graph)
     images = np.stack([photograph(seed=seed) for seed in range(3)])
-    for image, features in zip(
-        images, TensorRTExtractor(engine).extract_batch(images), strict=True
-    ):
-        assert_same(features, features_in_onnxruntime(onnx_path, image))
+    for batch in (images, images[:, ::-1], images[1:2]):  # a view, and a single image
+        for image, features in zip(batch, extractor.extract_batch(batch), strict=True):
+            assert_same(features, features_in_onnxruntime(onnx_path, image))
 
 
 @pytest.mark.parametrize("cuda_graph", [False, True])
@@ -799,25 +806,24 @@ def test_torch_memory_copies_and_records_on_its_stream():
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    from aliked.backends.cuda_memory import CudaGraph
+    from aliked.backends.cuda_memory import CudaGraph, Twin
 
     memory = TorchMemory(0)
-    host = memory.pinned((2, 3), np.float32)
-    host[...] = np.arange(6).reshape(2, 3)
     with memory.active():
-        source, target = (memory.empty((2, 3), np.float32) for _ in range(2))
-        memory.upload(host, source)
-        memory.copy(source, target)
+        buffer = memory.empty((2, 3), np.float32)
+        make = functools.partial(memory.pinned, (2, 3), np.float32)
+        twin = Twin(memory.address(buffer), (2, 3), 24, make)
+        twin.send(np.arange(6, dtype=np.float32).reshape(2, 3), memory.stream)
         memory.synchronize()
-        graph = CudaGraph(memory.stream, lambda: target.add_(1))
+        graph = CudaGraph(memory.stream, lambda: buffer.add_(1))
         graph.launch(memory.stream)
         graph.launch(memory.stream)
-        memory.download(target, host)
+        found = twin.fetch(memory.stream)
         memory.synchronize()
-    assert memory.address(source) % 256 == 0
-    assert memory.matches(source, np.float32)
-    assert not memory.matches(source, np.uint8)
-    np.testing.assert_array_equal(host, np.arange(6).reshape(2, 3) + 2)
+    assert memory.address(buffer) % 256 == 0
+    assert memory.matches(buffer, np.float32)
+    assert not memory.matches(buffer, np.uint8)
+    np.testing.assert_array_equal(found, np.arange(6).reshape(2, 3) + 2)
 
 
 @pytest.mark.gpu

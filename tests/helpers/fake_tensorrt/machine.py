@@ -40,6 +40,7 @@ class Machine:
         self.streams: dict[int, list[Callable[[], None]]] = {}
         self.captures: dict[int, list[Callable[[], None]]] = {}
         self.allocations: dict[int, int] = {}  # address -> bytes
+        self.page_locked: dict[int, int] = {}  # the same of host memory
         self.current = 0  # how many times the device has been made current
         self.plugins_registered = False
         self.compiled = 0  # engines that TensorRT for RTX has compiled for this GPU
@@ -71,15 +72,31 @@ class Machine:
         self.allocations[data.ctypes.data] = size
         return data
 
+    def pinned(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """Page-locked host memory."""
+        array = np.zeros(shape, dtype)
+        self.page_locked[array.ctypes.data] = array.nbytes
+        weakref.finalize(array, self.page_locked.pop, array.ctypes.data)
+        return array
+
     def view(self, address: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """What lies at an address; `Crash` where that is not device memory any more."""
         size = math.prod(shape) * np.dtype(dtype).itemsize
-        if not any(
-            start <= address and address + size <= start + length
-            for start, length in self.allocations.items()
-        ):
+        if not lies_in(self.allocations, address, size):
             raise Crash("this address is not in device memory")
-        return np.frombuffer((ctypes.c_char * size).from_address(address), dtype).reshape(shape)
+        return at(address, size).view(dtype).reshape(shape)
+
+
+def lies_in(pieces: dict[int, int], address: int, size: int) -> bool:
+    """Whether `size` bytes at an address are part of one of the pieces of memory."""
+    return any(
+        start <= address and address + size <= start + length for start, length in pieces.items()
+    )
+
+
+def at(address: int, size: int) -> np.ndarray:
+    """The bytes at an address."""
+    return np.frombuffer((ctypes.c_char * size).from_address(address), np.uint8)
 
 
 class Driver:
@@ -178,19 +195,34 @@ class Driver:
 
 
 class Copy:
-    """A copy between two addresses, whose parameters are the words of a CUDA_MEMCPY3D."""
+    """A copy between two addresses, whose parameters are the words of a CUDA_MEMCPY3D.
+
+    What lies in ordinary memory is read at once, as the driver does.
+    """
 
     def __init__(self, machine: Machine, target: int, source: int, size: int) -> None:
         self._machine, self._size = machine, size
         self.words = [0] * WORDS
         self.words[SOURCE], self.words[TARGET] = source, target
+        places = (machine.allocations, machine.page_locked)
+        self._from, self._to = (
+            next((pieces for pieces in places if lies_in(pieces, address, size)), None)
+            for address in (source, target)
+        )
+        self._staged = None if self._from is not None else at(source, size).copy()
 
     def __call__(self) -> None:
-        target, source = (
-            self._machine.view(self.words[word], (self._size,), np.dtype(np.uint8))
-            for word in (TARGET, SOURCE)
-        )
-        np.copyto(target, source)
+        np.copyto(self._bytes(TARGET, self._to), self._source())
+
+    def _source(self) -> np.ndarray:
+        return self._bytes(SOURCE, self._from) if self._staged is None else self._staged
+
+    def _bytes(self, word: int, pieces: dict[int, int] | None) -> np.ndarray:
+        """What the copy reads or writes; `Crash` where it is not there any more."""
+        address = self.words[word]
+        if not lies_in(pieces or {}, address, self._size):
+            raise Crash("this address is in no memory that the device can use")
+        return at(address, self._size)
 
 
 class HostBuffer:
@@ -232,24 +264,7 @@ class HostMemory:
         return isinstance(buffer, HostBuffer) and buffer.dtype == dtype
 
     def pinned(self, shape, dtype) -> np.ndarray:
-        return np.zeros(shape, dtype)
-
-    def _view(self, buffer: HostBuffer):
-        """Looks the buffer's memory up when it is called, as a GPU would."""
-        place = (buffer.address, buffer.shape, buffer.dtype)
-        return lambda: self._machine.view(*place)
-
-    def upload(self, host, buffer) -> None:
-        target = self._view(buffer)
-        self._machine.enqueue(self.stream, lambda: np.copyto(target(), host, casting="no"))
-
-    def download(self, buffer, host) -> None:
-        source = self._view(buffer)
-        self._machine.enqueue(self.stream, lambda: np.copyto(host, source(), casting="no"))
-
-    def copy(self, source, target) -> None:
-        read, write = self._view(source), self._view(target)
-        self._machine.enqueue(self.stream, lambda: np.copyto(write(), read(), casting="no"))
+        return self._machine.pinned(shape, dtype)
 
     def replay(self, graph, sources) -> None:
         with self.active():

@@ -3,8 +3,6 @@
 from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 
-import numpy as np
-
 from tests.helpers.fake_tensorrt.machine import HostBuffer, Machine
 
 
@@ -58,29 +56,11 @@ def make_pycuda(machine: Machine) -> dict[str, ModuleType]:
     package, driver, gpuarray = modules.values()
     package.driver, package.gpuarray = driver, gpuarray
 
-    def device_view(address, like):
-        return lambda: machine.view(address, like.shape, like.dtype)
-
-    def memcpy_htod_async(dest, src, stream) -> None:
-        view = device_view(dest, src)
-        machine.enqueue(stream.handle, lambda: np.copyto(view(), src))
-
-    def memcpy_dtoh_async(dest, src, stream) -> None:
-        view = device_view(src, dest)
-        machine.enqueue(stream.handle, lambda: np.copyto(dest, view()))
-
-    def memcpy_dtod_async(dest, src, size, stream) -> None:
-        read, write = (device_view(place, np.empty(size, np.uint8)) for place in (src, dest))
-        machine.enqueue(stream.handle, lambda: np.copyto(write(), read()))
-
     driver.init = lambda: None
     driver.Device = lambda index: SimpleNamespace(retain_primary_context=lambda: Context(machine))
     driver.Stream = lambda: Stream(machine)
     driver.MemoryError = CudaMemoryError
-    driver.pagelocked_empty = np.empty
-    driver.memcpy_htod_async = memcpy_htod_async
-    driver.memcpy_dtoh_async = memcpy_dtoh_async
-    driver.memcpy_dtod_async = memcpy_dtod_async
+    driver.pagelocked_empty = machine.pinned
     gpuarray.GPUArray = GPUArray
     gpuarray.empty = lambda shape, dtype: GPUArray(machine, shape, dtype)
     return modules
