@@ -1,6 +1,7 @@
 """Files from outside opened with care, and our own written whole or not at all."""
 
 import contextlib
+import ctypes
 import fcntl
 import functools
 import hashlib
@@ -245,6 +246,26 @@ def write_at(descriptor: int, offset: int, *pieces: Any) -> None:
             written -= len(left.pop(0))
         if written:
             left[0] = left[0][written:]
+
+
+KEEP_SIZE = 1  # falloc.h
+
+
+def allocate(descriptor: int, offset: int, length: int) -> None:
+    """Have space for what an open file is to get, where the file system can; its size stays.
+
+    Python's own `posix_fallocate` would write where it cannot, and what others write meanwhile
+    would be lost.
+    """
+    with contextlib.suppress(AttributeError):  # no Linux
+        _fallocate()(descriptor, KEEP_SIZE, offset, length)
+
+
+@functools.cache
+def _fallocate() -> Any:
+    function = ctypes.CDLL(None).fallocate64
+    function.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    return function
 
 
 @contextlib.contextmanager
