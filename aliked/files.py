@@ -252,13 +252,15 @@ KEEP_SIZE = 1  # falloc.h
 
 
 def allocate(descriptor: int, offset: int, length: int) -> None:
-    """Have space for what an open file is to get, where the file system can; its size stays.
+    """Have space for what an open file is to get, where there is plenty; its size stays.
 
-    Python's own `posix_fallocate` would write where it cannot, and what others write meanwhile
-    would be lost.
+    Python's own `posix_fallocate` would write where the file system cannot, and what others write
+    meanwhile would be lost.
     """
+    system = os.fstatvfs(descriptor)
     with contextlib.suppress(AttributeError):  # no Linux
-        _fallocate()(descriptor, KEEP_SIZE, offset, length)
+        if length < system.f_bavail * system.f_frsize // 4:
+            _fallocate()(descriptor, KEEP_SIZE, offset, length)
 
 
 @functools.cache
