@@ -76,15 +76,22 @@ def open_regular(path: Path, most_bytes: int | None = SANE_BYTES) -> Iterator[Bi
     """
     path = as_path(path)
     with _reading(path):
-        # Without waiting for the other end of a FIFO.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor, _ = _open_regular(path, most_bytes)
+        with open(descriptor, "rb") as file:
+            yield file
+
+
+def _open_regular(path: Path, most_bytes: int | None) -> tuple[int, int]:
+    """A descriptor, and how many bytes the file has."""
+    # Without waiting for the other end of a FIFO.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        _check_regular(path, os.fstat(descriptor), most_bytes)
-    except InputError:
+        status = os.fstat(descriptor)
+        _check_regular(path, status, most_bytes)
+    except BaseException:
         os.close(descriptor)
         raise
-    with open(descriptor, "rb") as file, _reading(path):
-        yield file
+    return descriptor, status.st_size
 
 
 @contextlib.contextmanager
@@ -111,8 +118,18 @@ def _check_regular(path: Path, status: os.stat_result, most_bytes: int | None) -
 
 def read_file(path: Path, most_bytes: int = SANE_BYTES) -> bytes:
     """Return the content of a file from outside; `InputError` as `open_regular` raises it."""
-    with open_regular(path, most_bytes) as file:
-        return file.read()
+    path = as_path(path)
+    with _reading(path):
+        # As few calls of the system as can be: each lets other threads of Python go first.
+        descriptor, size = _open_regular(path, most_bytes)
+        try:
+            data = os.read(descriptor, size + 1)
+            # It has grown, tells no size, or has more than a call reads.
+            while len(data) != size and (more := os.read(descriptor, max(size, 2**20))):
+                data += more
+            return data
+        finally:
+            os.close(descriptor)
 
 
 def read_text(path: Path) -> str:
