@@ -44,7 +44,7 @@ from aliked.backends import Spec, create_extractor
 from aliked.commands.extract import TWO_LANES
 from aliked.configs import CONFIGS
 from aliked.extraction import DECODERS, MAX_BATCH, Job, Tally, available_cores
-from aliked.files import in_turn, write_at
+from aliked.files import allocate, in_turn, write_at
 from aliked.images import find_images, load_image
 from aliked.options import add_device_option, add_model_options
 from aliked.store import FeatureStore
@@ -252,6 +252,7 @@ def writes_rate(job: Job, folder: Path, processes: int) -> float:
     count, depth = job.spec.top_k, CONFIGS[job.spec.model].dim
     size = count * (12 + depth * (2 if job.half else 4))
     with tempfile.NamedTemporaryFile(dir=folder) as file:
+        allocate(file.fileno(), 0, WRITTEN * size)
         firsts = range(0, WRITTEN, MAX_BATCH)
         shares = [(file.name, size, firsts[i::processes]) for i in range(processes)]
         return WRITTEN / side_by_side(write_all, shares)
