@@ -31,7 +31,9 @@ def as_path(path: object) -> Path:
         name = os.fsencode(path)
     except UnicodeEncodeError:
         name = b"\0"
-    if b"\0" in name or any(len(part) > MOST_NAME_BYTES for part in name.split(b"/")):
+    if b"\0" in name or (
+        len(name) > MOST_NAME_BYTES and max(map(len, name.split(b"/"))) > MOST_NAME_BYTES
+    ):
         raise InputError(f"{shown(str(path))} cannot be the name of a file; give a shorter path")
     return path if isinstance(path, Path) else Path(path)
 
@@ -116,13 +118,18 @@ def _check_regular(path: Path, status: os.stat_result, most_bytes: int | None) -
         )
 
 
-def read_file(path: Path, most_bytes: int = SANE_BYTES) -> bytes:
-    """Return the content of a file from outside; `InputError` as `open_regular` raises it."""
+def read_file(path: Path, most_bytes: int = SANE_BYTES, first: int | None = None) -> bytes:
+    """Return the content of a file from outside, or its `first` bytes.
+
+    `InputError` as `open_regular` raises it.
+    """
     path = as_path(path)
     with _reading(path):
         # As few calls of the system as can be: each lets other threads of Python go first.
         descriptor, size = _open_regular(path, most_bytes)
         try:
+            if first is not None:
+                return os.read(descriptor, first)
             data = os.read(descriptor, size + 1)
             # It has grown, tells no size, or has more than a call reads.
             while len(data) != size and (more := os.read(descriptor, max(size, 2**20))):

@@ -95,7 +95,7 @@ class Header(NamedTuple):
     orientation: int  # EXIF's, 1 to 8; 1 is upright
 
 
-HEADER_BYTES, PNG_BYTES = 2**13, 2**16  # read for a header: a PNG's EXIF may come late
+HEADER_BYTES, PNG_BYTES = 2**13, 2**16 + 2**13  # read for a header: a PNG's EXIF may come late
 MOST_PIXELS = 2**30  # of an image, as OpenCV has it
 PNG = b"\x89PNG\r\n\x1a\n"
 JPEG = b"\xff\xd8"
@@ -106,10 +106,9 @@ def read_header(path: Path) -> Header:
 
     `InputError` names a file that cannot be read as an image.
     """
-    with open_regular(path, MOST_BYTES) as file:
-        head = file.read(HEADER_BYTES)
-        if head.startswith(PNG):
-            head += file.read(PNG_BYTES)
+    head = read_file(path, MOST_BYTES, HEADER_BYTES)
+    if head.startswith(PNG):
+        head = read_file(path, MOST_BYTES, PNG_BYTES)
     header = _plain_header(head) or _full_header(path)
     if header is None or not 0 < header.width * header.height <= MOST_PIXELS:
         height, width = load_image(path).shape[:2]  # it says what is wrong with a file
