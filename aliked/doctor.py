@@ -39,6 +39,8 @@ PACKAGES = (
     "torchvision",
     "numpy",
     *OPENCV,
+    "simplejpeg",
+    "nvidia-nvimgcodec-cu13",
     "onnx",
     "onnxruntime",
     "onnxruntime-gpu",

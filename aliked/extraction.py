@@ -229,10 +229,11 @@ class Pipeline:
         self.begin()
 
     def _open_lane(self, extractor: Extractor) -> Lane:
-        kind = FusedLane if self.job.backend == "fused" else Lane
-        if self.job.decoder == "nvimgcodec":
-            kind = DecodingLane
-        return kind(extractor, self.job.half)
+        job = self.job
+        if job.decoder == "nvimgcodec":
+            threads = max(1, (job.threads or available_cores()) // job.lanes)
+            return DecodingLane(extractor, job.half, threads)
+        return (FusedLane if job.backend == "fused" else Lane)(extractor, job.half)
 
     def begin(self) -> Tally:
         """Count from nothing; what is counted from now on."""

@@ -1,6 +1,7 @@
 """Files from outside opened with care, and our own written whole or not at all."""
 
 import contextlib
+import ctypes
 import fcntl
 import functools
 import hashlib
@@ -30,7 +31,9 @@ def as_path(path: object) -> Path:
         name = os.fsencode(path)
     except UnicodeEncodeError:
         name = b"\0"
-    if b"\0" in name or any(len(part) > MOST_NAME_BYTES for part in name.split(b"/")):
+    if b"\0" in name or (
+        len(name) > MOST_NAME_BYTES and max(map(len, name.split(b"/"))) > MOST_NAME_BYTES
+    ):
         raise InputError(f"{shown(str(path))} cannot be the name of a file; give a shorter path")
     return path if isinstance(path, Path) else Path(path)
 
@@ -75,15 +78,22 @@ def open_regular(path: Path, most_bytes: int | None = SANE_BYTES) -> Iterator[Bi
     """
     path = as_path(path)
     with _reading(path):
-        # Without waiting for the other end of a FIFO.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor, _ = _open_regular(path, most_bytes)
+        with open(descriptor, "rb") as file:
+            yield file
+
+
+def _open_regular(path: Path, most_bytes: int | None) -> tuple[int, int]:
+    """A descriptor, and how many bytes the file has."""
+    # Without waiting for the other end of a FIFO.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        _check_regular(path, os.fstat(descriptor), most_bytes)
-    except InputError:
+        status = os.fstat(descriptor)
+        _check_regular(path, status, most_bytes)
+    except BaseException:
         os.close(descriptor)
         raise
-    with open(descriptor, "rb") as file, _reading(path):
-        yield file
+    return descriptor, status.st_size
 
 
 @contextlib.contextmanager
@@ -108,10 +118,25 @@ def _check_regular(path: Path, status: os.stat_result, most_bytes: int | None) -
         )
 
 
-def read_file(path: Path, most_bytes: int = SANE_BYTES) -> bytes:
-    """Return the content of a file from outside; `InputError` as `open_regular` raises it."""
-    with open_regular(path, most_bytes) as file:
-        return file.read()
+def read_file(path: Path, most_bytes: int = SANE_BYTES, first: int | None = None) -> bytes:
+    """Return the content of a file from outside, or its `first` bytes.
+
+    `InputError` as `open_regular` raises it.
+    """
+    path = as_path(path)
+    with _reading(path):
+        # As few calls of the system as can be: each lets other threads of Python go first.
+        descriptor, size = _open_regular(path, most_bytes)
+        try:
+            if first is not None:
+                return os.read(descriptor, first)
+            data = os.read(descriptor, size + 1)
+            # It has grown, tells no size, or has more than a call reads.
+            while len(data) != size and (more := os.read(descriptor, max(size, 2**20))):
+                data += more
+            return data
+        finally:
+            os.close(descriptor)
 
 
 def read_text(path: Path) -> str:
@@ -245,6 +270,28 @@ def write_at(descriptor: int, offset: int, *pieces: Any) -> None:
             written -= len(left.pop(0))
         if written:
             left[0] = left[0][written:]
+
+
+KEEP_SIZE = 1  # falloc.h
+
+
+def allocate(descriptor: int, offset: int, length: int) -> None:
+    """Have space for what an open file is to get, where there is plenty; its size stays.
+
+    Python's own `posix_fallocate` would write where the file system cannot, and what others write
+    meanwhile would be lost.
+    """
+    system = os.fstatvfs(descriptor)
+    with contextlib.suppress(AttributeError):  # no Linux
+        if length < system.f_bavail * system.f_frsize // 4:
+            _fallocate()(descriptor, KEEP_SIZE, offset, length)
+
+
+@functools.cache
+def _fallocate() -> Any:
+    function = ctypes.CDLL(None).fallocate64
+    function.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    return function
 
 
 @contextlib.contextmanager

@@ -82,8 +82,8 @@ class FusedLane(Lane):
 class DecodingLane(FusedLane):
     """The same with JPEGs that the GPU decodes, by nvImageCodec."""
 
-    def __init__(self, extractor: Extractor, half: bool = False):
-        """Raise `InputError` where nvImageCodec is missing."""
+    def __init__(self, extractor: Extractor, half: bool = False, threads: int = 1):
+        """`threads` help where the GPU has no JPEG engine. `InputError` without nvImageCodec."""
         super().__init__(extractor, half)
         try:
             from nvidia import nvimgcodec
@@ -92,43 +92,58 @@ class DecodingLane(FusedLane):
                 f"--decoder nvimgcodec needs nvImageCodec ({error}); "
                 'pip install "nvidia-nvimgcodec-cu13[nvjpeg]"'
             ) from error
-        # Each file always goes to the same decoder, the first that takes it: their pixels differ.
-        kinds, fixed = nvimgcodec.BackendKind, nvimgcodec.LoadHintPolicy.FIXED
-        backends = [
-            nvimgcodec.Backend(kind, load_hint=1.0, load_hint_policy=fixed)
-            for kind in (kinds.HW_GPU_ONLY, kinds.GPU_ONLY, kinds.HYBRID_CPU_GPU)
-        ]
-        device = extractor.torch_device.index or 0
-        self._decoder = nvimgcodec.Decoder(device, max_num_cpu_threads=1, backends=backends)
+        # Each file goes to the first that takes it, always the same: their pixels differ. A single
+        # decoder of both kinds would give its engine as many images of every batch as the first
+        # batch had, whichever that was, and the others to its kernels.
+        device, kinds = extractor.torch_device.index or 0, nvimgcodec.BackendKind
+        self._decoders = []
+        for kind, count in ((kinds.HW_GPU_ONLY, 1), (kinds.HYBRID_CPU_GPU, threads)):
+            with contextlib.suppress(RuntimeError):  # what a GPU, or this container, does not have
+                self._decoders.append(
+                    nvimgcodec.Decoder(device, count, backends=[nvimgcodec.Backend(kind)])
+                )
         self._stream_of = nvimgcodec.CodeStream
         self._params = nvimgcodec.DecodeParams(
             apply_exif_orientation=False, sample_format=nvimgcodec.SampleFormat.I_RGB
         )
+        # What was decoded last; its memory is used again: CUDA would give back and map as much for
+        # every batch.
+        self._images: list[Any] = []
 
     def decode(self, files: list[bytes], shapes: list[tuple[int, int, int]]) -> list[Any]:
-        """uint8 [H, W, 3] of each file as stored, on the GPU, or None where that cannot be had."""
+        """uint8 [H, W, 3] of each file as stored, on the GPU, or None where that cannot be had.
+
+        They are good until the next call.
+        """
         import torch
 
-        streams = [self._code(data) for data in files]
-        given = [stream for stream in streams if stream is not None]
+        streams = [self._code(*one) for one in zip(files, shapes, strict=True)]
+        left = [i for i, stream in enumerate(streams) if stream is not None]
+        found: list[Any] = [None] * len(files)
+        self._images += [None] * (len(files) - len(self._images))
+        device = self.extractor.torch_device
         with self._stream():
-            queue = torch.cuda.current_stream(self.extractor.torch_device).cuda_stream
-            decoded = self._decoder.decode(given, params=self._params, cuda_stream=queue)
-            images = iter(decoded)
-            found = [None if stream is None else next(images) for stream in streams]
+            queue = torch.cuda.current_stream(device).cuda_stream
+            for decoder in self._decoders:
+                given, memory = [streams[i] for i in left], [self._images[i] for i in left]
+                images = decoder.decode(
+                    given, images=memory, params=self._params, cuda_stream=queue
+                )
+                for i, image in zip(left, images, strict=True):
+                    if image is not None:
+                        found[i] = self._images[i] = image
+                left = [i for i in left if found[i] is None]
             return [
-                None
-                if image is None or tuple(image.shape) != shape
-                else torch.as_tensor(image, device=self.extractor.torch_device)
-                for image, shape in zip(found, shapes, strict=True)
+                image if image is None else torch.as_tensor(image, device=device) for image in found
             ]
 
-    def _code(self, data: bytes) -> Any:
-        """A file for the decoder, or None where it is cut off or no JPEG."""
+    def _code(self, data: bytes, shape: tuple[int, int, int]) -> Any:
+        """A file for the decoder, or None where it is cut off, no JPEG or of another size."""
         if not data.rstrip(b"\0").endswith(END_OF_JPEG):
             return None
         with contextlib.suppress(Exception):  # whatever it raises
-            return self._stream_of(data)
+            stream = self._stream_of(data)
+            return stream if (stream.height, stream.width) == shape[:2] else None
 
     def image(self, pixels: np.ndarray) -> Any:
         """uint8 [H, W, 3] on the GPU."""
@@ -142,7 +157,8 @@ class DecodingLane(FusedLane):
         import torch
 
         with self._stream():
-            return torch.stack([torch.rot90(image, turns) for image, turns in images])
+            upright = [torch.rot90(image, turns) if turns else image for image, turns in images]
+            return torch.stack(upright)
 
 
 def features_of_columns(keypoints: np.ndarray, scores: np.ndarray, columns: np.ndarray) -> Features:

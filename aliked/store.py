@@ -25,7 +25,15 @@ import numpy as np
 
 from aliked.errors import InputError, shown
 from aliked.features import Features, check_features_type
-from aliked.files import as_path, in_turn, open_regular, whole_file, writable_folder, write_at
+from aliked.files import (
+    allocate,
+    as_path,
+    in_turn,
+    open_regular,
+    whole_file,
+    writable_folder,
+    write_at,
+)
 from aliked.hdf5 import START, Folders, Member, Plan, plan
 
 FORMAT = "aliked features 1"  # raised when the layout changes
@@ -33,6 +41,7 @@ PART_BYTES = 64 * 2**20  # features held in memory before they go into a file: w
 FLUSH_SECONDS = 10  # likewise
 PART_SUFFIX, FILE_SUFFIX, JOURNAL_SUFFIX = ".part", ".growing", ".journal"
 MAX_OPEN = 64  # files
+MOST_AHEAD = 2**28  # bytes of a file that has as many: allocated before they are written
 MAX_BYTES = 2**31  # of an array: a damaged file may claim anything
 FIELDS, SIZE = ("keypoints", "scores", "descriptors"), "image_size"
 ARRAYS = (*FIELDS, SIZE)
@@ -290,7 +299,7 @@ class GrowingFile:
         self._stack = contextlib.ExitStack()
         self.path = writable_folder(store.parts) / f"{os.getpid()}-{uuid.uuid4().hex}{FILE_SUFFIX}"
         self._descriptor, self._journal = self._new(self.path), None
-        self._placed, self._end = Folders(), START
+        self._placed, self._end, self._allocated = Folders(), START, 0
         self._compressed: list[str] = []  # that come last, in this order
         self._sources = _Sources()
 
@@ -327,8 +336,12 @@ class GrowingFile:
         """Where the next image is to be put, which takes so many bytes."""
         _check_name(name)
         self._placed.add(name, self._end)
-        self._end += nbytes
-        return self._end - nbytes
+        at, self._end = self._end, self._end + nbytes
+        if self._end > self._allocated:  # HDF5 gives back what is left of it
+            more = nbytes + min(at, MOST_AHEAD)
+            allocate(self._descriptor, at, more)
+            self._allocated = at + more
+        return at
 
     def note(self, line: bytes) -> None:
         """Keep in the journal that images have been put into the file: see `journal_line`."""

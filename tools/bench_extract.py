@@ -1,8 +1,8 @@
 """How fast a folder of JPEGs becomes a file of features, and which stage it waits for.
 
 Makes the JPEGs from the shipped photographs, and measures by itself each of
-  decode   JPEGs to pixels, in as many threads as `aliked extract` takes, and in as many processes
-           as it takes for many images
+  decode   JPEGs to pixels on the processor, in as many threads as `aliked extract` takes, and in
+           as many processes as it takes for many images
   kernels  the network on batches that lie on the device, one GPU
   copies   the same with copies to the device and back
   writes   the bytes of the features into one file, from as many processes, 32 images in turn
@@ -44,7 +44,7 @@ from aliked.backends import Spec, create_extractor
 from aliked.commands.extract import TWO_LANES
 from aliked.configs import CONFIGS
 from aliked.extraction import DECODERS, MAX_BATCH, Job, Tally, available_cores
-from aliked.files import in_turn, write_at
+from aliked.files import allocate, in_turn, write_at
 from aliked.images import find_images, load_image
 from aliked.options import add_device_option, add_model_options
 from aliked.store import FeatureStore
@@ -56,6 +56,7 @@ PHOTOGRAPHS = Path(__file__).resolve().parents[1] / "assets"
 QUALITY = 90  # of the JPEGs
 SECONDS = 1  # that kernels are measured for
 WARM, ONNX_IMAGES = 20, 40  # images of `--others`
+FORMS = {None: (False,), "also": (False, True), "only": (True,)}  # whether in float16
 TICKS = os.sysconf("SC_CLK_TCK")  # a second, of /proc
 
 
@@ -82,7 +83,13 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--distinct", type=cli.whole(1), default=500, metavar="N", help="of the images; " + default
     )
-    parser.add_argument("--half", action="store_true", help="also with descriptors in float16")
+    parser.add_argument(
+        "--half",
+        nargs="?",
+        const="also",
+        choices=("also", "only"),
+        help="also with descriptors in float16, or with these only",
+    )
     parser.add_argument(
         "--others",
         type=cli.whole(1),
@@ -245,6 +252,7 @@ def writes_rate(job: Job, folder: Path, processes: int) -> float:
     count, depth = job.spec.top_k, CONFIGS[job.spec.model].dim
     size = count * (12 + depth * (2 if job.half else 4))
     with tempfile.NamedTemporaryFile(dir=folder) as file:
+        allocate(file.fileno(), 0, WRITTEN * size)
         firsts = range(0, WRITTEN, MAX_BATCH)
         shares = [(file.name, size, firsts[i::processes]) for i in range(processes)]
         return WRITTEN / side_by_side(write_all, shares)
@@ -441,7 +449,7 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
         folder = args.folder / f"{size}-{args.images}"
         make_jpegs(folder, args.images, width, height, args.distinct)
         decode = nan
-        for top_k, half in itertools.product(args.top_k, (False, True) if args.half else (False,)):
+        for top_k, half in itertools.product(args.top_k, FORMS[args.half]):
             spec = Spec(args.model, top_k, precision=args.precision, device=args.device)
             job = Job(
                 folder,
@@ -456,12 +464,13 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
             job = replace(job, threads=max(1, args.threads // len(devices)))
             stages = Stages()
             if not args.only_all:
-                if np.isnan(decode):
+                if np.isnan(decode) and args.decoder == DECODERS[0]:
                     most = max(len(devices), args.threads // CORES)
                     decode = decode_rate(folder, args.threads, most)
                 kernels, copies, memory = extractor_rates(job)
                 writes = writes_rate(job, args.folder, len(devices))
                 stages = Stages(decode, kernels, copies, writes, memory)
+                print(f"{size} {top_k}: {stages}", flush=True)  # a time limit may end the next
                 empty_gpu()
             run, gpus = extraction(job, devices), torch.cuda.device_count()
             yield Row(size, top_k, half, args.images, len(devices), gpus, stages, run)

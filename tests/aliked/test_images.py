@@ -86,6 +86,48 @@ def test_exif_orientation_is_applied(tmp_path, photo):
     np.testing.assert_array_equal(image, np.rot90(upright, -1))
 
 
+JPEGS = {
+    **{name: ("RGB", {"subsampling": name}) for name in ("4:4:4", "4:2:2", "4:2:0")},
+    "progressive": ("RGB", {"progressive": True}),
+    "RGB inside": ("RGB", {"keep_rgb": True}),
+    "restarts": ("RGB", {"restart_marker_blocks": 2}),
+    "grey": ("L", {}),
+    "CMYK": ("CMYK", {}),
+    "turned": ("RGB", {"exif": b"Exif\0\0II*\0\x08\0\0\0\1\0\x12\1\3\0\1\0\0\0\6\0\0\0\0\0\0\0"}),
+}
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+def test_a_jpeg_as_stored_has_the_pixels_of_opencv(tmp_path, photo, kind, monkeypatch):
+    """simplejpeg reads it, in the memory it is given, where that is of its shape."""
+    simplejpeg = pytest.importorskip("simplejpeg")
+    colours, options = JPEGS[kind]
+    Image.fromarray(photo[:61, :93]).convert(colours).save(tmp_path / "a.jpg", **options)
+    ignored = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+    expected = cv2.imread(str(tmp_path / "a.jpg"), ignored)[..., ::-1]
+    calls = []
+
+    def count(data, *args, **options):
+        calls.append(options)
+        return decode(data, *args, **options)
+
+    decode = simplejpeg.decode_jpeg
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", count)
+    out, other = np.empty_like(expected), np.empty((5, 5, 3), np.uint8)
+    assert load_image(tmp_path / "a.jpg", stored=1, out=out) is out
+    assert np.array_equal(out, expected)
+    assert np.array_equal(load_image(tmp_path / "a.jpg", stored=1, out=other), expected)
+    assert len(calls) == 2 and calls[0]["buffer"] is out and "buffer" not in calls[1]
+
+
+@pytest.mark.parametrize("length", [100, 1000, -2])
+def test_a_jpeg_cut_off_is_refused_by_either_library(tmp_path, photo, length):
+    pytest.importorskip("simplejpeg")
+    path = written(tmp_path / "a.jpg", encode(photo, ".jpg")[:length])
+    with pytest.raises(InputError, match="truncated"):
+        load_image(path, stored=1)
+
+
 @pytest.mark.parametrize("suffix", [*LOSSLESS, ".jpg", ".webp", ".pgm"])
 @pytest.mark.parametrize("missing", ["half", "the last 2 bytes"])
 def test_a_truncated_file_is_named_and_refused(tmp_path, photo, suffix, missing):

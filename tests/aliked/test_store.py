@@ -178,6 +178,17 @@ def test_a_file_grows_by_others_and_has_the_same_bytes(tmp_path):
     assert not list((tmp_path / "features.h5.parts").iterdir())
 
 
+def test_a_file_takes_no_more_space_than_it_has_bytes(tmp_path):
+    """More was allocated while it grew, so that writing finds it."""
+    path, arrays = tmp_path / "features.h5", arrays_of(features(1, 5000), SIZE)
+    with FeatureStore.open(path, KEY).grow() as file, open(file.path, "r+b") as other:
+        for name in map(str, range(20)):
+            put_images(other.fileno(), file.place(name, image_bytes(arrays)), {name: arrays})
+        file.finish()
+    status = path.stat()
+    assert 512 * status.st_blocks < status.st_size + 2**17
+
+
 @pytest.mark.parametrize("locks", [True, False])
 def test_images_are_put_in_while_no_other_process_does_in_writes_of_any_length(
     tmp_path, monkeypatch, locks

@@ -205,7 +205,7 @@ def test_a_header_is_read_of_images_that_pillow_takes_for_an_attack(tmp_path, mo
 class DecodingOnTheProcessor(DecodingLane):
     """As the one of a GPU, which takes all JPEGs that are whole but one of them."""
 
-    def __init__(self, extractor, half=False):
+    def __init__(self, extractor, half=False, threads=1):
         Lane.__init__(self, extractor, half)
         self.decoded = 0
 

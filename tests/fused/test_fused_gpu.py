@@ -180,19 +180,30 @@ def test_the_lane_of_a_run_over_many_images_gives_what_the_extractor_gives(weigh
             np.testing.assert_array_equal(getattr(found, name), values)
 
 
-def test_jpegs_that_the_gpu_decodes_give_nearly_the_same_pixels(weights_dir, tmp_path):
+def test_jpegs_that_the_gpu_decodes_give_nearly_the_same_pixels(weights_dir):
+    """Also in memory that was used before, of another size, and what its engine does not take."""
     pytest.importorskip("nvidia.nvimgcodec", reason="nvImageCodec is not installed")
     from aliked.lanes import DecodingLane
 
+    def encoded(image, *options):
+        quality = [cv2.IMWRITE_JPEG_QUALITY, 95]
+        return cv2.imencode(".jpg", image[..., ::-1], [*quality, *options])[1].tobytes()
+
     fused, _ = extractors(weights_dir, "aliked-n16rot", precision="fp16")
-    lane, image = DecodingLane(fused), texture(240, 320)
-    file = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
-    expected = decode_image(np.frombuffer(file, np.uint8), "a.jpg").astype(int)
-    shape = image.shape
-    good, cut, other = lane.decode([file, file[:-100], file], [shape, shape, (5, 5, 3)])
-    assert cut is None and other is None
-    assert np.abs(good.cpu().numpy() - expected).mean() < 2
-    assert lane.stack([(good, 1)]).shape == (1, 320, 240, 3)
+    lane = DecodingLane(fused, threads=2)
+    for height, width in ((240, 320), (480, 640), (240, 320)):
+        images = [texture(height, width, seed) for seed in range(3)]
+        files = [encoded(image) for image in images]
+        files[1] = encoded(images[1], cv2.IMWRITE_JPEG_PROGRESSIVE, 1)
+        shape = images[0].shape
+        shapes = [shape] * 4 + [(5, 5, 3)]
+        *good, cut, other = lane.decode([*files, files[0][:-100], files[0]], shapes)
+        assert cut is None and other is None
+        stacked = lane.stack([(image, 0) for image in good]).cpu().numpy()
+        for found, file in zip(stacked, files, strict=True):
+            expected = decode_image(np.frombuffer(file, np.uint8), "a.jpg").astype(int)
+            assert np.abs(found - expected).mean() < 2
+    assert lane.stack([(good[0], 1)]).shape == (1, 320, 240, 3)
 
 
 def test_two_streams_do_not_disturb_each_other(weights_dir):
