@@ -5,7 +5,7 @@ import ctypes
 import importlib.util
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -48,8 +48,8 @@ class Memory(Protocol):
     def copy(self, source: Any, target: Any) -> None:
         """Enqueue a copy on the device, between buffers of one shape and type."""
 
-    def replay(self, graph: "CudaGraph", sources: Iterable[Any]) -> None:
-        """Launch a graph that copies from these buffers first.
+    def replay(self, graph: "CudaGraph", sources: Sequence[int]) -> None:
+        """Launch a graph that copies from these addresses first.
 
         Not inside `active()`, but ordered as if it were.
         """
@@ -119,7 +119,7 @@ class TorchMemory:
     def copy(self, source: Any, target: Any) -> None:
         target.copy_(source, non_blocking=True)
 
-    def replay(self, graph: "CudaGraph", sources: Iterable[Any]) -> None:
+    def replay(self, graph: "CudaGraph", sources: Sequence[int]) -> None:
         # On the caller's stream: to wait for one another costs streams some ten microseconds.
         # All that this does the GPU waits for: of a stream only its handle is asked, which is not
         # public; the public way makes an object first, which takes longer than the launch.
@@ -132,7 +132,7 @@ class TorchMemory:
                 caller = cuda.current_stream(self._device)
                 caller.wait_stream(self._latest)
                 self._latest = caller
-            graph.launch(handle, [source.data_ptr() for source in sources])
+            graph.launch(handle, sources)
 
     def synchronize(self) -> None:
         self._stream.synchronize()
@@ -187,9 +187,9 @@ class PyCudaMemory:
         size = math.prod(source.shape) * source.dtype.itemsize
         self._driver.memcpy_dtod_async(target.gpudata, source.gpudata, size, self._stream)
 
-    def replay(self, graph: "CudaGraph", sources: Iterable[Any]) -> None:
+    def replay(self, graph: "CudaGraph", sources: Sequence[int]) -> None:
         with self.active():
-            graph.launch(self.stream, [self.address(source) for source in sources])
+            graph.launch(self.stream, sources)
 
     def synchronize(self) -> None:
         self._stream.synchronize()
