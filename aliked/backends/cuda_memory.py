@@ -5,7 +5,7 @@ import ctypes
 import functools
 import importlib.util
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -40,8 +40,8 @@ class Memory(Protocol):
     def pinned(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """A page-locked host array, so that copies from and to it overlap with other work."""
 
-    def replay(self, graph: "CudaGraph", sources: Iterable[Any]) -> None:
-        """Launch a graph that copies from these buffers first.
+    def replay(self, graph: "CudaGraph", sources: Sequence[int]) -> None:
+        """Launch a graph that copies from these addresses first.
 
         Not inside `active()`, but ordered as if it were.
         """
@@ -102,7 +102,7 @@ class TorchMemory:
     def pinned(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         return self._torch.empty(shape, dtype=self._dtype(dtype), pin_memory=True).numpy()
 
-    def replay(self, graph: "CudaGraph", sources: Iterable[Any]) -> None:
+    def replay(self, graph: "CudaGraph", sources: Sequence[int]) -> None:
         # On the caller's stream: to wait for one another costs streams some ten microseconds.
         # All that this does the GPU waits for: of a stream only its handle is asked, which is not
         # public; the public way makes an object first, which takes longer than the launch.
@@ -115,7 +115,7 @@ class TorchMemory:
                 caller = cuda.current_stream(self._device)
                 caller.wait_stream(self._latest)
                 self._latest = caller
-            graph.launch(handle, [source.data_ptr() for source in sources])
+            graph.launch(handle, sources)
 
     def synchronize(self) -> None:
         self._stream.synchronize()
@@ -160,9 +160,9 @@ class PyCudaMemory:
     def pinned(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         return self._driver.pagelocked_empty(shape, dtype)
 
-    def replay(self, graph: "CudaGraph", sources: Iterable[Any]) -> None:
+    def replay(self, graph: "CudaGraph", sources: Sequence[int]) -> None:
         with self.active():
-            graph.launch(self.stream, [self.address(source) for source in sources])
+            graph.launch(self.stream, sources)
 
     def synchronize(self) -> None:
         self._stream.synchronize()

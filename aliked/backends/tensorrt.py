@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     import tensorrt_rtx as rtx
 
 INPUT = "image"
+DIRECT = 16  # recorded graphs that read batches where these lie, at most
+PATIENCE = 1000  # runs without one of these before the oldest is given up for another
 Shape = tuple[int, ...]
 Buffers = dict[str, Any]  # of a device, by tensor
 
@@ -410,6 +412,9 @@ class Engine:
         self.twins: dict[str, Twin] = {}
         self._batch: Buffers = {}
         self._graphs: dict[bool, CudaGraph] = {}  # with the inputs copied first, and without
+        self._direct: dict[tuple[int, ...], CudaGraph] = {}  # by the inputs' addresses
+        self._met: set[tuple[int, ...]] = set()  # addresses that have no graph of their own
+        self._without = 0  # runs that found no graph and no room for one
         with self.memory.active():
             self._engine = open_engine(self.path, self.manifest, self.library, self.gpu)
             self._check_contract(contract)
@@ -491,6 +496,7 @@ class Engine:
             self._check_shape(name, shape)
         self.memory.synchronize()  # the old buffers may still be written to
         self.shapes, self._graphs = {}, {}
+        self._direct, self._met = {}, set()
         journal().errors.clear()
         for name, shape in shapes.items():
             accepted = self.context.set_input_shape(name, shape)
@@ -531,7 +537,7 @@ class Engine:
         for name, shape in shapes.items():
             self.buffers[name] = self.empty(name, shape)
             self.twins[name] = self._twin(name, self.buffers[name])
-            self._set_address(name, self.buffers[name])
+            self._set_address(name, self.memory.address(self.buffers[name]))
 
     def _twin(self, name: str, buffer: Any) -> Twin:
         shape, dtype = tuple(buffer.shape), self.dtypes[name]
@@ -546,8 +552,7 @@ class Engine:
         except MemoryError as error:
             raise self._out_of_memory(str(error), shape[0]) from error
 
-    def _set_address(self, name: str, buffer: Any) -> None:
-        address = self.memory.address(buffer)
+    def _set_address(self, name: str, address: int) -> None:
         self._require(self.context.set_tensor_address(name, address), f"the address of {name}")
 
     def _require(self, done: bool, what: str) -> None:
@@ -578,7 +583,8 @@ class Engine:
         copied = any(buffer is not self.buffers[name] for name, buffer in batch.items())
         graph = self._graphs.get(copied)
         if graph:
-            graph.launch(self.memory.stream, self._addresses(batch) if copied else ())
+            addresses = [self.memory.address(batch[name]) for name in self.shapes]
+            graph.launch(self.memory.stream, addresses if copied else ())
             return
         for name, buffer in batch.items():
             mine = self.buffers[name]
@@ -586,7 +592,7 @@ class Engine:
             if buffer is not mine and (self.cuda_graph or self.memory.address(buffer) % ALIGNMENT):
                 gpu.copy_async(*self._copy(name, buffer), self.memory.stream)
                 buffer = mine
-            self._set_address(name, buffer)
+            self._set_address(name, self.memory.address(buffer))
         self._enqueue()
         if self.cache and self._new_shapes:  # kernels may have been compiled for them
             self.memory.synchronize()
@@ -602,9 +608,6 @@ class Engine:
 
     def _enqueue(self) -> None:
         self._require(self.context.execute_async_v3(self.memory.stream), "the execution")
-
-    def _addresses(self, batch: Buffers) -> list[int]:
-        return [self.memory.address(batch[name]) for name in self.shapes]
 
     def _record(self, batch: Buffers) -> CudaGraph:
         """The engine's work as a graph, which begins by copying `batch` to its own buffers."""
@@ -633,12 +636,39 @@ class Engine:
         graph = self._graphs.get(True)
         if graph and all(self.shapes.get(name) == batch[name].shape for name in batch):
             self._batch = batch
-            self.memory.replay(graph, [batch[name] for name in self.shapes])
+            addresses = tuple(self.memory.address(batch[name]) for name in self.shapes)
+            direct = self._direct.get(addresses) or self._record_direct(addresses)
+            self.memory.replay(direct or graph, () if direct else addresses)
         else:
             with self.memory.active():
                 self.prepare({name: tuple(buffer.shape) for name, buffer in batch.items()})
                 self.run(batch)
         return {name: self.buffers[name] for name in self.outputs}
+
+    def _record_direct(self, addresses: tuple[int, ...]) -> CudaGraph | None:
+        """A new graph that reads the inputs at these addresses; None where one does not pay yet.
+
+        To change the source of a copy and to copy take longer than anything else that a launch
+        does before the engine's first kernel. Whoever passes an address twice will again.
+        """
+        if addresses not in self._met or any(address % ALIGNMENT for address in addresses):
+            if len(self._met) >= 4 * DIRECT:  # the caller's buffers lie elsewhere every time
+                self._met.clear()
+            self._met.add(addresses)
+            return None
+        full = len(self._direct) >= DIRECT
+        if full:
+            self._without += 1
+            if self._without % PATIENCE:
+                return None
+        with self.memory.active():
+            for name, address in zip(self.shapes, addresses, strict=True):
+                self._set_address(name, address)
+            direct = self._record({})  # waits for all that runs
+            if full:
+                del self._direct[next(iter(self._direct))]
+        self._direct[addresses] = direct
+        return direct
 
     def upload(self, arrays: dict[str, np.ndarray]) -> Buffers:
         """New device buffers that hold these arrays, by input, of the prepared shapes."""

@@ -155,6 +155,27 @@ def test_batches_on_the_device_do_not_disturb_each_other(make_engine, cuda_graph
         np.testing.assert_array_equal(result["descriptors"].numpy()[0], expected.descriptors)
 
 
+def test_what_a_batch_holds_now_is_read_however_often_it_was_passed(make_engine, monkeypatch):
+    """Graphs that read a batch where it lies are recorded for a few addresses, and given up."""
+    monkeypatch.setattr("aliked.backends.tensorrt.DIRECT", 2)
+    monkeypatch.setattr("aliked.backends.tensorrt.PATIENCE", 3)
+    onnx_path, engine = make_engine()
+    extractor = TensorRTExtractor(engine, cuda_graph=True)
+    batches = [extractor.to_device(photograph()[None]) for _ in range(4)]
+    graphs = set()
+    for turn in range(5):
+        for number, batch in enumerate(batches):
+            image = photograph(seed=4 * turn + number)
+            batch.data[...] = extractor.to_device(image[None]).data
+            result = extractor.infer(batch)
+            extractor.synchronize()
+            expected = features_in_onnxruntime(onnx_path, image)
+            np.testing.assert_array_equal(result["keypoints"].numpy()[0], expected.keypoints)
+            graphs.update(extractor.engine._direct)
+            assert len(extractor.engine._direct) <= 2
+    assert len(graphs) > 2
+
+
 def test_a_batch_at_an_odd_address_is_moved_to_where_tensorrt_takes_it(make_engine):
     onnx_path, engine = make_engine()
     extractor = TensorRTExtractor(engine)
@@ -844,7 +865,7 @@ def test_torch_memory_replays_in_order_on_whatever_stream_the_caller_is():
     torch.cuda.synchronize()
     for source in sources:  # large enough that a copy out of turn would be seen
         with torch.cuda.stream(torch.cuda.Stream()):
-            memory.replay(graph, [source])
+            memory.replay(graph, [source.data_ptr()])
     with memory.active():
         memory.synchronize()
     assert torch.all(total == sum(range(8)))

@@ -268,7 +268,7 @@ class HostMemory:
 
     def replay(self, graph, sources) -> None:
         with self.active():
-            graph.launch(self.stream, [source.address for source in sources])
+            graph.launch(self.stream, sources)
 
     def synchronize(self) -> None:
         self._machine.synchronize(self.stream)
