@@ -116,3 +116,15 @@ class Nodes(list[onnx.NodeProto]):
 def attributes_of(node: onnx.NodeProto) -> dict:
     """A node's attributes by name."""
     return {a.name: helper.get_attribute_value(a) for a in node.attribute}
+
+
+def wide_kernel(weight: np.ndarray, pixels: int) -> np.ndarray:
+    """The kernel of a 3x3 convolution that has a stride of `pixels` in a row and gives them all.
+
+    The channels of the first of these pixels come first.
+    """
+    channels, inputs = weight.shape[:2]
+    kernel = np.zeros((pixels, channels, inputs, 3, pixels + 2), weight.dtype)
+    for pixel in range(pixels):
+        kernel[pixel, ..., pixel : pixel + 3] = weight
+    return kernel.reshape(-1, *kernel.shape[2:])

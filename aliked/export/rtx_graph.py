@@ -11,7 +11,8 @@ from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from aliked.export.onnx_graph import spell_out_selu
-from aliked.export.rewriter import Nodes, Rewriter, attributes_of
+from aliked.export.rewriter import Nodes, Rewriter, attributes_of, wide_kernel
+from aliked.export.rtx_keypoints import choose_by_logits, read_by_place
 
 FOLDED = {"Abs", "Cast", "LessOrEqual", "Sub"}  # what the exporters leave of large constants
 PIXELS = 2**17  # of a map for which wide convolutions are faster
@@ -34,6 +35,9 @@ def for_rtx(model: onnx.ModelProto, pixels: int = PIXELS) -> onnx.ModelProto:
     sum_samples(Rewriter(rewritten))
     fuse_selu(Rewriter(rewritten))
     selu_in_float32(Rewriter(rewritten))
+    choose_by_logits(Rewriter(rewritten))
+    read_by_place(Rewriter(rewritten))
+    pass_inputs_on(Rewriter(rewritten))
     widen(Rewriter(rewritten), pixels)
     average(Rewriter(rewritten))
     return sum_in_float32(rewritten)
@@ -117,9 +121,11 @@ def _spread(new: Nodes, later: Nodes, conv: onnx.NodeProto, shortcut: onnx.NodeP
     if shortcut is not None:
         kernels.append(rewriter.value(shortcut.input[1])[..., 0, 0])
     kernel = np.concatenate(kernels)[..., None, None]
+    done, zeros = len(kernel), -len(kernel) % 64
+    kernel = np.pad(kernel, ((0, zeros),) + ((0, 0),) * 3)
     given = new.add("Conv", conv.input[0], kernel, kernel_shape=[1, 1], pads=[1, 1, 1, 1])
     if shortcut is not None:
-        ends = [len(kernel), height + 1, width + 1]
+        ends = [done, height + 1, width + 1]
         inner = new.part(given, [1, 2, 3], [2 * TAPS * TAPS, 1, 1], ends)
         more = rewriter.value(shortcut.input[2])[:, None, None]
         new.add("Add", inner, more, out=shortcut.output[0])
@@ -203,6 +209,59 @@ def _sums_levels(rewriter: Rewriter, selu: onnx.NodeProto) -> bool:
     maker = rewriter.makers.get(selu.input[0])
     before = [rewriter.makers.get(name) for name in maker.input] if maker is not None else []
     return any(node is not None and node.op_type == "Resize" for node in before)
+
+
+def pass_inputs_on(rewriter: Rewriter) -> None:
+    """Let a block's 1x1 shortcut be part of its second 3x3 convolution, one kernel in place of two.
+
+    The first gives its inputs as well, as further channels that its activation leaves alone.
+    """
+    instead: dict[str, Nodes] = {}
+    for add in rewriter.graph.node:
+        found = _block(rewriter, add) if add.op_type == "Add" else None
+        if found is None:
+            continue
+        (second, mul, elu, first), shortcut = found
+        new = instead[add.output[0]] = Nodes(rewriter, add.output[0])
+        kernel, bias = map(rewriter.value, first.input[1:])
+        outputs, inputs = kernel.shape[:2]
+        same = _centred(np.eye(inputs, dtype=np.float16)[..., None, None])
+        bias = np.append(bias, np.zeros(inputs, np.float16))
+        window = {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1]}
+        x = new.add("Conv", first.input[0], np.append(kernel, same, axis=0), bias, **window)
+        active = np.repeat(np.array([1, 0], np.float16), (outputs, inputs))[:, None, None]
+        elu = new.add("Elu", x, **attributes_of(elu))
+        elu = new.add("Mul", elu, active * rewriter.value(mul.input[1]))
+        x = new.add("Add", elu, new.add("Mul", x, 1 - active))
+        kernel, bias = map(rewriter.value, second.input[1:])
+        weight, more = map(rewriter.value, shortcut.input[1:])
+        kernel = np.append(kernel, _centred(weight), axis=1)
+        new.add("Conv", x, kernel, bias + more, out=add.output[0], **window)
+    rewriter.replace(instead)
+
+
+def _centred(kernel: np.ndarray) -> np.ndarray:
+    """A 1x1 kernel as one of 3x3."""
+    return np.pad(kernel, ((0, 0), (0, 0), (1, 1), (1, 1)))
+
+
+def _block(
+    rewriter: Rewriter, add: onnx.NodeProto
+) -> tuple[list[onnx.NodeProto], onnx.NodeProto] | None:
+    """The second convolution of a residual block with what leads to it, and the shortcut's."""
+    for name, other in (add.input, reversed(add.input)):
+        steps = rewriter.preceding(name, "Conv", "Mul", "Elu", "Conv")
+        shortcut = rewriter.makers.get(other)
+        if len(steps) < 4 or shortcut is None or not _is_plain(rewriter, shortcut, side=1):
+            continue
+        both = all(_is_plain(rewriter, conv) for conv in (steps[0], steps[-1]))
+        values = [node.output[0] for node in (*steps, shortcut)]
+        alone = all(len(rewriter.users[value]) == 1 for value in values)
+        alone = alone and not rewriter.outputs.intersection(values)
+        biases = all(len(conv.input) == 3 for conv in (steps[0], steps[-1], shortcut))
+        if both and alone and biases and shortcut.input[0] == steps[-1].input[0]:
+            return steps, shortcut
+    return None
 
 
 def selu_in_float32(rewriter: Rewriter) -> None:
@@ -290,13 +349,10 @@ def _wide(rewriter: Rewriter, steps: list[onnx.NodeProto], at_once: int) -> Node
     conv, *follow = steps
     new = Nodes(rewriter, conv.output[0])
     weight, *bias = map(rewriter.value, conv.input[1:])
-    channels, inputs = weight.shape[:2]
-    kernel = np.zeros((at_once, channels, inputs, 3, at_once + 2), weight.dtype)
-    for pixel in range(at_once):
-        kernel[pixel, ..., pixel : pixel + 3] = weight
-    kernel = kernel.reshape(-1, *kernel.shape[2:])
+    channels = weight.shape[0]
+    kernel, bias = wide_kernel(weight, at_once), [np.tile(values, at_once) for values in bias]
     size = {"kernel_shape": [3, at_once + 2], "strides": [1, at_once], "pads": [1, 1, 1, 1]}
-    x = new.add("Conv", conv.input[0], kernel, *(np.tile(b, at_once) for b in bias), **size)
+    x = new.add("Conv", conv.input[0], kernel, *bias, **size)
     for before, step in zip(steps, follow, strict=False):
         inputs = [x if name == before.output[0] else name for name in step.input]
         x = new.add(step.op_type, *inputs, **attributes_of(step))
