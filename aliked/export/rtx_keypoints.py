@@ -4,6 +4,7 @@ Forms of the same function in half precision and for images of one size, as thos
 what each brings is in docs/tensorrt-graph.md.
 """
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -96,8 +97,9 @@ def choose_by_logits(rewriter: Rewriter) -> None:
 def _chosen_by_logits(rewriter: Rewriter, choice: Choice) -> dict[str, list[onnx.NodeProto]]:
     first, last = choice.top_k[0], choice.top_k[-1]
     new = Suppression(rewriter, choice)
-    logits = new.logits()
-    candidates = new.candidates(new.maxima(logits), rewriter.shape(first.input[0]))
+    wide = new.logits()
+    logits = new.in_rows(wide)
+    candidates = new.candidates(new.maxima(wide, logits), rewriter.shape(first.input[0]))
     instead = {choice.scores: new, **look_up(new, logits)}
     if len(choice.top_k) > 1 and math.prod(rewriter.shape(first.input[0])) <= 2**INDEX_BITS:
         users = rewriter.users[last.output[1]]
@@ -124,7 +126,7 @@ def copied(node: onnx.NodeProto) -> onnx.NodeProto:
 
 
 class Suppression(Nodes):
-    """The nodes from logits to candidates, on maps whose channels are pixels of a row."""
+    """The nodes from logits to candidates."""
 
     def __init__(self, rewriter: Rewriter, choice: Choice):
         super().__init__(rewriter, f"{choice.scores} candidates")
@@ -133,7 +135,7 @@ class Suppression(Nodes):
         self.size = rewriter.shape(choice.scores)[2:]  # of the image in the frame
 
     def logits(self) -> str:
-        """The logits of the frame, low beside the image."""
+        """The logits of the frame, low beside the image: `AT_ONCE` pixels of a row as channels."""
         weight, *bias = map(self.rewriter.value, self.choice.conv.input[1:])
         kernel = wide_kernel(weight, AT_ONCE)
         bias = [np.tile(values, AT_ONCE) for values in bias]
@@ -158,47 +160,44 @@ class Suppression(Nodes):
         x = self.add("Transpose", x, perm=[0, 3, 1, 2])
         return self.add("Reshape", x, np.array([self.batch, self.height, self.width]))
 
-    def as_channels(self, x: str) -> str:
-        """The other way round."""
-        x = self.add("Reshape", x, np.array([self.batch, self.height, -1, AT_ONCE]))
-        return self.add("Transpose", x, perm=[0, 3, 1, 2])
-
-    def window_max(self, x: str) -> str:
-        """Maximum of the window around every pixel; columns first, as their pixels lie apart."""
-        x = self.in_rows(self.max_along(x, 2, 4, self.height))
-        return self.as_channels(self.max_along(x, 2, 3, self.width))
-
-    def max_along(self, x: str, axis: int, rank: int, length: int) -> str:
-        """Maximum of the pixels up to `RADIUS` away along an axis."""
+    def maximum(self, x: str, axes: list[int], rank: int) -> str:
+        """Maximum of the pixels up to `RADIUS` away, along one axis and then along the next."""
         pads = np.zeros((2, rank), np.int64)
-        pads[:, axis] = RADIUS
-        x, total = self.add("Pad", x, pads.ravel(), np.array(LOW)), None
-        for start in range(WINDOW):
-            part = self.part(x, [axis], [start], [start + length])
-            total = self.add("Max", total, part) if total else part
-        return total
+        pads[:, axes] = RADIUS
+        x = self.add("Pad", x, pads.ravel(), np.array(LOW))
+        for axis in axes:
+            length = self.height if axis == rank - 2 else self.width
+            parts = [self.part(x, [axis], [i], [i + length]) for i in range(WINDOW)]
+            x = functools.reduce(lambda *pair: self.add("Max", *pair), parts)
+        return x
 
-    def only_maxima(self, x: str) -> str:
-        """A map, low where a pixel is not the maximum of its window."""
-        return self.add("Where", self.add("Equal", x, self.window_max(x)), x, np.array(LOW))
+    def only_maxima(self, x: str, best: str) -> str:
+        """A map, low where a pixel is not the best of its window."""
+        return self.add("Where", self.add("Equal", x, best), x, np.array(LOW))
 
     def near_any(self, maxima: str) -> str:
-        """Which pixels have a maximum in the window around them: a convolution counts them."""
-        distance = np.arange(3 * AT_ONCE) - AT_ONCE - np.arange(AT_ONCE)[:, None]
-        ones = (abs(distance) <= RADIUS).reshape(AT_ONCE, 1, 3, AT_ONCE)
-        kernel = ones.transpose(0, 3, 1, 2).repeat(WINDOW, axis=2).astype(np.float16)
+        """Which pixels have a maximum in the window around them, as in `detection.near_any`."""
+        vertical, horizontal = (
+            (abs(np.arange(side)[:, None] - np.arange(side)) <= RADIUS).astype(np.float16)
+            for side in (self.height, self.width)
+        )
         x = self.add("Greater", maxima, np.array(LOW))
         x = self.add("Cast", x, to=TensorProto.FLOAT16)
-        size = {"kernel_shape": [WINDOW, 3], "pads": [RADIUS, 1, RADIUS, 1]}
-        return self.add("Greater", self.add("Conv", x, kernel, **size), np.array(0, np.float16))
+        x = self.add("MatMul", vertical, self.add("MatMul", x, horizontal))
+        return self.add("Greater", x, np.array(0, np.float16))
 
-    def maxima(self, logits: str) -> str:
-        """What `detection.suppress_non_maxima` leaves, low elsewhere."""
-        rest, found = logits, self.only_maxima(logits)
-        maxima = found
+    def maxima(self, wide: str, logits: str) -> str:
+        """What `detection.suppress_non_maxima` leaves of logits, low elsewhere.
+
+        The first windows go along columns where a row's pixels are channels: to put them in their
+        place costs something for each of five values then, not of 25.
+        """
+        best = self.maximum(self.in_rows(self.maximum(wide, [2], 4)), [2], 3)
+        maxima = found = self.only_maxima(logits, best)
+        rest = logits
         for _ in range(ROUNDS - 1):
             rest = self.add("Where", self.near_any(maxima), np.array(LOW), rest)
-            maxima = self.only_maxima(rest)
+            maxima = self.only_maxima(rest, self.maximum(rest, [1, 2], 3))
             found = self.add("Max", found, maxima)
         return found
 
@@ -207,7 +206,7 @@ class Suppression(Nodes):
         begin = [self.choice.top + RADIUS, self.choice.left + RADIUS]
         sides = [side - 2 * RADIUS for side in self.size]
         ends = [start + side for start, side in zip(begin, sides, strict=True)]
-        x = self.part(self.in_rows(found), [1, 2], begin, ends)
+        x = self.part(found, [1, 2], begin, ends)
         count, room = math.prod(sides), math.prod(shape[1:])
         x = self.add("Reshape", x, np.array([self.batch, count]))
         pads = np.array([0, 0, 0, room - count])
@@ -282,54 +281,49 @@ def look_up(new: Suppression, logits: str) -> dict[str, Nodes]:
     """Nodes in the place of what reads the map of scores; `new` gets what they have in common."""
     rewriter, choice, (height, width) = new.rewriter, new.choice, new.size
     ends = [choice.top + height, choice.left + width]
-    image = new.part(new.in_rows(logits), [1, 2], [choice.top, choice.left], ends)
-    shape = np.array([new.batch, 1, height, width])
+    image = new.part(logits, [1, 2], [choice.top, choice.left], ends)
     x = new.add("Sigmoid", new.add("Cast", image, to=TensorProto.FLOAT))
-    new.add("Reshape", x, shape, out=choice.scores)  # for readers that nobody knows
-    flat = new.add("Reshape", image, np.array([new.batch, 1, height * width]))
+    # For readers that nobody knows; nothing of it is left otherwise.
+    new.add("Reshape", x, np.array([new.batch, 1, height, width]), out=choice.scores)
     instead = {}
     for node in rewriter.graph.node:
         maps = rewriter.preceding(node.input[0], "Reshape") if node.input else []
-        out = node.output[0]
+        at = Nodes(rewriter, node.output[0])
+        # Each look-up has a Reshape of its own: what several share, the library copies first.
         if node.op_type == "GatherElements" and maps and maps[0].input[0] == choice.scores:
-            at = instead[out] = Nodes(rewriter, out)
-            scores_at(at, flat, node.input[1], out)
+            x = at.add("Reshape", image, np.array([new.batch, 1, height * width]))
+            x = at.add("GatherElements", x, node.input[1], axis=2)
+            at.add("Sigmoid", at.add("Cast", x, to=TensorProto.FLOAT), out=at.name)
+            instead[at.name] = at
         if node.op_type == "GridSample" and node.input[0] == choice.scores:
             places = rewriter.preceding(node.input[1], *TO_GRID)
             if len(places) == len(TO_GRID):
-                at = instead[out] = Nodes(rewriter, out)
-                between = interpolated(at, flat, places[-1].input[0], new.size)
-                at.add("Reshape", between, np.array(rewriter.shape(out)), out=out)
+                x = at.add("Reshape", image, np.array([new.batch, height * width]))
+                x = interpolated(at, x, places[-1].input[0], new.size)
+                at.add("Reshape", x, np.array(rewriter.shape(at.name)), out=at.name)
+                instead[at.name] = at
     return instead
 
 
-def scores_at(new: Nodes, flat: str, index: str, out: str | None = None) -> str:
-    """Scores of pixels by their index [B, 1, N], of logits [B, 1, H * W]."""
-    x = new.add("GatherElements", flat, index, axis=2)
-    return new.add("Sigmoid", new.add("Cast", x, to=TensorProto.FLOAT), out=out)
-
-
-def interpolated(new: Nodes, flat: str, positions: str, size: list[int]) -> str:
+def interpolated(new: Nodes, logits: str, positions: str, size: list[int]) -> str:
     """Scores between pixels, at positions [B, N, 2] inside the image: [B, N, 1]."""
     low = new.add("Floor", positions)
-    index = new.add("Cast", low, to=TensorProto.INT64)
+    index = halved(new, new.add("Cast", low, to=TensorProto.INT64))
     fraction = new.add("Sub", positions, low)
-    other = new.add("Sub", np.array(1, np.float32), fraction)
+    shares = [halved(new, new.add("Sub", np.array(1, np.float32), fraction)), halved(new, fraction)]
     total = None
-    for down in (0, 1):
-        for right in (0, 1):
-            steps = (right, down)
-            # The last pixel again where the next would be outside, and would count nothing.
-            x, y = (
-                new.add("Min", new.add("Add", part, np.array(step)), np.array(side - 1))
-                for part, step, side in zip(halved(new, index), steps, size[::-1], strict=True)
-            )
-            at = new.add("Add", new.add("Mul", y, np.array(size[1])), x)
-            scores = scores_at(new, flat, new.add("Transpose", at, perm=[0, 2, 1]))
-            share = [halved(new, fraction if step else other)[i] for i, step in enumerate(steps)]
-            term = new.add("Transpose", scores, perm=[0, 2, 1])
-            term = new.add("Mul", term, new.add("Mul", *share))
-            total = new.add("Add", total, term) if total else term
+    for down, right in np.ndindex(2, 2):
+        # The last pixel again where the next would be outside, and would count nothing.
+        x, y = (
+            new.add("Min", new.add("Add", part, np.array(step)), np.array(side - 1))
+            for part, step, side in zip(index, (right, down), size[::-1], strict=True)
+        )
+        at = new.add("Add", new.add("Mul", y, np.array(size[1])), x)
+        x = new.add("GatherElements", logits, new.add("Squeeze", at, np.array([2])), axis=1)
+        x = new.add("Sigmoid", new.add("Cast", x, to=TensorProto.FLOAT))
+        x = new.add("Unsqueeze", x, np.array([2]))
+        x = new.add("Mul", x, new.add("Mul", shares[right][0], shares[down][1]))
+        total = new.add("Add", total, x) if total else x
     return total
 
 
