@@ -249,6 +249,11 @@ def test_the_graph_for_rtx_computes_what_the_file_does(name, wide, few, tmp_path
     assert wide_convolutions(rewritten) == wide
     assert kinds(rewritten).count("Selu") < kinds(written).count("Selu")
     assert not {"LessOrEqual", "AveragePool"} & set(kinds(rewritten))
+    # Lengths of descriptors alone; of features they are sums of squares.
+    assert [kinds(graph).count("ReduceL2") for graph in (written, rewritten)] == [3, 1]
+    block = model.block2.conv2.weight
+    kernels = [list(tensor.dims) for tensor in rewritten.graph.initializer]
+    assert [len(block), block.shape[1] + model.block1.conv2.weight.shape[0], 3, 3] in kernels
     strides = [a.ints for n in rewritten.graph.node for a in n.attribute if a.name == "strides"]
     assert sum(list(steps) == [3, 3] for steps in strides) == 4  # of deformable convolutions
     onnx.checker.check_model(rewritten, full_check=True)
