@@ -5,14 +5,14 @@ for images of one size, is in docs/tensorrt-graph.md. The ONNX file stays as it 
 runtime. Of these forms TensorRT itself gets one, LightGlue's sums in float32.
 """
 
-from collections import defaultdict
-
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from aliked.export.onnx_graph import spell_out_selu
+from aliked.export.rewriter import Nodes, Rewriter, attributes_of, wide_kernel
+from aliked.export.rtx_keypoints import choose_by_logits, read_by_place
 
 FOLDED = {"Abs", "Cast", "LessOrEqual", "Sub"}  # what the exporters leave of large constants
 PIXELS = 2**17  # of a map for which wide convolutions are faster
@@ -25,117 +25,6 @@ FROM_GRID = ("Concat", "Unsqueeze", "Div", "Add", "Mul", "Reshape", "Clip", "Add
 FROM_GRID += ("Transpose", "Reshape", "Clip", "Cast", "Conv")
 
 
-class Rewriter:
-    """A model's graph, and what its tensors are and are used for."""
-
-    def __init__(self, model: onnx.ModelProto):
-        self.graph = model.graph
-        inferred = onnx.shape_inference.infer_shapes(model).graph
-        known = (*inferred.value_info, *inferred.input, *inferred.output)
-        self.types = {value.name: value.type.tensor_type for value in known}
-        self.outputs = {value.name for value in self.graph.output}
-        self.constants = {tensor.name: tensor for tensor in self.graph.initializer}
-        self.users: dict[str, list[onnx.NodeProto]] = defaultdict(list)
-        self.makers: dict[str, onnx.NodeProto] = {}
-        for node in self.graph.node:
-            for name in node.input:
-                self.users[name].append(node)
-            self.makers |= dict.fromkeys(node.output, node)
-
-    def shape(self, name: str) -> list[int] | None:
-        """A tensor's shape; None where it is unknown or symbolic."""
-        dims = self.types[name].shape.dim if name in self.types else []
-        sizes = [dim.dim_value for dim in dims]
-        return sizes if sizes and all(sizes) else None
-
-    def kind(self, name: str) -> int:
-        """The type of a tensor's elements, as ONNX numbers them; UNDEFINED where it is unknown."""
-        return self.types[name].elem_type if name in self.types else TensorProto.UNDEFINED
-
-    def is_half(self, name: str) -> bool:
-        """Whether a tensor is in half precision and of a known shape."""
-        return self.shape(name) is not None and self.kind(name) == TensorProto.FLOAT16
-
-    def constant(self, name: str, values: np.ndarray) -> str:
-        """Add a constant; returns its name."""
-        self.constants[name] = numpy_helper.from_array(values, name)
-        return name
-
-    def value(self, name: str) -> np.ndarray:
-        """The values of a constant."""
-        return numpy_helper.to_array(self.constants[name])
-
-    def following(self, node: onnx.NodeProto, *op_types: str) -> list[onnx.NodeProto]:
-        """As many nodes of these kinds as follow, each the only reader of the one before."""
-        nodes = [node]
-        for op_type in op_types:
-            name = nodes[-1].output[0]
-            users = self.users[name]
-            if name in self.outputs or len(users) != 1 or users[0].op_type != op_type:
-                break
-            nodes += users
-        return nodes[1:]
-
-    def preceding(self, name: str, *op_types: str) -> list[onnx.NodeProto]:
-        """As many makers of these kinds as lead to a tensor, each by its first input; backwards."""
-        nodes: list[onnx.NodeProto] = []
-        for op_type in op_types:
-            maker = self.makers.get(name)
-            if maker is None or maker.op_type != op_type:
-                break
-            nodes.append(maker)
-            name = maker.input[0]
-        return nodes
-
-    def replace(self, instead: dict[str, "Nodes"]) -> None:
-        """Put nodes in the place of those of these first outputs, and drop what nothing reads."""
-        nodes = [new for old in self.graph.node for new in instead.get(old.output[0], [old])]
-        wanted, kept = set(self.outputs), []
-        for node in reversed(nodes):
-            if wanted.intersection(node.output):
-                wanted.update(node.input)
-                kept.append(node)
-        self.finish(kept[::-1])
-
-    def finish(self, nodes: list[onnx.NodeProto]) -> None:
-        """Put nodes in the place of the graph's, with the constants that they read."""
-        used = {name for node in nodes for name in node.input}
-        del self.graph.node[:], self.graph.initializer[:], self.graph.value_info[:]
-        self.graph.node.extend(nodes)
-        self.graph.initializer.extend(t for name, t in self.constants.items() if name in used)
-
-
-class Nodes(list[onnx.NodeProto]):
-    """New nodes of a graph, their outputs and constants named after `name`."""
-
-    def __init__(self, rewriter: Rewriter, name: str):
-        super().__init__()
-        self.rewriter, self.name = rewriter, name
-
-    def add(
-        self, op_type: str, *inputs: str | np.ndarray, out: str | None = None, **attributes: object
-    ) -> str:
-        """Add a node; returns its output. Arrays among the inputs become constants."""
-        name = f"{self.name} {len(self)}"
-        names = [
-            x if isinstance(x, str) else self.rewriter.constant(f"{name} input {i}", x)
-            for i, x in enumerate(inputs)
-        ]
-        self.append(helper.make_node(op_type, names, [out or name], **attributes))
-        return out or name
-
-    def part(
-        self, x: str, axes: list[int], starts: list[int], ends: list[int], out: str | None = None
-    ) -> str:
-        """Add a Slice; returns its output."""
-        return self.add("Slice", x, *map(np.array, (starts, ends, axes)), out=out)
-
-
-def attributes_of(node: onnx.NodeProto) -> dict:
-    """A node's attributes by name."""
-    return {a.name: helper.get_attribute_value(a) for a in node.attribute}
-
-
 def for_rtx(model: onnx.ModelProto, pixels: int = PIXELS) -> onnx.ModelProto:
     """The same function of the same inputs, `model` being left as it is."""
     rewritten = onnx.ModelProto()
@@ -146,6 +35,9 @@ def for_rtx(model: onnx.ModelProto, pixels: int = PIXELS) -> onnx.ModelProto:
     sum_samples(Rewriter(rewritten))
     fuse_selu(Rewriter(rewritten))
     selu_in_float32(Rewriter(rewritten))
+    choose_by_logits(Rewriter(rewritten))
+    read_by_place(Rewriter(rewritten))
+    pass_inputs_on(Rewriter(rewritten))
     widen(Rewriter(rewritten), pixels)
     average(Rewriter(rewritten))
     return sum_in_float32(rewritten)
@@ -229,9 +121,11 @@ def _spread(new: Nodes, later: Nodes, conv: onnx.NodeProto, shortcut: onnx.NodeP
     if shortcut is not None:
         kernels.append(rewriter.value(shortcut.input[1])[..., 0, 0])
     kernel = np.concatenate(kernels)[..., None, None]
+    done, zeros = len(kernel), -len(kernel) % 64
+    kernel = np.pad(kernel, ((0, zeros),) + ((0, 0),) * 3)
     given = new.add("Conv", conv.input[0], kernel, kernel_shape=[1, 1], pads=[1, 1, 1, 1])
     if shortcut is not None:
-        ends = [len(kernel), height + 1, width + 1]
+        ends = [done, height + 1, width + 1]
         inner = new.part(given, [1, 2, 3], [2 * TAPS * TAPS, 1, 1], ends)
         more = rewriter.value(shortcut.input[2])[:, None, None]
         new.add("Add", inner, more, out=shortcut.output[0])
@@ -315,6 +209,59 @@ def _sums_levels(rewriter: Rewriter, selu: onnx.NodeProto) -> bool:
     maker = rewriter.makers.get(selu.input[0])
     before = [rewriter.makers.get(name) for name in maker.input] if maker is not None else []
     return any(node is not None and node.op_type == "Resize" for node in before)
+
+
+def pass_inputs_on(rewriter: Rewriter) -> None:
+    """Let a block's 1x1 shortcut be part of its second 3x3 convolution, one kernel in place of two.
+
+    The first gives its inputs as well, as further channels that its activation leaves alone.
+    """
+    instead: dict[str, Nodes] = {}
+    for add in rewriter.graph.node:
+        found = _block(rewriter, add) if add.op_type == "Add" else None
+        if found is None:
+            continue
+        (second, mul, elu, first), shortcut = found
+        new = instead[add.output[0]] = Nodes(rewriter, add.output[0])
+        kernel, bias = map(rewriter.value, first.input[1:])
+        outputs, inputs = kernel.shape[:2]
+        same = _centred(np.eye(inputs, dtype=np.float16)[..., None, None])
+        bias = np.append(bias, np.zeros(inputs, np.float16))
+        window = {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1]}
+        x = new.add("Conv", first.input[0], np.append(kernel, same, axis=0), bias, **window)
+        active = np.repeat(np.array([1, 0], np.float16), (outputs, inputs))[:, None, None]
+        elu = new.add("Elu", x, **attributes_of(elu))
+        elu = new.add("Mul", elu, active * rewriter.value(mul.input[1]))
+        x = new.add("Add", elu, new.add("Mul", x, 1 - active))
+        kernel, bias = map(rewriter.value, second.input[1:])
+        weight, more = map(rewriter.value, shortcut.input[1:])
+        kernel = np.append(kernel, _centred(weight), axis=1)
+        new.add("Conv", x, kernel, bias + more, out=add.output[0], **window)
+    rewriter.replace(instead)
+
+
+def _centred(kernel: np.ndarray) -> np.ndarray:
+    """A 1x1 kernel as one of 3x3."""
+    return np.pad(kernel, ((0, 0), (0, 0), (1, 1), (1, 1)))
+
+
+def _block(
+    rewriter: Rewriter, add: onnx.NodeProto
+) -> tuple[list[onnx.NodeProto], onnx.NodeProto] | None:
+    """The second convolution of a residual block with what leads to it, and the shortcut's."""
+    for name, other in (add.input, reversed(add.input)):
+        steps = rewriter.preceding(name, "Conv", "Mul", "Elu", "Conv")
+        shortcut = rewriter.makers.get(other)
+        if len(steps) < 4 or shortcut is None or not _is_plain(rewriter, shortcut, side=1):
+            continue
+        both = all(_is_plain(rewriter, conv) for conv in (steps[0], steps[-1]))
+        values = [node.output[0] for node in (*steps, shortcut)]
+        alone = all(len(rewriter.users[value]) == 1 for value in values)
+        alone = alone and not rewriter.outputs.intersection(values)
+        biases = all(len(conv.input) == 3 for conv in (steps[0], steps[-1], shortcut))
+        if both and alone and biases and shortcut.input[0] == steps[-1].input[0]:
+            return steps, shortcut
+    return None
 
 
 def selu_in_float32(rewriter: Rewriter) -> None:
@@ -402,13 +349,10 @@ def _wide(rewriter: Rewriter, steps: list[onnx.NodeProto], at_once: int) -> Node
     conv, *follow = steps
     new = Nodes(rewriter, conv.output[0])
     weight, *bias = map(rewriter.value, conv.input[1:])
-    channels, inputs = weight.shape[:2]
-    kernel = np.zeros((at_once, channels, inputs, 3, at_once + 2), weight.dtype)
-    for pixel in range(at_once):
-        kernel[pixel, ..., pixel : pixel + 3] = weight
-    kernel = kernel.reshape(-1, *kernel.shape[2:])
+    channels = weight.shape[0]
+    kernel, bias = wide_kernel(weight, at_once), [np.tile(values, at_once) for values in bias]
     size = {"kernel_shape": [3, at_once + 2], "strides": [1, at_once], "pads": [1, 1, 1, 1]}
-    x = new.add("Conv", conv.input[0], kernel, *(np.tile(b, at_once) for b in bias), **size)
+    x = new.add("Conv", conv.input[0], kernel, *bias, **size)
     for before, step in zip(steps, follow, strict=False):
         inputs = [x if name == before.output[0] else name for name in step.input]
         x = new.add(step.op_type, *inputs, **attributes_of(step))

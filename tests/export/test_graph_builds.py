@@ -8,6 +8,7 @@ import onnx.parser
 import onnxruntime
 import pytest
 import torch
+from onnx import TensorProto
 from onnx.reference import ReferenceEvaluator
 
 from aliked.backends.tensorrt_library import RTX, tf32_settled
@@ -17,6 +18,7 @@ from aliked.errors import InputError
 from aliked.export import rtx_graph
 from aliked.export.builder import BuildOptions, build_plan
 from aliked.export.onnx_export import ExportOptions, export_onnx, fold_constants
+from aliked.export.rewriter import Rewriter
 from aliked.export.rtx_graph import for_rtx
 from aliked.model import ALIKED
 from tools.build_grid import build, shapes
@@ -96,21 +98,25 @@ class Detector(torch.nn.Module):
         return found.keypoints, found.scores, found.nms_scores
 
 
-def in_onnx_runtime(selection, form, scores):
-    """What the exported detection finds in ONNX Runtime, on the CPU."""
+def written(module, example, dynamic=False):
+    """The ONNX model of a module of one input."""
     buffer = io.BytesIO()
     torch.onnx.export(
-        Detector(selection, form),
-        (torch.rand_like(scores),),
+        module,
+        (example,),
         buffer,
         dynamo=False,
         opset_version=17,
-        input_names=["scores"],
-        dynamic_axes={"scores": {0: "batch", 2: "height", 3: "width"}} if form.dynamic else {},
+        input_names=["x"],
+        dynamic_axes={"x": {0: "batch", 2: "height", 3: "width"}} if dynamic else {},
     )
-    model = fold_constants(onnx.load_from_string(buffer.getvalue()))
+    return fold_constants(onnx.load_from_string(buffer.getvalue()))
+
+
+def in_onnx_runtime(model, x):
+    """What a model of one input gives in ONNX Runtime, on the CPU."""
     session = onnxruntime.InferenceSession(model.SerializeToString())
-    return [torch.from_numpy(rows) for rows in session.run(None, {"scores": scores.numpy()})]
+    return [torch.from_numpy(rows) for rows in session.run(None, {"x": x.numpy()})]
 
 
 # Smaller than anything is cut into; odd; more than one TopK returns; more than a group of it.
@@ -127,7 +133,8 @@ def test_the_exported_detection_finds_the_same_in_onnx_runtime(size, k, dynamic,
     count = (size[0] - 4) * (size[1] - 4)
     expected = detect(batch, *selection(count), Form())  # every maximum
     form = Form("gridsample", exported=True, dynamic=dynamic)
-    keypoints, scores, nms_scores = in_onnx_runtime(selection(k), form, batch)
+    model = written(Detector(selection(k), form), torch.rand_like(batch), dynamic)
+    keypoints, scores, nms_scores = in_onnx_runtime(model, batch)
     descending = expected.nms_scores.sort(dim=1, descending=True).values
     assert torch.equal(nms_scores, descending[:, :k])
     assert (scores[nms_scores == 0] == 0).all()
@@ -137,6 +144,70 @@ def test_the_exported_detection_finds_the_same_in_onnx_runtime(size, k, dynamic,
         distance = torch.cdist(found, wanted, compute_mode="donot_use_mm_for_euclid_dist")
         for sides in ((1, 0) if k == count else (1,)) if len(found) else ():
             assert distance.amin(dim=sides).max() < 1e-4
+
+
+class Logits(torch.nn.Module):
+    """From logits of a frame to what is detected in the image at `top`, `left` of it."""
+
+    def __init__(self, size, k, top=0, left=0):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(1, 1, 3, padding=1).half()
+        torch.nn.init.dirac_(self.conv.weight)
+        torch.nn.init.zeros_(self.conv.bias)
+        self.size, self.begin = size, (top, left)
+        self.detector = Detector((k, 0.0, 0), Form("gridsample", exported=True))
+
+    def forward(self, logits):
+        scores = torch.sigmoid(self.conv(logits).float())
+        for axis, start, length in zip((2, 3), self.begin, self.size, strict=True):
+            scores = scores.narrow(axis, start, length)
+        return self.detector(scores)
+
+
+# Not grouped; in groups; as large as the frame; more than one TopK returns, which stays as it was.
+@pytest.mark.parametrize(
+    ("size", "k", "begin"),
+    [
+        ((33, 50), 40, (3, 5)),
+        ((96, 96), 300, (0, 0)),
+        ((90, 91), 301, (3, 2)),
+        ((71, 67), 4221, (0, 0)),
+    ],
+)
+@pytest.mark.parametrize("scores", MAPS)
+def test_the_same_is_chosen_by_logits_for_rtx(size, k, begin, scores):
+    frame = [-(-side // 32) * 32 for side in size]
+    model = written(Logits(size, k, *begin), torch.zeros(1, 1, *frame).half())
+    rewritten = for_rtx(model)
+    by_logits = k < 4000
+    sorted_types = {
+        Rewriter(rewritten).kind(node.input[0])
+        for node in rewritten.graph.node
+        if node.op_type == "TopK"
+    }
+    assert sorted_types == {TensorProto.FLOAT16 if by_logits else TensorProto.FLOAT}
+    # What lies beside the image in the frame is better than all that is in it.
+    logits = torch.full((1, 1, *frame), 9.0).half()
+    inside = torch.logit(scores(*size)[:1] * 0.99).clamp(min=-60000).half()
+    (top, left), (height, width) = begin, size
+    logits[..., top : top + height, left : left + width] = inside
+    expected = detect(torch.sigmoid(inside.float()), (height - 4) * (width - 4), 0.0, 0, Form())
+    keypoints, found, nms_scores = in_onnx_runtime(rewritten, logits)
+    descending = expected.nms_scores.sort(dim=1, descending=True).values
+    torch.testing.assert_close(nms_scores, descending[:, :k], atol=1e-6, rtol=0)
+    kept = nms_scores[0] > 0
+    assert (found[0, ~kept] == 0).all() and keypoints.isfinite().all()
+    if not kept.any():
+        return
+    distance = torch.cdist(
+        keypoints[0, kept],
+        expected.keypoints[0],
+        compute_mode="donot_use_mm_for_euclid_dist",
+    )
+    nearest, index = distance.min(dim=1)
+    assert nearest.max() < 1e-3
+    torch.testing.assert_close(found[0, kept], expected.scores[0, index], atol=1e-4, rtol=0)
+    assert len(index.unique()) == len(index)
 
 
 def export(precision, path, **changes):
@@ -178,6 +249,11 @@ def test_the_graph_for_rtx_computes_what_the_file_does(name, wide, few, tmp_path
     assert wide_convolutions(rewritten) == wide
     assert kinds(rewritten).count("Selu") < kinds(written).count("Selu")
     assert not {"LessOrEqual", "AveragePool"} & set(kinds(rewritten))
+    # Lengths of descriptors alone; of features they are sums of squares.
+    assert [kinds(graph).count("ReduceL2") for graph in (written, rewritten)] == [3, 1]
+    block = model.block2.conv2.weight
+    kernels = [list(tensor.dims) for tensor in rewritten.graph.initializer]
+    assert [len(block), block.shape[1] + model.block1.conv2.weight.shape[0], 3, 3] in kernels
     strides = [a.ints for n in rewritten.graph.node for a in n.attribute if a.name == "strides"]
     assert sum(list(steps) == [3, 3] for steps in strides) == 4  # of deformable convolutions
     onnx.checker.check_model(rewritten, full_check=True)
