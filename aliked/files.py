@@ -259,12 +259,23 @@ def whole_file(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
 
 
-def write_at(descriptor: int, offset: int, *pieces: Any) -> None:
-    """Write bytes, or arrays', into an open file: a few pieces, one behind the other."""
+MOST_PIECES = 1024  # IOV_MAX of Linux
+
+
+def write_at(descriptor: int, offset: int, *pieces: Any, alone: bool = False) -> None:
+    """Write bytes, or arrays', into an open file, one piece behind the other in as few calls.
+
+    `alone`: in turns with others who do, see `in_turn`.
+    """
     views = (memoryview(piece) for piece in pieces)
     left = [view.cast("B") for view in views if view.nbytes]  # one without bytes cannot be
+    with in_turn(descriptor) if alone else contextlib.nullcontext():
+        _write_all(descriptor, offset, left)
+
+
+def _write_all(descriptor: int, offset: int, left: list[memoryview]) -> None:
     while left:
-        written = os.pwritev(descriptor, left, offset)
+        written = os.pwritev(descriptor, left[:MOST_PIECES], offset)
         offset += written
         while left and written >= len(left[0]):
             written -= len(left.pop(0))

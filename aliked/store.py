@@ -28,7 +28,6 @@ from aliked.features import Features, check_features_type
 from aliked.files import (
     allocate,
     as_path,
-    in_turn,
     open_regular,
     whole_file,
     writable_folder,
@@ -379,17 +378,16 @@ def put_images(
     descriptor: int, at: int, images: dict[str, list[np.ndarray]]
 ) -> dict[str, list[Spot]]:
     """Write images into the file, the first at its place; where the arrays of each are."""
-    spots, placed = {}, []
+    spots, pieces, end = {}, [], at
     for name, arrays in images.items():
         where = _plan(arrays)
         starts = zip(arrays, where.arrays, strict=True)
-        spots[name] = [Spot.of(array, at + start) for array, start in starts]
-        placed.append((at, where.pieces_at(at, arrays)))
-        at += where.nbytes
-    # A call for each image: larger ones want larger pieces of memory, which can take long to find.
-    with in_turn(descriptor):
-        for at, pieces in placed:
-            write_at(descriptor, at, *pieces)
+        spots[name] = [Spot.of(array, end + start) for array, start in starts]
+        pieces += where.pieces_at(end, arrays)
+        end += where.nbytes
+    # One call for all: after each a thread of Python waits for its turn again, and with it would
+    # every process that waits for the file.
+    write_at(descriptor, at, *pieces, alone=True)
     return spots
 
 
