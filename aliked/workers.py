@@ -40,6 +40,7 @@ RESTARTS = 3  # of a worker that was killed; more is no accident
 MANY_IMAGES = 5000  # from which several processes on a GPU are worth their start
 WAITING = 4  # batches of a worker that wait for their places in the file
 CORES = 4  # that one process keeps busy: Python runs one of its threads at a time
+THREADS = 1.5  # that decode, for each of these cores: a third of the time they wait for each other
 
 
 def devices_of(job: Job, images: int, processes: int | None = None) -> list[str]:
@@ -56,6 +57,12 @@ def devices_of(job: Job, images: int, processes: int | None = None) -> list[str]
     if not processes and on_gpu and job.backend == "fused" and images >= MANY_IMAGES:
         count *= max(1, available_cores() // count // CORES)
     return [f"cuda:{i % gpus}" if gpus > 1 else job.spec.device for i in range(count)]
+
+
+def threads_of_each(processes: int) -> int:
+    """How many threads decode in each of so many processes."""
+    cores = available_cores()
+    return cores if processes == 1 else max(1, int(THREADS * cores / processes))
 
 
 def extract_in_processes(
@@ -167,7 +174,7 @@ class Team:
     """
 
     def __init__(self, job: Job, store: FeatureStore, devices: list[str]):
-        threads = job.threads or max(1, available_cores() // len(devices))
+        threads = job.threads or threads_of_each(len(devices))
         self.job = job
         self.jobs = [
             replace(job, threads=threads, spec=replace(job.spec, device=device), names=None)

@@ -44,12 +44,12 @@ from aliked.backends import Spec, create_extractor
 from aliked.commands.extract import TWO_LANES
 from aliked.configs import CONFIGS
 from aliked.extraction import DECODERS, MAX_BATCH, Job, Tally, available_cores
-from aliked.files import allocate, in_turn, write_at
+from aliked.files import allocate, write_at
 from aliked.images import find_images, load_image
 from aliked.options import add_device_option, add_model_options
 from aliked.store import FeatureStore
 from aliked.threads import keep_freed_memory
-from aliked.workers import CORES, Team, devices_of
+from aliked.workers import CORES, Team, devices_of, threads_of_each
 from benchmark.environment import git_commit, machine, versions
 
 PHOTOGRAPHS = Path(__file__).resolve().parents[1] / "assets"
@@ -75,7 +75,12 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--backend", default="fused", help=default)
     parser.add_argument("--precision", default="fp16", help=default)
     parser.add_argument("--batch_size", type=cli.whole(1), metavar="N")
-    parser.add_argument("--threads", type=cli.whole(1), default=available_cores(), help=default)
+    parser.add_argument(
+        "--threads",
+        type=cli.whole(1),
+        metavar="N",
+        help="that decode in each process (default: as aliked extract)",
+    )
     parser.add_argument(
         "--processes", type=cli.whole(1), metavar="N", help="of `all` (default: as aliked extract)"
     )
@@ -169,6 +174,7 @@ class Row:
     half: bool
     images: int
     processes: int
+    threads: int  # that decode, of each
     gpus: int
     stages: Stages
     run: Run
@@ -223,9 +229,9 @@ def timed(work: Callable[[], None]) -> float:
 
 
 def decode_rate(folder: Path, threads: int, processes: int) -> float:
-    """Images per second of decoding alone."""
+    """Images per second of decoding alone, in processes with so many threads each."""
     paths = [folder / name for name in find_images(folder)]
-    shares = [(paths[i::processes], threads // processes) for i in range(processes)]
+    shares = [(paths[i::processes], threads) for i in range(processes)]
     return len(paths) / side_by_side(decode_all, shares)
 
 
@@ -266,9 +272,8 @@ def write_all(share: tuple[str, int, range]) -> float:
 
     def write() -> None:
         for first in firsts:
-            with in_turn(descriptor):
-                for index in range(first, min(first + MAX_BATCH, WRITTEN)):
-                    write_at(descriptor, index * size, values)
+            batch = [values] * (min(first + MAX_BATCH, WRITTEN) - first)
+            write_at(descriptor, first * size, *batch, alone=True)
 
     return timed(write)
 
@@ -461,19 +466,19 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
                 decoder=args.decoder,
             )
             devices = devices_of(job, args.images, args.processes)
-            job = replace(job, threads=max(1, args.threads // len(devices)))
+            job = replace(job, threads=args.threads or threads_of_each(len(devices)))
             stages = Stages()
             if not args.only_all:
                 if np.isnan(decode) and args.decoder == DECODERS[0]:
-                    most = max(len(devices), args.threads // CORES)
-                    decode = decode_rate(folder, args.threads, most)
+                    most = max(len(devices), available_cores() // CORES)
+                    decode = decode_rate(folder, args.threads or threads_of_each(most), most)
                 kernels, copies, memory = extractor_rates(job)
                 writes = writes_rate(job, args.folder, len(devices))
                 stages = Stages(decode, kernels, copies, writes, memory)
                 print(f"{size} {top_k}: {stages}", flush=True)  # a time limit may end the next
                 empty_gpu()
             run, gpus = extraction(job, devices), torch.cuda.device_count()
-            yield Row(size, top_k, half, args.images, len(devices), gpus, stages, run)
+            yield Row(size, top_k, half, args.images, len(devices), job.threads, gpus, stages, run)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -482,7 +487,6 @@ def main(args: argparse.Namespace) -> None:
         "model": args.model,
         "backend": args.backend,
         "precision": args.precision,
-        "threads": args.threads,
         "decoder": args.decoder,
         "versions": versions(),
         "machine": machine("cpu" if args.device == "cpu" else "cuda"),

@@ -136,7 +136,11 @@ def _add_speed_options(group: argparse._ArgumentGroup) -> None:
         "%(default)s)",
     )
     group.add_argument(
-        "--threads", type=whole(1), metavar="N", help="threads that decode (default: one a core)"
+        "--threads",
+        type=whole(1),
+        metavar="N",
+        help="threads that decode, in each process (default: one a core; of several processes, "
+        "one and a half)",
     )
     group.add_argument(
         "--processes",
