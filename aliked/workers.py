@@ -37,10 +37,9 @@ from aliked.store import FeatureStore, arrays_of, image_bytes, journal_line, put
 from aliked.threads import keep_freed_memory
 
 RESTARTS = 3  # of a worker that was killed; more is no accident
-MANY_IMAGES = 5000  # from which several processes on a GPU are worth their start
+MANY_IMAGES = 2000  # from which several processes on a GPU are worth their start
 WAITING = 4  # batches of a worker that wait for their places in the file
 CORES = 4  # that one process keeps busy: Python runs one of its threads at a time
-THREADS = 1.5  # that decode, for each of these cores: a third of the time they wait for each other
 
 
 def devices_of(job: Job, images: int, processes: int | None = None) -> list[str]:
@@ -61,8 +60,7 @@ def devices_of(job: Job, images: int, processes: int | None = None) -> list[str]
 
 def threads_of_each(processes: int) -> int:
     """How many threads decode in each of so many processes."""
-    cores = available_cores()
-    return cores if processes == 1 else max(1, int(THREADS * cores / processes))
+    return max(1, available_cores() // processes)
 
 
 def extract_in_processes(

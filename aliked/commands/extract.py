@@ -139,8 +139,7 @@ def _add_speed_options(group: argparse._ArgumentGroup) -> None:
         "--threads",
         type=whole(1),
         metavar="N",
-        help="threads that decode, in each process (default: one a core; of several processes, "
-        "one and a half)",
+        help="threads that decode, in each process (default: one a core of all together)",
     )
     group.add_argument(
         "--processes",
