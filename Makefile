@@ -34,6 +34,7 @@ demo: $(VENV)/.installed
 
 readme-tables: $(VENV)/.installed
 	$(RUN) draw_report.py results/*.jsonl results/tensorrt/h100-fp16.jsonl \
+	    results/tensorrt/h100-large.jsonl results/tensorrt/h100-others.jsonl \
 	    results/tensorrt/h100-float32.jsonl results/tensorrt/h200-fp16.jsonl \
 	    results/tensorrt/h200-more.jsonl results/tensorrt/h200-others.jsonl \
 	    results/tensorrt/h200-large.jsonl results/fused/h200-timings.jsonl \
