@@ -233,6 +233,10 @@ def _lines(records: list[Measured], x: Callable) -> list[list[Measured]]:
 
 def _draw_lines(axis: Axes, lines: list[list[Measured]], x: Callable, text: Callable) -> None:
     """A line per runtime and precision over `x`, whose ticks say `text`."""
+    if not lines:
+        axis.set(xticks=[], yticks=[])
+        axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color=OTHERS)
+        return
     for own in lines:
         row = own[0].row
         axis.plot(
@@ -282,6 +286,8 @@ def plain_ticks(axis) -> None:
     """1, 2, 5, 10 and so on along a logarithmic axis, as plain numbers; a short one has more."""
     low, high = axis.get_data_interval()
     short = low > 0 and high < 5 * low
+    if low == high:  # a single dot: by itself it would get more than a decade
+        getattr(axis.axes, f"set_{axis.axis_name}lim")(low / 2, 2 * high)
     axis.set_major_locator(LogLocator(subs=range(1, 10) if short else (1, 2, 5)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
