@@ -1,6 +1,8 @@
 """Rewriting an ONNX graph: what its tensors are and are used for, and new nodes with names."""
 
+import functools
 from collections import defaultdict
+from collections.abc import Sequence
 
 import numpy as np
 import onnx
@@ -111,6 +113,25 @@ class Nodes(list[onnx.NodeProto]):
     ) -> str:
         """Add a Slice; returns its output."""
         return self.add("Slice", x, *map(np.array, (starts, ends, axes)), out=out)
+
+    def sum(self, parts: Sequence[str]) -> str:
+        """Add the Adds of all parts, one after another; returns the last one's output."""
+        return functools.reduce(lambda *pair: self.add("Add", *pair), parts)
+
+    def within(self, index: str, last: int) -> str:
+        """Add what makes a number from 0 to `last` of every index; returns its output."""
+        return self.add("Max", self.add("Min", index, np.array(last)), np.array(0))
+
+
+def is_plain(rewriter: Rewriter, node: onnx.NodeProto, side: int = 3) -> bool:
+    """Whether a node is a convolution in half precision that gives a pixel for a pixel."""
+    if node.op_type != "Conv" or not rewriter.is_half(node.input[0]):
+        return False
+    weight, attributes = rewriter.constants.get(node.input[1]), attributes_of(node)
+    plain = {"pads": [side // 2] * 4, "strides": [1, 1], "dilations": [1, 1], "group": 1}
+    known = weight is not None and list(weight.dims[2:]) == [side, side]
+    padded = "pads" in attributes or side == 1
+    return known and padded and all(attributes.get(k, v) == v for k, v in plain.items())
 
 
 def attributes_of(node: onnx.NodeProto) -> dict:

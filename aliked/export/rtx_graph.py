@@ -11,7 +11,7 @@ from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from aliked.export.onnx_graph import spell_out_selu
-from aliked.export.rewriter import Nodes, Rewriter, attributes_of, wide_kernel
+from aliked.export.rewriter import Nodes, Rewriter, attributes_of, is_plain, wide_kernel
 from aliked.export.rtx_keypoints import choose_by_logits, read_by_place
 
 FOLDED = {"Abs", "Cast", "LessOrEqual", "Sub"}  # what the exporters leave of large constants
@@ -69,7 +69,7 @@ def spread_offsets(rewriter: Rewriter) -> None:
         if sample.op_type != "GridSample":
             continue
         steps = rewriter.preceding(sample.input[1], *FROM_GRID)
-        if len(steps) < len(FROM_GRID) or not _is_plain(rewriter, steps[-1]):
+        if len(steps) < len(FROM_GRID) or not is_plain(rewriter, steps[-1]):
             continue
         grid, clip, conv = steps[0].output[0], steps[-3], steps[-1]
         height, width = rewriter.shape(conv.input[0])[2:]
@@ -88,7 +88,7 @@ def spread_offsets(rewriter: Rewriter) -> None:
 def _shortcut(rewriter: Rewriter, name: str) -> onnx.NodeProto | None:
     """A 1x1 convolution of a tensor, with a bias, that only one sum reads."""
     for node in rewriter.users[name]:
-        with_bias = _is_plain(rewriter, node, side=1) and len(node.input) == 3
+        with_bias = is_plain(rewriter, node, side=1) and len(node.input) == 3
         if with_bias and rewriter.following(node, "Add"):
             return node
     return None
@@ -130,13 +130,12 @@ def _spread(new: Nodes, later: Nodes, conv: onnx.NodeProto, shortcut: onnx.NodeP
         more = rewriter.value(shortcut.input[2])[:, None, None]
         new.add("Add", inner, more, out=shortcut.output[0])
     x = later.add("Transpose", later.add("Cast", given, to=TensorProto.FLOAT), perm=[0, 2, 3, 1])
-    total = None
+    parts = []
     for tap in range(TAPS):
         row, column, first = tap // 3, tap % 3, 2 * TAPS * tap
         ends = [row + height, column + width, first + 2 * TAPS]
-        part = later.part(x, [1, 2, 3], [row, column, first], ends)
-        total = later.add("Add", total, part) if total else part
-    return later.add("Add", total, bias.astype(np.float32))
+        parts.append(later.part(x, [1, 2, 3], [row, column, first], ends))
+    return later.add("Add", later.sum(parts), bias.astype(np.float32))
 
 
 def _to_grid(new: Nodes, offsets: str, conv: onnx.NodeProto, clip: onnx.NodeProto) -> None:
@@ -252,9 +251,9 @@ def _block(
     for name, other in (add.input, reversed(add.input)):
         steps = rewriter.preceding(name, "Conv", "Mul", "Elu", "Conv")
         shortcut = rewriter.makers.get(other)
-        if len(steps) < 4 or shortcut is None or not _is_plain(rewriter, shortcut, side=1):
+        if len(steps) < 4 or shortcut is None or not is_plain(rewriter, shortcut, side=1):
             continue
-        both = all(_is_plain(rewriter, conv) for conv in (steps[0], steps[-1]))
+        both = all(is_plain(rewriter, conv) for conv in (steps[0], steps[-1]))
         values = [node.output[0] for node in (*steps, shortcut)]
         alone = all(len(rewriter.users[value]) == 1 for value in values)
         alone = alone and not rewriter.outputs.intersection(values)
@@ -326,22 +325,11 @@ def widen(rewriter: Rewriter, pixels: int) -> None:
 
 def _pixels_at_once(rewriter: Rewriter, node: onnx.NodeProto, pixels: int) -> int:
     """How many pixels a convolution is to give at once; 1: it stays as it is."""
-    if not _is_plain(rewriter, node):
+    if not is_plain(rewriter, node):
         return 1
     at_once = AT_ONCE.get(rewriter.constants[node.input[1]].dims[0], 1)
     height, width = rewriter.shape(node.input[0])[2:]
     return at_once if height * width >= pixels and width % at_once == 0 else 1
-
-
-def _is_plain(rewriter: Rewriter, node: onnx.NodeProto, side: int = 3) -> bool:
-    """Whether a node is a convolution in half precision that gives a pixel for a pixel."""
-    if node.op_type != "Conv" or not rewriter.is_half(node.input[0]):
-        return False
-    weight, attributes = rewriter.constants.get(node.input[1]), attributes_of(node)
-    plain = {"pads": [side // 2] * 4, "strides": [1, 1], "dilations": [1, 1], "group": 1}
-    known = weight is not None and list(weight.dims[2:]) == [side, side]
-    padded = "pads" in attributes or side == 1
-    return known and padded and all(attributes.get(k, v) == v for k, v in plain.items())
 
 
 def _wide(rewriter: Rewriter, steps: list[onnx.NodeProto], at_once: int) -> Nodes:
@@ -394,11 +382,8 @@ def average(rewriter: Rewriter) -> None:
 
 def _add_slices(new: Nodes, x: str, axis: int, step: int, size: int) -> str:
     """The sum of every `step` neighbours along an axis of `size`."""
-    total = None
-    for start in range(step):
-        part = new.add("Slice", x, *map(np.array, ([start], [size], [axis], [step])))
-        total = new.add("Add", total, part) if total else part
-    return total
+    ranges = (map(np.array, ([start], [size], [axis], [step])) for start in range(step))
+    return new.sum([new.add("Slice", x, *each) for each in ranges])
 
 
 def _average_wide(new: Nodes, wide: str, sizes: list[int]) -> None:

@@ -15,12 +15,12 @@ import onnx
 from onnx import TensorProto
 
 from aliked.configs import RADIUS
-from aliked.export.rewriter import Nodes, Rewriter, attributes_of, wide_kernel
+from aliked.export.rewriter import Nodes, Rewriter, attributes_of, is_plain, wide_kernel
 
 WINDOW = 2 * RADIUS + 1
 AT_ONCE = 8  # pixels of a row that become channels: in memory they lie as before
 LOW = np.float16(-65504)  # in place of the logit where there is no candidate: a score of 0
-ROUNDS = 3
+ROUNDS = 3  # of suppression, as in `detection.found_in_rounds`
 MOVES = {"Flatten", "Gather", "Pad", "Reshape", "Slice"}  # of values to another place
 # What suppression by scores is made of, in an exported graph.
 SUPPRESSION = {"Equal": ROUNDS, "MatMul": 2 * (ROUNDS - 1), "Where": 2 * ROUNDS - 1}
@@ -28,7 +28,7 @@ INDEX_BITS = 22  # a logit takes the other 41 bits of a whole number that is not
 PLACE, ZERO = np.array(2**INDEX_BITS), np.array(2**40)
 STEP = np.array(2.0**-24, np.float32)  # the smallest half, of which all are multiples
 TO_GRID = ("Unsqueeze", "Concat", "Unsqueeze", "Sub", "Div", "Mul", "Gather")  # back to positions
-LOWEST = np.array(-65520, np.float32)  # which rounds to an infinity of halves
+BELOW_ALL = np.array(-65520, np.float32)  # which rounds to minus infinity of halves
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,15 @@ def choices(rewriter: Rewriter) -> Iterator[Choice]:
     """Where the K best pixels are chosen by sigmoids of halves; twice in a graph of two images."""
     for conv in rewriter.graph.node:
         steps = rewriter.following(conv, "Cast", "Sigmoid") if conv.op_type == "Conv" else []
-        if len(steps) < 2 or not rewriter.is_half(conv.output[0]):
+        if len(steps) < 2 or not is_plain(rewriter, conv):
             continue
         scores, begin = steps[1].output[0], {2: 0, 3: 0}
         while [node.op_type for node in rewriter.users[scores]] == ["Slice"]:
             (cut,) = rewriter.users[scores]
-            start, axis = (int(rewriter.value(cut.input[i])[0]) for i in (1, 3))
-            scores, begin[axis] = cut.output[0], begin[axis] + start
+            start, axis = (rewriter.value(cut.input[i]) for i in (1, 3))
+            if len(axis) != 1 or axis[0] not in begin:
+                break
+            scores, begin[int(axis[0])] = cut.output[0], begin[int(axis[0])] + int(start[0])
         made_of = {scores}
         for node in rewriter.graph.node:
             if made_of.intersection(node.input):
@@ -247,13 +249,13 @@ def best_of_lists(
 def numbers_of(new: Nodes, logits: str) -> str:
     """Logits as whole numbers, multiples of `PLACE`, none of them negative."""
     x = new.add("Cast", logits, to=TensorProto.FLOAT)
-    x = new.add("Mul", new.add("Max", x, LOWEST), 1 / STEP)  # no infinities
+    x = new.add("Mul", new.add("Max", x, BELOW_ALL), 1 / STEP)  # of minus infinity there is none
     x = new.add("Add", new.add("Cast", x, to=TensorProto.INT64), ZERO)
     return new.add("Mul", x, PLACE)
 
 
 def logits_of(new: Nodes, numbers: str) -> str:
-    """The other way round, of numbers with an index."""
+    """The logits in numbers of `numbers_of` with an index added, in half precision."""
     x = new.add("Sub", new.add("Div", numbers, PLACE), ZERO)
     x = new.add("Mul", new.add("Cast", x, to=TensorProto.FLOAT), STEP)
     return new.add("Cast", x, to=TensorProto.FLOAT16)
@@ -308,27 +310,30 @@ def look_up(new: Suppression, logits: str) -> dict[str, Nodes]:
 def interpolated(new: Nodes, logits: str, positions: str, size: list[int]) -> str:
     """Scores between pixels, at positions [B, N, 2] inside the image: [B, N, 1]."""
     low = new.add("Floor", positions)
-    index = halved(new, new.add("Cast", low, to=TensorProto.INT64))
+    index = x_and_y(new, new.add("Cast", low, to=TensorProto.INT64))
     fraction = new.add("Sub", positions, low)
-    shares = [halved(new, new.add("Sub", np.array(1, np.float32), fraction)), halved(new, fraction)]
-    total = None
+    shares = [
+        x_and_y(new, new.add("Sub", np.array(1, np.float32), fraction)),
+        x_and_y(new, fraction),
+    ]
+    parts = []
     for down, right in np.ndindex(2, 2):
-        # The last pixel again where the next would be outside, and would count nothing.
+        # The last pixel again where the next would be outside, and would count nothing; the first
+        # where a position is NaN, of which no index can be made.
         x, y = (
-            new.add("Min", new.add("Add", part, np.array(step)), np.array(side - 1))
+            new.within(new.add("Add", part, np.array(step)), side - 1)
             for part, step, side in zip(index, (right, down), size[::-1], strict=True)
         )
         at = new.add("Add", new.add("Mul", y, np.array(size[1])), x)
         x = new.add("GatherElements", logits, new.add("Squeeze", at, np.array([2])), axis=1)
         x = new.add("Sigmoid", new.add("Cast", x, to=TensorProto.FLOAT))
         x = new.add("Unsqueeze", x, np.array([2]))
-        x = new.add("Mul", x, new.add("Mul", shares[right][0], shares[down][1]))
-        total = new.add("Add", total, x) if total else x
-    return total
+        parts.append(new.add("Mul", x, new.add("Mul", shares[right][0], shares[down][1])))
+    return new.sum(parts)
 
 
-def halved(new: Nodes, pairs: str) -> list[str]:
-    """The first and the second of [B, N, 2], each [B, N, 1]."""
+def x_and_y(new: Nodes, pairs: str) -> list[str]:
+    """The x and the y of [B, N, 2], each [B, N, 1]."""
     return [new.part(pairs, [2], [i], [i + 1]) for i in (0, 1)]
 
 
@@ -355,7 +360,7 @@ def _read_by_place(
     if len(features) < 2 or len(length) < 3 or not rewriter.is_half(out):
         return {}
     reads = [rewriter.preceding(name, "Cast", "GridSample") for name in features[1].input]
-    if any(len(steps) < 2 for steps in reads):
+    if any(len(steps) < 2 for steps in reads) or len({read.input[1] for _, read in reads}) > 1:
         return {}
     new = Nodes(rewriter, f"{out} read")
     batch, _, positions, pixels = shape
@@ -386,11 +391,9 @@ def _read_by_place(
 
 def _length(new: Nodes, levels: list[str]) -> str:
     """Lengths of vectors along the channels of all levels."""
-    total = None
-    for level in levels:
-        squares = new.add("ReduceSum", new.add("Mul", level, level), np.array([1]), keepdims=1)
-        total = new.add("Add", total, squares) if total else squares
-    return new.add("Sqrt", total)
+    squares = [new.add("Mul", level, level) for level in levels]
+    sums = [new.add("ReduceSum", x, np.array([1]), keepdims=1) for x in squares]
+    return new.add("Sqrt", new.sum(sums))
 
 
 def _is_sum_of_last(rewriter: Rewriter, node: onnx.NodeProto) -> bool:
@@ -400,8 +403,5 @@ def _is_sum_of_last(rewriter: Rewriter, node: onnx.NodeProto) -> bool:
 
 
 def _sum_of_last(new: Nodes, x: str, count: int) -> str:
-    total = None
-    for i in range(count):
-        part = new.part(x, [3], [i], [i + 1])
-        total = new.add("Add", total, part) if total else part
-    return new.add("Squeeze", total, np.array([3]))
+    parts = [new.part(x, [3], [i], [i + 1]) for i in range(count)]
+    return new.add("Squeeze", new.sum(parts), np.array([3]))

@@ -149,13 +149,13 @@ def test_the_exported_detection_finds_the_same_in_onnx_runtime(size, k, dynamic,
 class Logits(torch.nn.Module):
     """From logits of a frame to what is detected in the image at `top`, `left` of it."""
 
-    def __init__(self, size, k, top=0, left=0):
+    def __init__(self, size, k, top=0, left=0, threshold=0.0, limit=0):
         super().__init__()
         self.conv = torch.nn.Conv2d(1, 1, 3, padding=1).half()
         torch.nn.init.dirac_(self.conv.weight)
         torch.nn.init.zeros_(self.conv.bias)
         self.size, self.begin = size, (top, left)
-        self.detector = Detector((k, 0.0, 0), Form("gridsample", exported=True))
+        self.detector = Detector((k, threshold, limit), Form("gridsample", exported=True))
 
     def forward(self, logits):
         scores = torch.sigmoid(self.conv(logits).float())
@@ -208,6 +208,36 @@ def test_the_same_is_chosen_by_logits_for_rtx(size, k, begin, scores):
     assert nearest.max() < 1e-3
     torch.testing.assert_close(found[0, kept], expected.scores[0, index], atol=1e-4, rtol=0)
     assert len(index.unique()) == len(index)
+
+
+def test_what_a_threshold_chooses_is_not_chosen_by_logits_for_rtx():
+    model = written(Logits((60, 64), 0, 2, 0, 0.7, 300), torch.zeros(1, 1, 64, 64).half())
+    rewritten = Rewriter(for_rtx(model))
+    top_k = [node for node in rewritten.graph.node if node.op_type == "TopK"]
+    assert {rewritten.kind(node.input[0]) for node in top_k} == {TensorProto.FLOAT}
+
+
+def test_all_of_the_best_may_lie_in_one_list_for_rtx():
+    """Lists are merged in pairs: none of what a full one has may be lost to an empty one."""
+    size, k = (96, 352), 600
+    rewritten = for_rtx(written(Logits(size, k), torch.zeros(1, 1, *size).half()))
+    assert sum(node.op_type == "TopK" for node in rewritten.graph.node) > 2
+    for corner in (np.s_[..., :40, :], np.s_[..., -40:, :]):
+        logits = torch.full((1, 1, *size), -9.0).half()
+        inside = logits[corner]
+        inside[..., ::3, ::3] = torch.logit(noise(*inside[..., ::3, ::3].shape[2:])[:1]).half()
+        expected = detect(torch.sigmoid(logits.float()), k, 0.0, 0, Form())
+        _, _, nms_scores = in_onnx_runtime(rewritten, logits)
+        best = expected.nms_scores.sort(dim=1, descending=True).values
+        torch.testing.assert_close(nms_scores, best, atol=1e-6, rtol=0)
+
+
+def test_logits_that_are_no_numbers_give_scores_that_are_none_for_rtx():
+    """A model that is damaged is found by what it gives; an index made of NaN would be anywhere."""
+    size = (64, 64)
+    rewritten = for_rtx(written(Logits(size, 50), torch.zeros(1, 1, *size).half()))
+    outputs = in_onnx_runtime(rewritten, torch.full((1, 1, *size), torch.nan).half())
+    assert not all(values.isfinite().all() for values in outputs)
 
 
 def export(precision, path, **changes):
