@@ -83,7 +83,10 @@ class DecodingLane(FusedLane):
     """The same with JPEGs that the GPU decodes, by nvImageCodec."""
 
     def __init__(self, extractor: Extractor, half: bool = False, threads: int = 1):
-        """`threads` help where the GPU has no JPEG engine. `InputError` without nvImageCodec."""
+        """`threads` help where the GPU has no JPEG engine.
+
+        `InputError` where nvImageCodec is missing, or has no decoder.
+        """
         super().__init__(extractor, half)
         try:
             from nvidia import nvimgcodec
@@ -96,12 +99,18 @@ class DecodingLane(FusedLane):
         # decoder of both kinds would give its engine as many images of every batch as the first
         # batch had, whichever that was, and the others to its kernels.
         device, kinds = extractor.torch_device.index or 0, nvimgcodec.BackendKind
-        self._decoders = []
+        self._decoders, refused = [], None
         for kind, count in ((kinds.HW_GPU_ONLY, 1), (kinds.HYBRID_CPU_GPU, threads)):
-            with contextlib.suppress(RuntimeError):  # what a GPU, or this container, does not have
-                self._decoders.append(
-                    nvimgcodec.Decoder(device, count, backends=[nvimgcodec.Backend(kind)])
-                )
+            backends = [nvimgcodec.Backend(kind)]
+            try:
+                self._decoders.append(nvimgcodec.Decoder(device, count, backends=backends))
+            except RuntimeError as error:  # what a GPU, or this container, does not have
+                refused = error
+        if not self._decoders:
+            raise InputError(
+                f"nvImageCodec has no decoder of JPEGs here ({refused}); install nvJPEG with it: "
+                'pip install "nvidia-nvimgcodec-cu13[nvjpeg]", or leave --decoder out'
+            ) from refused
         self._stream_of = nvimgcodec.CodeStream
         self._params = nvimgcodec.DecodeParams(
             apply_exif_orientation=False, sample_format=nvimgcodec.SampleFormat.I_RGB
@@ -125,6 +134,8 @@ class DecodingLane(FusedLane):
         with self._stream():
             queue = torch.cuda.current_stream(device).cuda_stream
             for decoder in self._decoders:
+                if not left:
+                    break
                 given, memory = [streams[i] for i in left], [self._images[i] for i in left]
                 images = decoder.decode(
                     given, images=memory, params=self._params, cuda_stream=queue
@@ -141,7 +152,7 @@ class DecodingLane(FusedLane):
         """A file for the decoder, or None where it is cut off, no JPEG or of another size."""
         if not data.rstrip(b"\0").endswith(END_OF_JPEG):
             return None
-        with contextlib.suppress(Exception):  # whatever it raises
+        with contextlib.suppress(Exception):  # of no kind of its own; OpenCV says what is wrong
             stream = self._stream_of(data)
             return stream if (stream.height, stream.width) == shape[:2] else None
 

@@ -1,7 +1,9 @@
 """The way from files to a store of features, without a network."""
 
 import struct
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -248,6 +250,18 @@ def test_files_that_the_gpu_decodes_give_the_same_features(tmp_path, extractor, 
     for name in found.names():
         for field, values in vars(expected.read(name)).items():
             np.testing.assert_array_equal(getattr(found.read(name), field), values)
+
+
+def test_a_decoder_that_cannot_be_made_is_not_replaced_by_another(monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("no JPEG extension")
+
+    names = SimpleNamespace(HW_GPU_ONLY=0, HYBRID_CPU_GPU=1)
+    fake = SimpleNamespace(BackendKind=names, Backend=lambda kind: kind, Decoder=refuse)
+    monkeypatch.setitem(sys.modules, "nvidia", SimpleNamespace(nvimgcodec=fake))
+    extractor = SimpleNamespace(device="cpu", torch_device=SimpleNamespace(index=0))
+    with pytest.raises(InputError, match=r"no decoder of JPEGs here \(no JPEG extension\)"):
+        DecodingLane(extractor)
 
 
 def test_masks_are_those_of_colmap(tmp_path, extractor):
