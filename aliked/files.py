@@ -292,8 +292,8 @@ def allocate(descriptor: int, offset: int, length: int) -> None:
     Python's own `posix_fallocate` would write where the file system cannot, and what others write
     meanwhile would be lost.
     """
-    system = os.fstatvfs(descriptor)
-    with contextlib.suppress(AttributeError):  # no Linux
+    with contextlib.suppress(AttributeError, OSError):  # no Linux; a file system that cannot
+        system = os.fstatvfs(descriptor)
         if length < system.f_bavail * system.f_frsize // 4:
             _fallocate()(descriptor, KEEP_SIZE, offset, length)
 

@@ -268,7 +268,8 @@ def _decode_jpeg(data: np.ndarray, out: np.ndarray | None) -> np.ndarray | None:
         height, width, _, _ = simplejpeg.decode_jpeg_header(data)
         if min(height, width) < MIN_SIDE or height * width > MOST_PIXELS:
             return None
-        if out is None or out.shape != (height, width, 3) or not out.flags.c_contiguous:
+        fits = out is not None and (out.shape, out.dtype) == ((height, width, 3), np.uint8)
+        if not fits or not out.flags.c_contiguous:
             return simplejpeg.decode_jpeg(data, "RGB")
         simplejpeg.decode_jpeg(data, "RGB", buffer=out)
     except ValueError:  # also what OpenCV puts up with
