@@ -125,7 +125,11 @@ class Context:
 
 
 def copy_async(to: int, source: int, nbytes: int, stream: int) -> None:
-    """Queue a copy between two addresses, of a device or of page-locked memory."""
+    """Queue a copy between two addresses, of a device or of the host.
+
+    Ordinary memory of the host goes by the driver's own page-locked memory, and the call may wait
+    for the stream first. It may be read or written until the stream has been waited for.
+    """
     status = driver().cuMemcpyAsync(
         ctypes.c_void_p(to), ctypes.c_void_p(source), ctypes.c_size_t(nbytes),
         ctypes.c_void_p(stream),

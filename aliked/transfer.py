@@ -1,9 +1,9 @@
 """Copies between arrays in host memory and tensors on a device.
 
 A CUDA device copies to and from page-locked memory by itself: copies are queued without waiting,
-and one wait is enough for all. From ordinary memory the driver first copies to a page-locked buffer
-of its own, which takes less for a single image than copying to ours. What is large goes to ours in
-parts, so that the device copies one while threads prepare the next ones.
+and one wait is enough for all. What is large goes there in parts, so that the device copies one
+while threads prepare the next ones. Where the same memory is used again and again there is
+`aliked.backends.cuda_memory.Twin`, which takes less time for a single image.
 """
 
 from collections.abc import Iterable

@@ -204,7 +204,7 @@ class Twin:
     ) -> None:
         """Stand beside the buffer at `address`; `make` gives the memory, once it is needed."""
         self._on_device, self._shape, self.nbytes, self._make = address, shape, nbytes, make
-        self._whole: Any = slice(None) if shape[0] > 1 else 0
+        self._whole: Any = 0 if shape[:1] == (1,) else slice(None)
 
     @functools.cached_property
     def array(self) -> np.ndarray:
@@ -218,7 +218,7 @@ class Twin:
     @functools.cached_property
     def _parts(self) -> list[Part]:
         """What several threads copy, one part each; nothing where it is not worth waking them."""
-        images, pixels = (*self._shape, 1)[:2]
+        images, pixels = (*self._shape, 1, 1)[:2]
         slices = in_parts(images if images > 1 else pixels, self.nbytes)
         if len(slices) == 1:
             return []

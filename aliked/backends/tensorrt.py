@@ -799,12 +799,10 @@ class TensorRTExtractor(Extractor):
             given = self._prepared(images)
             rooms = None  # where a threshold decides, few of the rows are keypoints
             with self.engine.running(given, OUTPUTS) as found:
-                if not self._by_threshold:
-                    rooms = [room_for(*image) for image in zip(*self._rows(found), strict=True)]
-        return features_of_batch(*self._rows(found), rooms)
-
-    def _rows(self, found: list[np.ndarray]) -> list[np.ndarray]:
-        return [rows[:, : self.top_k].astype(np.float32, copy=False) for rows in found]
+                rows = [values[:, : self.top_k] for values in found]
+                if not self._by_threshold and all(part.dtype == np.float32 for part in rows):
+                    rooms = [room_for(*image) for image in zip(*rows, strict=True)]
+        return features_of_batch(*(part.astype(np.float32, copy=False) for part in rows), rooms)
 
     def synchronize(self) -> None:
         """Wait for the stream."""

@@ -176,9 +176,10 @@ def test_what_a_batch_holds_now_is_read_however_often_it_was_passed(make_engine,
     assert len(graphs) > 2
 
 
-def test_a_batch_at_an_odd_address_is_moved_to_where_tensorrt_takes_it(make_engine):
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_a_batch_at_an_odd_address_is_moved_to_where_tensorrt_takes_it(make_engine, cuda_graph):
     onnx_path, engine = make_engine()
-    extractor = TensorRTExtractor(engine)
+    extractor = TensorRTExtractor(engine, cuda_graph=cuda_graph)
     aligned = extractor.to_device(photograph()[None])
     memory = extractor.engine.memory
     with memory.active():
@@ -186,10 +187,26 @@ def test_a_batch_at_an_odd_address_is_moved_to_where_tensorrt_takes_it(make_engi
     odd = copy.copy(aligned)
     odd.address, odd.room = room.address + 4, room
     room.data[4:] = aligned.data
-    scores = extractor.infer(odd)["scores"]
-    extractor.synchronize()
+    for _ in range(3):
+        scores = extractor.infer(odd)["scores"]
+        extractor.synchronize()
     expected = features_in_onnxruntime(onnx_path, photograph())
     np.testing.assert_array_equal(scores.numpy()[0], expected.scores)
+
+
+def test_graphs_of_addresses_go_with_the_size_and_a_batch_lives_until_it_is_read(make_engine):
+    onnx_path, engine = make_engine(SHAPES)
+    extractor = TensorRTExtractor(engine, cuda_graph=True)
+    for size in ((48, 64), (32, 96), (48, 64)):
+        image = photograph(*size)
+        batch = extractor.to_device(image[None])
+        for _ in range(3):
+            extractor.infer(batch)
+        assert len(extractor.engine._direct) == 1
+        scores = extractor.infer(extractor.to_device(image[None]))["scores"]  # nobody else has it
+        extractor.synchronize()
+        expected = features_in_onnxruntime(onnx_path, image)
+        np.testing.assert_array_equal(scores.numpy()[0], expected.scores)
 
 
 def test_top_k_keeps_the_best_and_cannot_exceed_the_engine(make_engine):
