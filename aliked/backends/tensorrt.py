@@ -120,6 +120,11 @@ def is_export(export: Any) -> bool:
     )
 
 
+def chooses_by_threshold(export: dict) -> bool:
+    """Whether a file was exported to give what is above a threshold, not the K best."""
+    return export.get("top_k", 0) <= 0
+
+
 def _is_manifest(manifest: Any) -> bool:
     if not isinstance(manifest, dict):
         return False
@@ -758,7 +763,7 @@ class TensorRTExtractor(Extractor):
         self.path, self.device = self.engine.path, self.engine.device
         self.manifest, self.dtype = self.engine.manifest, self.engine.dtypes[INPUT]
         self.top_k = self._check_top_k(top_k)
-        self._by_threshold = self.manifest["source"]["export"].get("top_k", 0) <= 0
+        self._by_threshold = chooses_by_threshold(self.manifest["source"]["export"])
 
     def _check_top_k(self, top_k: int) -> int | None:
         rows = self.engine.fixed_shape("scores")[1]
@@ -820,7 +825,7 @@ def _check_export(spec: Spec, export: dict) -> None:
             f"{spec.model_path} was made of other weights than {spec.weights}; export and build it "
             "again, or leave --weights out"
         )
-    by_threshold = export.get("top_k", 0) <= 0
+    by_threshold = chooses_by_threshold(export)
     same = export.get("scores_th") == spec.scores_th and export.get("strict", False) is spec.strict
     if spec.top_k <= 0 and not (by_threshold and same):
         raise InputError(

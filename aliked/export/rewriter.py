@@ -114,9 +114,9 @@ class Nodes(list[onnx.NodeProto]):
         """Add a Slice; returns its output."""
         return self.add("Slice", x, *map(np.array, (starts, ends, axes)), out=out)
 
-    def sum(self, parts: Sequence[str]) -> str:
-        """Add the Adds of all parts, one after another; returns the last one's output."""
-        return functools.reduce(lambda *pair: self.add("Add", *pair), parts)
+    def fold(self, op_type: str, parts: Sequence[str]) -> str:
+        """Add nodes of two inputs over all parts, one after another; returns the last's output."""
+        return functools.reduce(lambda *pair: self.add(op_type, *pair), parts)
 
     def within(self, index: str, last: int) -> str:
         """Add what makes a number from 0 to `last` of every index; returns its output."""

@@ -135,7 +135,7 @@ def _spread(new: Nodes, later: Nodes, conv: onnx.NodeProto, shortcut: onnx.NodeP
         row, column, first = tap // 3, tap % 3, 2 * TAPS * tap
         ends = [row + height, column + width, first + 2 * TAPS]
         parts.append(later.part(x, [1, 2, 3], [row, column, first], ends))
-    return later.add("Add", later.sum(parts), bias.astype(np.float32))
+    return later.add("Add", later.fold("Add", parts), bias.astype(np.float32))
 
 
 def _to_grid(new: Nodes, offsets: str, conv: onnx.NodeProto, clip: onnx.NodeProto) -> None:
@@ -383,7 +383,7 @@ def average(rewriter: Rewriter) -> None:
 def _add_slices(new: Nodes, x: str, axis: int, step: int, size: int) -> str:
     """The sum of every `step` neighbours along an axis of `size`."""
     ranges = (map(np.array, ([start], [size], [axis], [step])) for start in range(step))
-    return new.sum([new.add("Slice", x, *each) for each in ranges])
+    return new.fold("Add", [new.add("Slice", x, *each) for each in ranges])
 
 
 def _average_wide(new: Nodes, wide: str, sizes: list[int]) -> None:

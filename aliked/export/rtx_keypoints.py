@@ -4,7 +4,6 @@ Forms of the same function in half precision and for images of one size, as thos
 what each brings is in docs/tensorrt-graph.md.
 """
 
-import functools
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -170,7 +169,7 @@ class Suppression(Nodes):
         for axis in axes:
             length = self.height if axis == rank - 2 else self.width
             parts = [self.part(x, [axis], [i], [i + length]) for i in range(WINDOW)]
-            x = functools.reduce(lambda *pair: self.add("Max", *pair), parts)
+            x = self.fold("Max", parts)
         return x
 
     def only_maxima(self, x: str, best: str) -> str:
@@ -272,9 +271,8 @@ def contenders(new: Nodes, numbers: str, shape: list[int]) -> str:
     x = new.add("Reshape", x, np.array([batch, groups, pairs, 2, kept // 2]))
     halves = [new.add("Gather", x, np.array(half), axis=3) for half in (0, 1)]
     upper, lower = new.add("Max", *halves), new.add("Min", *halves)
-    rest = new.add("Gather", lower, np.array(0), axis=2)
-    for pair in range(1, pairs):
-        rest = new.add("Max", rest, new.add("Gather", lower, np.array(pair), axis=2))
+    losers = [new.add("Gather", lower, np.array(pair), axis=2) for pair in range(pairs)]
+    rest = new.fold("Max", losers)
     upper = new.add("Reshape", upper, np.array([batch, groups, pairs * (kept // 2)]))
     return new.add("Concat", upper, rest, axis=2)
 
@@ -329,7 +327,7 @@ def interpolated(new: Nodes, logits: str, positions: str, size: list[int]) -> st
         x = new.add("Sigmoid", new.add("Cast", x, to=TensorProto.FLOAT))
         x = new.add("Unsqueeze", x, np.array([2]))
         parts.append(new.add("Mul", x, new.add("Mul", shares[right][0], shares[down][1])))
-    return new.sum(parts)
+    return new.fold("Add", parts)
 
 
 def x_and_y(new: Nodes, pairs: str) -> list[str]:
@@ -393,7 +391,7 @@ def _length(new: Nodes, levels: list[str]) -> str:
     """Lengths of vectors along the channels of all levels."""
     squares = [new.add("Mul", level, level) for level in levels]
     sums = [new.add("ReduceSum", x, np.array([1]), keepdims=1) for x in squares]
-    return new.add("Sqrt", new.sum(sums))
+    return new.add("Sqrt", new.fold("Add", sums))
 
 
 def _is_sum_of_last(rewriter: Rewriter, node: onnx.NodeProto) -> bool:
@@ -404,4 +402,4 @@ def _is_sum_of_last(rewriter: Rewriter, node: onnx.NodeProto) -> bool:
 
 def _sum_of_last(new: Nodes, x: str, count: int) -> str:
     parts = [new.part(x, [3], [i], [i + 1]) for i in range(count)]
-    return new.add("Squeeze", new.sum(parts), np.array([3]))
+    return new.add("Squeeze", new.fold("Add", parts), np.array([3]))
