@@ -40,7 +40,7 @@ import numpy as np
 import torch
 
 from aliked import cli
-from aliked.backends import Spec, create_extractor
+from aliked.backends import Spec, create_extractor, get_backend
 from aliked.commands.extract import TWO_LANES
 from aliked.configs import CONFIGS
 from aliked.extraction import DECODERS, MAX_BATCH, Job, Tally, available_cores
@@ -55,7 +55,7 @@ from benchmark.environment import git_commit, machine, versions
 PHOTOGRAPHS = Path(__file__).resolve().parents[1] / "assets"
 QUALITY = 90  # of the JPEGs
 SECONDS = 1  # that kernels are measured for
-WARM, ONNX_IMAGES = 20, 40  # images of `--others`
+WARM, ON_CPU = 20, 40  # images of `--others` that come before; of ONNX Runtime on the processor
 FORMS = {None: (False,), "also": (False, True), "only": (True,)}  # whether in float16
 TICKS = os.sysconf("SC_CLK_TCK")  # a second, of /proc
 
@@ -397,19 +397,22 @@ def empty_gpu() -> None:
 
 
 def one_at_a_time(args: argparse.Namespace) -> Iterator[tuple[str, float]]:
-    """Images per second as others run the model: an image at a time, float32.
-
-    hloc: a loader with one worker, PyTorch, and float16 into an HDF5 file that is opened for each.
-    COLMAP: ONNX Runtime on an exported file; decoding and database, which it does meanwhile, are
-    left out.
-    """
-    size = args.sizes[0]
-    folder = args.folder / f"{size}-{args.images}"
+    """Images per second as others run the model: an image at a time, float32."""
+    folder = args.folder / f"{args.sizes[0]}-{args.images}"
     paths = [folder / name for name in find_images(folder)][: args.others]
     spec = Spec(args.model, args.top_k[0], device=args.device, weights=args.weights)
+    yield "hloc, pytorch", hloc_rate(spec, paths, args.folder / "hloc.h5")
+    if args.onnx is not None:
+        on_gpu = args.device != "cpu" and get_backend("onnxruntime-cuda").unavailable() is None
+        name, device = ("onnxruntime-cuda", args.device) if on_gpu else ("onnxruntime-cpu", "cpu")
+        spec = replace(spec, model_path=args.onnx, device=device)
+        yield f"COLMAP, {name}", colmap_rate(name, spec, paths if on_gpu else paths[:ON_CPU])
+
+
+def hloc_rate(spec: Spec, paths: list[Path], output: Path) -> float:
+    """A loader with one worker, PyTorch, and float16 into an HDF5 file that is opened for each."""
     model = create_extractor("pytorch", spec)
     loader = torch.utils.data.DataLoader(Files(paths), num_workers=1, shuffle=False)
-    output = folder.parent / "hloc.h5"
     output.unlink(missing_ok=True)
     for count, pixels in enumerate(loader):
         if count == WARM:
@@ -419,18 +422,21 @@ def one_at_a_time(args: argparse.Namespace) -> Iterator[tuple[str, float]]:
             group = file.create_group(paths[count].name)
             for field, values in vars(features).items():
                 group.create_dataset(field, data=values.T.astype(np.float16))
-    yield "hloc, pytorch", (len(paths) - WARM) / (time.perf_counter() - started)
+    seconds = time.perf_counter() - started
     output.unlink()
-    if args.onnx is not None:
-        model = create_extractor(
-            "onnxruntime-cpu", replace(spec, model_path=args.onnx, device="cpu")
-        )
-        images = [load_image(path) for path in paths[:ONNX_IMAGES]]
-        model(images[0])
-        started = time.perf_counter()
-        for image in images:
-            model(image)
-        yield "COLMAP, onnxruntime on the processor", len(images) / (time.perf_counter() - started)
+    return (len(paths) - WARM) / seconds
+
+
+def colmap_rate(name: str, spec: Spec, paths: list[Path]) -> float:
+    """ONNX Runtime on a file; decoding and database, which it does meanwhile, are left out."""
+    model = create_extractor(name, spec)
+    images = [load_image(path) for path in paths]
+    for image in images[:WARM]:
+        model(image)
+    started = time.perf_counter()
+    for image in images:
+        model(image)
+    return len(images) / (time.perf_counter() - started)
 
 
 class Files(torch.utils.data.Dataset):
