@@ -95,10 +95,12 @@ class Header(NamedTuple):
     orientation: int  # EXIF's, 1 to 8; 1 is upright
 
 
-HEADER_BYTES, PNG_BYTES = 2**13, 2**16 + 2**13  # read for a header: a PNG's EXIF may come late
+HEAD_BYTES = 2**16 + 2**13  # read for a header: EXIF takes up to 64 KiB of a JPEG
 MOST_PIXELS = 2**30  # of an image, as OpenCV has it
 PNG = b"\x89PNG\r\n\x1a\n"
-JPEG = b"\xff\xd8"
+JPEG, APP1 = b"\xff\xd8", 0xE1  # how a JPEG begins; its segments of EXIF and of XMP
+EXIF, XMP_ORIENTATION = b"Exif\0\0", b"tiff:Orientation"
+SHORT = 3  # EXIF's numbers of 16 bits
 
 
 def read_header(path: Path) -> Header:
@@ -106,10 +108,7 @@ def read_header(path: Path) -> Header:
 
     `InputError` names a file that cannot be read as an image.
     """
-    head = read_file(path, MOST_BYTES, HEADER_BYTES)
-    if head.startswith(PNG):
-        head = read_file(path, MOST_BYTES, PNG_BYTES)
-    header = _plain_header(head) or _full_header(path)
+    header = _plain_header(read_file(path, MOST_BYTES, HEAD_BYTES)) or _full_header(path)
     if header is None or not 0 < header.width * header.height <= MOST_PIXELS:
         height, width = load_image(path).shape[:2]  # it says what is wrong with a file
         header = Header(width, height, 1)
@@ -117,19 +116,49 @@ def read_header(path: Path) -> Header:
 
 
 def _plain_header(head: bytes) -> Header | None:
-    """The header of a JPEG or PNG without EXIF, in a hundredth of the time that a library takes."""
+    """The header of a JPEG, or of a PNG without EXIF, as Pillow reads it but in far less time.
+
+    One process reads those of all images: by Pillow 3,000 a second, for which GPUs would wait.
+    None where Pillow has to look: at what is unusual, or comes after these bytes.
+    """
     if head.startswith(PNG) and b"eXIf" not in head:
         return Header(*(int.from_bytes(head[at : at + 4], "big") for at in (16, 20)), 1)
-    if not head.startswith(JPEG) or b"Exif" in head:
+    if not head.startswith(JPEG):
         return None
-    at = 2
+    at, exif = 2, None
     while at + 9 <= len(head) and head[at] == 0xFF:
         marker, length = head[at + 1], int.from_bytes(head[at + 2 : at + 4], "big")
+        if marker == APP1:
+            segment = head[at + 4 : at + 2 + length]
+            if XMP_ORIENTATION in segment or (exif is not None and segment.startswith(EXIF)):
+                return None
+            exif = segment.removeprefix(EXIF) if segment.startswith(EXIF) else exif
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # a frame's header
+            orientation = 1 if exif is None else _orientation(exif)
             height, width = (int.from_bytes(head[i : i + 2], "big") for i in (at + 5, at + 7))
-            return Header(width, height, 1)
+            return None if orientation is None else Header(width, height, orientation)
         at += 2 + length
     return None
+
+
+def _orientation(exif: bytes) -> int | None:
+    """The orientation in EXIF's first list of tags, or 1; None where they are damaged or odd."""
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
+    if order is None or len(exif) < 10:
+        return None
+    (at,) = struct.unpack_from(f"{order}I", exif, 4)
+    if not 8 <= at <= len(exif) - 2:
+        return None
+    (count,) = struct.unpack_from(f"{order}H", exif, at)
+    tags = exif[at + 2 : at + 2 + 12 * count]
+    if len(tags) < 12 * count:
+        return None
+    found, before = 1, -1
+    for tag, kind, numbers, value in struct.iter_unpack(f"{order}HHIH2x", tags):
+        if tag <= before or (tag == ORIENTATION and (kind, numbers) != (SHORT, 1)):
+            return None
+        found, before = (value if tag == ORIENTATION else found), tag
+    return found if found in range(1, 9) else 1
 
 
 WIDTH, HEIGHT, ORIENTATION = 0x100, 0x101, 0x112  # tags of TIFF and EXIF

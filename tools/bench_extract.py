@@ -1,6 +1,7 @@
 """How fast a folder of JPEGs becomes a file of features, and which stage it waits for.
 
-Makes the JPEGs from the shipped photographs, and measures by itself each of
+Makes the JPEGs, with EXIF as cameras write it, from the shipped photographs, and measures by itself
+each of
   decode   JPEGs to pixels on the processor, in as many threads as `aliked extract` takes, and in
            as many processes as it takes for many images
   kernels  the network on batches that lie on the device, one GPU
@@ -38,6 +39,8 @@ import cv2
 import h5py
 import numpy as np
 import torch
+from PIL import Image
+from PIL.ExifTags import IFD, Base
 
 from aliked import cli
 from aliked.backends import Spec, create_extractor, get_backend
@@ -54,6 +57,7 @@ from benchmark.environment import git_commit, machine, versions
 
 PHOTOGRAPHS = Path(__file__).resolve().parents[1] / "assets"
 QUALITY = 90  # of the JPEGs
+NOTES = 20_000  # bytes of a maker's notes in their EXIF
 SECONDS = 1  # that kernels are measured for
 WARM, ON_CPU = 20, 40  # images of `--others` that come before; of ONNX Runtime on the processor
 FORMS = {None: (False,), "also": (False, True), "only": (True,)}  # whether in float16
@@ -119,6 +123,7 @@ def make_jpegs(folder: Path, count: int, width: int, height: int, distinct: int)
     folder.mkdir(parents=True, exist_ok=True)
     sources = [PHOTOGRAPHS / name for name in find_images(PHOTOGRAPHS)]
     photographs = [load_image(path)[..., ::-1] for path in sources]
+    exif = exif_segment()
 
     def make(index: int) -> None:
         path = folder / f"{index:06}.jpg"
@@ -130,7 +135,8 @@ def make_jpegs(folder: Path, count: int, width: int, height: int, distinct: int)
         image = image[:, ::-1] if random.random() < 0.5 else image
         interpolation = cv2.INTER_CUBIC if width > image.shape[1] else cv2.INTER_AREA
         resized = cv2.resize(image, (width, height), interpolation=interpolation)
-        cv2.imwrite(str(path), resized, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])
+        jpeg = cv2.imencode(".jpg", resized, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1].tobytes()
+        path.write_bytes(jpeg[:2] + exif + jpeg[2:])
 
     with ThreadPoolExecutor(available_cores()) as pool:
         list(pool.map(make, range(min(count, distinct))))
@@ -138,6 +144,15 @@ def make_jpegs(folder: Path, count: int, width: int, height: int, distinct: int)
         path = folder / f"{index:06}.jpg"
         if not path.exists():
             path.hardlink_to(folder / f"{index % distinct:06}.jpg")
+
+
+def exif_segment() -> bytes:
+    """What a camera writes of itself into a JPEG, most of it notes of its own."""
+    exif = Image.Exif()
+    exif.update({Base.Make: "A maker", Base.Model: "A camera", Base.Orientation: 1})
+    exif.get_ifd(IFD.Exif)[Base.MakerNote] = bytes(NOTES)
+    data = exif.tobytes()
+    return b"\xff\xe1" + (len(data) + 2).to_bytes(2, "big") + data
 
 
 @dataclass

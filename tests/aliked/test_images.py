@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 from skimage import data
 
+from aliked import images
 from aliked.errors import InputError
-from aliked.images import list_images, load_image, require_same_size
+from aliked.images import list_images, load_image, read_header, require_same_size
 
 LOSSLESS = (".png", ".bmp", ".tif", ".tiff", ".ppm")
 
@@ -76,14 +77,61 @@ def test_16_bits_are_scaled_to_the_nearest_of_8(tmp_path, photo, suffix):
     assert image[0, :2].tolist() == [[0, 0, 1], [255, 254, 255]]
 
 
+def with_segments(jpeg: bytes, *segments: bytes) -> bytes:
+    """A JPEG with segments where EXIF and XMP are."""
+    parts = (b"\xff\xe1" + struct.pack(">H", len(one) + 2) + one for one in segments)
+    return jpeg[:2] + b"".join(parts) + jpeg[2:]
+
+
+def exif_of(*tags: tuple[int, int, int, int], order: str = "<") -> bytes:
+    """EXIF with tags: number, type, how many values, and the first as 16 bits."""
+    begin = struct.pack(f"{order}2sHI", b"II" if order == "<" else b"MM", 42, 8)
+    entries = b"".join(struct.pack(f"{order}HHIHH", *tag, 0) for tag in tags)
+    return b"Exif\0\0" + begin + struct.pack(f"{order}H", len(tags)) + entries + bytes(4)
+
+
+TURNED = (0x112, 3, 1, 6)  # turn it clockwise
+XMP = b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta tiff:Orientation="6"/>'
+
+
 def test_exif_orientation_is_applied(tmp_path, photo):
-    turn = struct.pack("<2sHIHHHIHHI", b"II", 42, 8, 1, 0x112, 3, 1, 6, 0, 0)  # 6: turn clockwise
-    exif = b"Exif\0\0" + turn
     jpeg = encode(photo, ".jpg")
-    turned = jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + jpeg[2:]
     upright = load_image(written(tmp_path / "upright.jpg", jpeg))
-    image = load_image(written(tmp_path / "turned.jpg", turned))
+    image = load_image(written(tmp_path / "turned.jpg", with_segments(jpeg, exif_of(TURNED))))
     np.testing.assert_array_equal(image, np.rot90(upright, -1))
+
+
+USUAL = {
+    "no EXIF": [],
+    "little-endian": [exif_of((0x10F, 2, 4, 0), TURNED)],
+    "big-endian": [exif_of(TURNED, (0x128, 3, 1, 2), order=">")],
+    "no orientation": [exif_of((0x128, 3, 1, 2))],
+    "impossible": [exif_of((0x112, 3, 1, 9))],
+    "60 kB of a maker's notes": [exif_of(TURNED) + bytes(60_000)],
+    "XMP about something else": [XMP[:35], exif_of(TURNED)],
+}
+ODD = {
+    "only XMP": [XMP],
+    "XMP, and EXIF without": [exif_of((0x128, 3, 1, 2)), XMP],
+    "twice": [exif_of((0x112, 3, 1, 3), TURNED)],
+    "two EXIF": [exif_of(TURNED), exif_of((0x112, 3, 1, 3))],
+    "as 32 bits": [exif_of((0x112, 4, 1, 6))],
+    "cut off": [exif_of(TURNED, TURNED)[:-20]],
+    "without a list": [b"Exif\0\0II*\0\xff\xff\0\0"],
+    "empty": [b"Exif\0\0"],
+}
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@pytest.mark.parametrize("kind", [*USUAL, *ODD])
+def test_a_header_says_what_pillow_reads(tmp_path, photo, monkeypatch, kind):
+    jpeg = with_segments(encode(photo, ".jpg"), *(USUAL | ODD)[kind])
+    path = written(tmp_path / "photo.jpg", jpeg)
+    with Image.open(path) as image:
+        expected = image.getexif().get(0x112, 1)
+    if kind in USUAL:  # and without it, which takes several times as long
+        monkeypatch.setattr(images, "_full_header", None)
+    assert read_header(path) == (96, 64, expected if expected in range(1, 9) else 1)
 
 
 JPEGS = {
