@@ -104,7 +104,7 @@ def select_top_k(
     count = nms_scores.shape[1]
     # A symbolic count, in an export, must be at least k: k stays a constant of the graph.
     k = min(k, count) if isinstance(count, int) else k
-    if grouped and k > MAX_TOP_K:
+    if grouped and 2 * k > GROUP:
         return top_k_in_parts(nms_scores, k)
     top_k = top_k_of_groups if grouped else torch.topk
     rounds = [top_k(nms_scores, min(k, MAX_TOP_K), 1)]
@@ -117,17 +117,16 @@ def select_top_k(
 
 
 def top_k_of_groups(values: torch.Tensor, k: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`values.topk(k, dim)` of [B, N] along N, a known number, by several small top-k.
+    """`values.topk(k, dim)` of [B, N] along N, a known number, for a k of up to half a `GROUP`.
 
     Groups are sorted, and what can be among the best of all is left of some together, until that
     is one group. Equal values may come in another order.
     """
-    size = max(GROUP, 2 * k)
     count = int(values.shape[dim])  # a number also where the model is traced
-    if count <= size:
+    if count <= GROUP:
         return values.topk(k, dim=1)
     kept = k + k % 2  # lists are halved below
-    merged = lists_to_merge(-(-count // size), min(2 * size // kept - 1, MAX_PAIRS))
+    merged = lists_to_merge(-(-count // GROUP), min(2 * GROUP // kept - 1, MAX_PAIRS))
     groups = math.prod(merged)
     length = -(-count // groups)
     values = F.pad(values, (0, groups * length - count), value=-1.0)  # below every score
@@ -173,13 +172,13 @@ def contenders(
 
 
 def top_k_in_parts(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`values.topk(k, 1)` of [B, N], N a known number, where k is more than TensorRT sorts at once.
+    """`values.topk(k, 1)` of [B, N], N a known number, for a k of more than half a `GROUP`.
 
     Lists of K are two, four or more parts, each sorted by itself. They are put together from parts,
     and then two become one until one is left. Equal values may come in another order.
     """
     count = int(values.shape[1])
-    parts = 2 ** math.ceil(math.log2(k / MAX_TOP_K))
+    parts = 2 ** max(1, math.ceil(math.log2(k / MAX_TOP_K)))
     length = -(-k // parts)
     lists = even_for_long(-(-count // (parts * length)))
     values = F.pad(values, (0, lists * parts * length - count), value=-1.0)  # below every score
