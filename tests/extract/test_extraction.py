@@ -345,21 +345,24 @@ def test_a_video_that_ends_long_before_its_container_says_is_named(clip, capsys,
     assert line.startswith(f"{clip} ends after 5 of the 10 frames")
 
 
-def test_what_is_no_video_is_refused(tmp_path):
+def test_what_is_no_video_is_refused(tmp_path, capfd):
     (tmp_path / "clip.mp4").write_text("no video")
     with pytest.raises(InputError, match="no video that OpenCV can read"):
         next(frames(tmp_path / "clip.mp4"))
+    assert not capfd.readouterr().err  # FFmpeg has a line of its own about it
     with pytest.raises(InputError, match="there is no video"):
         next(frames(tmp_path / "nowhere.mp4"))
     with pytest.raises(InputError, match="camera 97 gives no image"):
         next(frames("97"))
 
 
-def test_a_folder_may_have_a_number_for_a_name(tmp_path, extractor, monkeypatch):
-    write_photo(tmp_path / "2024/a.png", noise(1))
+@pytest.mark.parametrize("name", ["2024", "frames_of.mp4"])
+def test_a_folder_may_be_named_as_a_camera_or_a_video(tmp_path, extractor, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    assert is_video("2023") and not is_video("2024") and not is_video("²")
-    assert run(Path("2024"), tmp_path / "f.h5")[0].names() == ["a.png"]
+    assert is_video(name) and not is_video("²")
+    write_photo(tmp_path / name / "a.png", noise(1))
+    assert not is_video(name)
+    assert run(Path(name), tmp_path / "f.h5")[0].names() == ["a.png"]
 
 
 def test_too_little_memory_is_said_in_a_sentence(tmp_path, extractor, monkeypatch):
