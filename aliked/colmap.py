@@ -21,7 +21,7 @@ import numpy as np
 from aliked.errors import InputError, first_line, missing_package
 from aliked.extraction import TURNS, Job
 from aliked.features import Features
-from aliked.files import SANE_BYTES, as_path, open_regular, read_text
+from aliked.files import SANE_BYTES, as_path, open_regular, read_text, writable_folder
 from aliked.images import natural, open_header
 from aliked.matching import Matcher
 from aliked.store import FeatureStore, Size
@@ -103,33 +103,41 @@ def open_database(path: Path) -> Iterator[Any]:
     """A COLMAP database, made if it is missing; `InputError` where it is no such file."""
     colmap, path = _pycolmap(), as_path(path)
     _check_sane(path)
+    writable_folder(path.parent)
+    _check_room(path, ROOM_BYTES)
+    level, colmap.logging.minloglevel = colmap.logging.minloglevel, 4  # it is said below
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        level, colmap.logging.minloglevel = colmap.logging.minloglevel, 4  # it is said below
-        try:
-            database = colmap.Database.open(path)
-        finally:
-            colmap.logging.minloglevel = level
+        database = colmap.Database.open(path)
     except (OSError, RuntimeError, ValueError) as error:
-        raise InputError(
-            f"{path} cannot be opened as a COLMAP database; name another file"
-        ) from error
+        raise _unusable(path, first_line(error)) from error
+    finally:
+        colmap.logging.minloglevel = level
     with database:
         try:
             yield database
         except (RuntimeError, ValueError) as error:
-            if "sqlite" not in str(error).lower():
+            if isinstance(error, InputError) or "sqlite" not in str(error).lower():
                 raise
-            raise InputError(
-                f"{path} is damaged or locked ({first_line(error)}); remove it, or name another "
-                "file"
-            ) from error
+            raise _unusable(path, first_line(error)) from error
+
+
+CURES = {
+    "locked": "close what has it open, and pass --resume",
+    "full": "make room, and pass --resume",
+}
+
+
+def _unusable(path: Path, reason: str) -> InputError:
+    """What is said of a database that SQLite or COLMAP refuses for that reason."""
+    cure = next((cure for word, cure in CURES.items() if word in reason), "name another file")
+    return InputError(f"{path} cannot be used as a COLMAP database ({reason}); {cure}")
 
 
 def _check_sane(path: Path) -> None:
     """Raise `InputError` for a file that SQLite finds damaged or locked: COLMAP would abort.
 
-    A database that is not there is made, and one of another program is COLMAP's own to refuse.
+    Also for another program's database, which COLMAP would put its own tables into. One that is
+    not there is made.
     """
     if not path.exists():
         return
@@ -146,12 +154,23 @@ def _check_sane(path: Path) -> None:
                 verdict = "its end is missing"
             elif size <= SANE_BYTES:  # to read more would take minutes
                 (verdict,) = database.execute("PRAGMA integrity_check(1)").fetchone()
+            tables = database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+            names = [name for (name,) in tables]
     except (sqlite3.Error, ValueError) as error:
-        verdict = str(error)
+        raise _unusable(path, str(error)[:100]) from error
     if verdict != "ok":
+        raise _unusable(path, verdict[:100])
+    if names and "images" not in names:
+        raise _unusable(path, "its tables are another program's")
+
+
+def _check_room(path: Path, needed: int) -> None:
+    """Raise `InputError` where the disk of a database has no room for so many bytes."""
+    free = shutil.disk_usage(path.absolute().parent).free
+    if free < needed:
         raise InputError(
-            f"{path} cannot be opened as a COLMAP database ({verdict[:100]}); close what has it "
-            "open, or name another file"
+            f"the disk of {path} has {free >> 20} MiB left, and the next rows need "
+            f"{needed >> 20}; make room, and pass --resume"
         )
 
 
@@ -161,13 +180,7 @@ def _transaction(path: Path, database: Any, size: int) -> Iterator[None]:
 
     COLMAP aborts the process where the disk fills up inside of its transaction.
     """
-    needed = ROOM_FACTOR * size + ROOM_BYTES
-    free = shutil.disk_usage(path.absolute().parent).free
-    if free < needed:
-        raise InputError(
-            f"the disk of {path} has {free >> 20} MiB left, and the next rows need "
-            f"{needed >> 20}; make room, and pass --resume"
-        )
+    _check_room(path, ROOM_FACTOR * size + ROOM_BYTES)
     with _pycolmap().DatabaseTransaction(database):
         yield
 
@@ -213,6 +226,7 @@ class ImageWriter:
         self.colmap = _pycolmap()
         self.type = self.colmap.FeatureExtractorType.__members__[type_name]
         self.shared: dict[Any, tuple[Any, int]] = {}  # camera and rig, by what images share
+        self.owners: dict[int, Any] = {}  # the same the other way, of cameras that were there
 
     def write(self, path: Path, name: str) -> None:
         """Add an image, or compare it where it is there."""
@@ -224,10 +238,7 @@ class ImageWriter:
         with _transaction(path, self.database, bytes_):
             if found is not None:
                 self._compare(path, found, features)
-                if shared is not None:
-                    camera = self.database.read_camera(found.camera_id)
-                    rig = self.database.read_rig_with_sensor(camera.sensor_id)
-                    self.shared.setdefault(shared, (camera, rig.rig_id))
+                self._compare_camera(path, found, shared)
                 return
             camera, rig_id = self._camera(name, shared, exif, size)
             image = self.colmap.Image(name=name, camera_id=camera.camera_id)
@@ -254,6 +265,25 @@ class ImageWriter:
         )
         if not same:
             raise InputError(f"{path} has other features of {image.name}; name another database")
+
+    def _compare_camera(self, path: Path, image: Any, shared: Any) -> None:
+        """Keep the camera of an image that is there for those that share it."""
+        camera = self.database.read_camera(image.camera_id)
+        owner = image.name if shared is None else shared
+        same = camera.model_name == self.cameras.model
+        # Without the file nobody knows what its EXIF said.
+        if self.cameras.mode != "auto" or (self.folder / image.name).exists():
+            same &= self.owners.setdefault(camera.camera_id, owner) == owner
+        if same and shared is not None:
+            rig = self.database.read_rig_with_sensor(camera.sensor_id)
+            known, _ = self.shared.setdefault(shared, (camera, rig.rig_id))
+            same = known.camera_id == camera.camera_id
+        if not same:
+            raise InputError(
+                f"{path} has {image.name} with another camera ({camera.model_name}, number "
+                f"{camera.camera_id}); pass the --camera_mode and --camera_model that it was made "
+                "with, or name another database"
+            )
 
     def _descriptors(self, features: Features) -> Any:
         """Rows of float32 as bytes, as COLMAP keeps them."""
@@ -404,10 +434,10 @@ def write_matches(
     pairs: Pairs,
     matcher: Matcher,
     report: Callable[[], None] = lambda: None,
-) -> None:
-    """Match those pairs that the database has no matches of yet."""
+) -> int:
+    """Match those pairs that the database has no matches of yet; how many these are."""
     cache = Cache(lambda name: matcher.prepare(store.read(name), store.size(name)))
-    pairs = iter(pairs)
+    pairs, count = iter(pairs), 0
     with open_database(path) as database:
         numbers = {image.name: image.image_id for image in database.read_all_images()}
         while some := list(itertools.islice(pairs, TRANSACTION)):
@@ -422,6 +452,8 @@ def write_matches(
             with _transaction(path, database, sum(rows.nbytes for rows in found.values())):
                 for ids, rows in found.items():
                     database.write_matches(*ids, rows)
+            count += len(found)
+    return count
 
 
 class Cache:

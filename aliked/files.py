@@ -140,9 +140,12 @@ def read_file(path: Path, most_bytes: int = SANE_BYTES, first: int | None = None
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a file from outside; `InputError` also where it is not UTF-8."""
+    """Return the text of a file from outside; `InputError` also where it is not UTF-8.
+
+    Without the byte order mark that editors on Windows begin it with.
+    """
     try:
-        return read_file(path).decode()
+        return read_file(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text ({error.reason}); give another file") from error
 

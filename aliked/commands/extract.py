@@ -349,8 +349,9 @@ def write_colmap(
         names = [name for name in names or store.names() if name in store]
     pairs, count = pairs_of(args, names or store.names())
     with progress("matches", count) as bar:
-        write_matches(args.colmap, store, pairs, matcher, bar.update)
-    print(f"{args.colmap}: {count} pairs matched")
+        matched = write_matches(args.colmap, store, pairs, matcher, bar.update)
+    rest = f", {count - matched} matched before or of skipped files" if count > matched else ""
+    print(f"{args.colmap}: {matched} pairs matched{rest}")
 
 
 def pairs_of(
