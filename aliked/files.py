@@ -353,3 +353,23 @@ def locked(path: Path, wait: bool = True) -> Iterator[BinaryIO]:
             if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
                 yield file
                 return
+
+
+@contextlib.contextmanager
+def only_writer(path: Path) -> Iterator[None]:
+    """Keep other runs from writing to an output; `InputError` where one does.
+
+    Where the file system has no locks nobody is kept from it.
+    """
+    lock = path.with_name(f".{path.name}.lock")
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(lock, wait=False))
+        except BlockingIOError as error:
+            raise InputError(
+                f"another run is writing to {path}; wait for it, or give another --output"
+            ) from error
+        except OSError:
+            pass
+        stack.callback(lock.unlink, missing_ok=True)
+        yield

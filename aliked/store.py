@@ -529,7 +529,7 @@ def _check_key(path: Path, kind: object, found: object, wanted: str) -> None:
         raise InputError(f"{path} is no file of ALIKED features; move it, or name another file")
     if found != wanted:
         raise InputError(
-            f"{path} has features of another {_difference(found, wanted)}; name another file, or "
+            f"{path} has other features ({_difference(found, wanted)}); name another file, or "
             "remove this one"
         )
 
@@ -606,9 +606,9 @@ def _difference(found: str, wanted: str) -> str:
     try:
         own, other = json.loads(found), json.loads(wanted)
         names = [name for name in sorted({*own, *other}) if own.get(name) != other.get(name)]
-        return ", ".join(f"{n} ({own.get(n)}, not {other.get(n)})"[:200] for n in names[:3])
+        return ", ".join(f"{n} {own.get(n)}, not {other.get(n)}"[:200] for n in names[:3])
     except (ValueError, TypeError, AttributeError, RecursionError):
-        return "key"
+        return "its key is damaged"
 
 
 def _bytes(features: Features) -> int:

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from aliked.colmap import (
 )
 from aliked.errors import InputError
 from aliked.extraction import DECODERS, Job, Report, Tally, available_cores, extract
-from aliked.files import writable_folder
+from aliked.files import only_writer, real_path, writable_folder
 from aliked.images import find_images
 from aliked.matching import Matcher
 from aliked.options import (
@@ -40,6 +41,7 @@ from aliked.workers import CORES, devices_of, extract_in_processes, extract_with
 
 OVERLAP = 10  # images that each is matched with in a sequence, as in COLMAP
 MOST_PROCESSES = 4  # for each core
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 TWO_LANES = ("fused", "tensorrt", "tensorrt-cudagraph")  # keep a GPU busier than one extractor
 
 
@@ -160,30 +162,46 @@ def main(args: argparse.Namespace) -> None:
     check_options(args)
     job = job_of(args)
     cameras = args.colmap and cameras_of(args)
-    output = args.output or args.colmap.with_suffix(".h5")
-    check_output_and_database(output, args.colmap, args.resume)
-    names = [] if is_video(args.images) else find_images(args.images)
-    job = replace(job, names=names)
-    if cameras and names:
-        cameras.check_sizes(job)
-    if args.match and names:
-        pairs_of(args, names)  # whose file should be good before the work, not after
-    matcher = matcher_from(args, args.model, mutual_device=args.device) if args.match else None
-    try:
-        with FeatureStore.open(output, job.key()) as store:
-            done = len(store)
-            with progress("features", len(names) or args.frames, done) as bar:
-                tally = run(args, job, store, len(names), counting(bar))
-        store = FeatureStore.open(output, job.key())
-        summarize(args, tally, store)
-        if args.colmap is not None:
-            write_colmap(args, store, names, cameras, matcher)
-    except OSError as error:
-        kept = len(FeatureStore.open(output, job.key()))
-        raise InputError(
-            f"cannot write {error.filename or output} ({error.strerror or error}); "
-            f"{'what was extracted' if kept else 'nothing'} is kept: make room, and pass --resume"
-        ) from error
+    output = output_of(args)
+    for path in filter(None, (output, args.colmap)):
+        writable_folder(path.parent)
+    with only_writer(output):
+        check_new(output, args.colmap, args.resume)
+        names = [] if is_video(args.images) else find_images(args.images)
+        if cameras and names:
+            cameras.check_sizes(replace(job, names=names))
+        if args.match and names:
+            pairs_of(args, names)  # whose file should be good before the work, not after
+        matcher = matcher_from(args, args.model, mutual_device=args.device) if args.match else None
+        try:
+            store = fill_store(args, replace(job, names=names), output)
+            if args.colmap is not None:
+                write_colmap(args, store, names, cameras, matcher)
+        except OSError as error:
+            kept = len(FeatureStore.open(output, job.key()))
+            cure = "make room" if error.errno in FULL else "put that right"
+            raise InputError(
+                f"cannot write {error.filename or output} ({error.strerror or error}); "
+                f"{'what was extracted' if kept else 'nothing'} is kept: {cure}, and pass --resume"
+            ) from error
+
+
+def fill_store(args: argparse.Namespace, job: Job, output: Path) -> FeatureStore:
+    """Extract what `output` does not have yet, and say what was done."""
+    total = len(job.names) or args.frames
+    with (
+        FeatureStore.open(output, job.key()) as store,
+        progress("features", total, done=len(store)) as bar,
+    ):
+        tally = run(args, job, store, len(job.names), counting(bar))
+    store = FeatureStore.open(output, job.key())
+    summarize(args, tally, store)
+    return store
+
+
+def output_of(args: argparse.Namespace) -> Path:
+    """The file of features."""
+    return args.output or args.colmap.with_suffix(".h5")
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -193,6 +211,10 @@ def check_options(args: argparse.Namespace) -> None:
     for path in filter(None, (args.output, args.colmap)):
         if not path.name or path.is_dir():
             raise InputError(f"{path} is a folder; give the name of a file")
+    if args.colmap is not None and real_path(args.colmap) == real_path(output_of(args)):
+        raise InputError(
+            f"{args.colmap} cannot be both files; give --output and --colmap two names"
+        )
     order = args.match[0] if args.match else None
     video = is_video(args.images)
     check_video_options(args)
@@ -206,6 +228,8 @@ def check_options(args: argparse.Namespace) -> None:
         for name in names:
             if absent and getattr(args, name) is not None:
                 raise InputError(f"--{name} needs {needed}; leave it out, or give that as well")
+    if args.masks is not None and not args.masks.is_dir():
+        raise InputError(f"there is no folder of masks {args.masks}; correct it, or leave it out")
     orders = (["exhaustive"], ["sequential"])
     if args.match and args.match not in orders and not (order == "pairs" and len(args.match) == 2):
         raise InputError(
@@ -257,15 +281,12 @@ def cameras_of(args: argparse.Namespace) -> Cameras:
     return Cameras(**{name: value for name, value in given.items() if value is not None})
 
 
-def check_output_and_database(output: Path, database: Path | None, resume: bool) -> None:
-    """Raise `InputError` where an output is there already, or cannot be written."""
+def check_new(output: Path, database: Path | None, resume: bool) -> None:
+    """Raise `InputError` where an output is there already, and is not to be gone on with."""
     parts = output.with_name(f"{output.name}.parts")
     for path in filter(None, (output, parts, database)):
         if path.exists() and not resume:
             raise InputError(f"{path} exists; pass --resume to go on with it, or name another file")
-        writable_folder(path.parent)
-    if database == output:
-        raise InputError(f"{output} cannot be both files; give --output and --colmap two names")
 
 
 def run(

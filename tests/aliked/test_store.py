@@ -334,12 +334,12 @@ def test_an_error_keeps_what_was_written(tmp_path):
 
 
 def test_features_of_another_key_are_refused(path):
-    with pytest.raises(InputError, match=r"another top_k \(50, not 60\)"):
+    with pytest.raises(InputError, match=r"other features \(top_k 50, not 60\)"):
         FeatureStore.open(path, KEY | {"top_k": 60})
     with FeatureStore.open(path.with_name("other.h5"), KEY) as store:
         store.write("a.jpg", features(1), SIZE)
         store.flush()
-        with pytest.raises(InputError, match=r"another weights \(12ab, not 34\)"):
+        with pytest.raises(InputError, match=r"other features \(weights 12ab, not 34\)"):
             FeatureStore.open(path.with_name("other.h5"), KEY | {"weights": "34"})
 
 

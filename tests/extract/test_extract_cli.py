@@ -22,6 +22,7 @@ from aliked import extraction, store, workers
 from aliked.configs import Spec
 from aliked.errors import InputError
 from aliked.extraction import Job
+from aliked.files import only_writer
 from tests.helpers.photos import Brightest, noise, write_photo
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -281,11 +282,24 @@ def test_features_of_another_model_are_refused_and_left(tmp_path, photos, extrac
     before = output.read_bytes()
     with pytest.raises(InputError, match="exists; pass --resume to go on"):
         extract(photos, "--output", output)
-    with pytest.raises(InputError, match=r"another top_k \(1000, not 500\)"):
+    with pytest.raises(InputError, match=r"top_k 1000, not 500"):
         extract(photos, "--output", output, "--resume", "--top_k", 500)
-    with pytest.raises(InputError, match="another max_size"):
+    with pytest.raises(InputError, match="max_size None, not 500"):
         extract(photos, "--output", output, "--resume", "--max_size", 500)
     assert output.read_bytes() == before
+
+
+def test_an_output_has_one_run_at_a_time(tmp_path, photos, extractor):
+    """Of two, the one that ends first would remove what the other has written so far."""
+    output = tmp_path / "f.h5"
+    with (
+        only_writer(output),
+        pytest.raises(InputError, match=r"another run is writing to .*f\.h5"),
+    ):
+        extract(photos, "--output", output)
+    assert not output.exists() and not extractor.seen
+    extract(photos, "--output", output)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["f.h5", "photos"]
 
 
 def test_a_database_with_its_features_and_matches(tmp_path, photos, extractor):
@@ -330,7 +344,7 @@ def test_half_the_descriptors_are_another_file(tmp_path, photos, extractor):
     with h5py.File(tmp_path / "full.h5") as full, h5py.File(tmp_path / "half.h5") as half:
         descriptors = full["a/1.png/descriptors"][()]
         np.testing.assert_array_equal(half["a/1.png/descriptors"], descriptors.astype("f2"))
-    with pytest.raises(InputError, match="another descriptors"):
+    with pytest.raises(InputError, match="descriptors None, not fp16"):
         extract(photos, "--output", tmp_path / "full.h5", "--resume", "--half")
 
 
@@ -363,7 +377,8 @@ REFUSED = {
     "--every needs a video": ("--output", "f.h5", "--every", "3"),
     "unknown --match nearest": ("--colmap", "d.db", "--match", "nearest"),
     "unknown --match pairs": ("--colmap", "d.db", "--match", "pairs"),
-    "cannot be both": ("--output", "d.db", "--colmap", "d.db"),
+    "cannot be both": ("--output", "d.db", "--colmap", "photos/../d.db"),
+    "no folder of masks nowhere": ("--output", "f.h5", "--masks", "nowhere"),
     "unknown backend": ("--output", "f.h5", "--backend", "none"),
     "no backend runs": ("--output", "f.h5", "--model_path", "model.xyz"),
     "cannot write into": ("--output", "/proc/nowhere/f.h5"),
