@@ -435,7 +435,7 @@ def read_mask(folder: Path, photo: Photo) -> np.ndarray:
     The same names as COLMAP's. `InputError` where there is none, or it has another size.
     """
     paths = [folder / f"{photo.name}.png", (folder / photo.name).with_suffix(".png")]
-    found = next((path for path in paths if path.is_file()), None)
+    found = next((path for path in paths if os.path.isfile(path)), None)  # also of too long a name
     if found is None:
         raise InputError(f"{photo.name} has no mask {paths[0]}; add one, white where all counts")
     mask = load_image(found, stored=1)

@@ -230,6 +230,8 @@ def check_options(args: argparse.Namespace) -> None:
                 raise InputError(f"--{name} needs {needed}; leave it out, or give that as well")
     if args.masks is not None and not args.masks.is_dir():
         raise InputError(f"there is no folder of masks {args.masks}; correct it, or leave it out")
+    if args.masks is not None and real_path(args.masks) == real_path(args.images):
+        raise InputError(f"{args.masks} has the images themselves; give a folder of their masks")
     orders = (["exhaustive"], ["sequential"])
     if args.match and args.match not in orders and not (order == "pairs" and len(args.match) == 2):
         raise InputError(

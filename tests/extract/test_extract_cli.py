@@ -378,6 +378,7 @@ REFUSED = {
     "unknown --match nearest": ("--colmap", "d.db", "--match", "nearest"),
     "unknown --match pairs": ("--colmap", "d.db", "--match", "pairs"),
     "cannot be both": ("--output", "d.db", "--colmap", "photos/../d.db"),
+    "photos has the images themselves": ("--output", "f.h5", "--masks", "photos"),
     "no folder of masks nowhere": ("--output", "f.h5", "--masks", "nowhere"),
     "unknown backend": ("--output", "f.h5", "--backend", "none"),
     "no backend runs": ("--output", "f.h5", "--model_path", "model.xyz"),

@@ -300,6 +300,14 @@ def test_a_mask_may_be_grey_or_have_another_suffix_than_the_image(tmp_path):
     np.testing.assert_array_equal(read_mask(tmp_path, photo), np.full((48, 64), 7))
 
 
+def test_an_image_whose_mask_would_have_too_long_a_name_has_the_other(tmp_path):
+    photo = Photo(f"{'a' * 251}.jpg", (64, 48), lambda: None)
+    with pytest.raises(InputError, match="has no mask"):
+        read_mask(tmp_path, photo)
+    cv2.imwrite(str(tmp_path / f"{'a' * 251}.png"), np.full((48, 64), 7, np.uint8))
+    np.testing.assert_array_equal(read_mask(tmp_path, photo), np.full((48, 64), 7))
+
+
 def test_images_are_found_in_folders_below_in_natural_order(tmp_path):
     for name in ("b/2.png", "b/10.png", "a.JPG", ".hidden/1.png", "b/.x.png", "notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
