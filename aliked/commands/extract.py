@@ -173,27 +173,27 @@ def main(args: argparse.Namespace) -> None:
         if args.match and names:
             pairs_of(args, names)  # whose file should be good before the work, not after
         matcher = matcher_from(args, args.model, mutual_device=args.device) if args.match else None
-        try:
-            store = fill_store(args, replace(job, names=names), output)
-            if args.colmap is not None:
-                write_colmap(args, store, names, cameras, matcher)
-        except OSError as error:
-            kept = len(FeatureStore.open(output, job.key()))
-            cure = "make room" if error.errno in FULL else "put that right"
-            raise InputError(
-                f"cannot write {error.filename or output} ({error.strerror or error}); "
-                f"{'what was extracted' if kept else 'nothing'} is kept: {cure}, and pass --resume"
-            ) from error
+        store = fill_store(args, replace(job, names=names), output)
+        if args.colmap is not None:
+            write_colmap(args, store, names, cameras, matcher)
 
 
 def fill_store(args: argparse.Namespace, job: Job, output: Path) -> FeatureStore:
     """Extract what `output` does not have yet, and say what was done."""
     total = len(job.names) or args.frames
-    with (
-        FeatureStore.open(output, job.key()) as store,
-        progress("features", total, done=len(store)) as bar,
-    ):
-        tally = run(args, job, store, len(job.names), counting(bar))
+    try:
+        with (
+            FeatureStore.open(output, job.key()) as store,
+            progress("features", total, done=len(store)) as bar,
+        ):
+            tally = run(args, job, store, len(job.names), counting(bar))
+    except OSError as error:
+        kept = len(FeatureStore.open(output, job.key()))
+        cure = "make room" if error.errno in FULL else "put that right"
+        raise InputError(
+            f"cannot write {error.filename or output} ({error.strerror or error}); "
+            f"{'what was extracted' if kept else 'nothing'} is kept: {cure}, and pass --resume"
+        ) from error
     store = FeatureStore.open(output, job.key())
     summarize(args, tally, store)
     return store

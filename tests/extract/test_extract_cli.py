@@ -1,6 +1,7 @@
 """`extract.py` as users run it: killed, resumed, shared by processes, given what cannot be used."""
 
 import errno
+import io
 import multiprocessing
 import os
 import queue
@@ -251,6 +252,19 @@ def test_a_disk_that_is_full_from_the_start_keeps_nothing_and_says_so(
         with pytest.raises(InputError, match=r"f\.h5 \(No space .* nothing is kept: make room"):
             extract(photos, "--output", tmp_path / "f.h5")
     extract(photos, "--output", tmp_path / "f.h5", "--resume")  # as it says
+
+
+def test_a_report_that_nobody_reads_is_no_error_of_the_file(
+    tmp_path, photos, extractor, monkeypatch
+):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    with pytest.raises(BrokenPipeError):
+        extract(photos, "--output", tmp_path / "f.h5")
+    assert (tmp_path / "f.h5").exists()
 
 
 def test_the_report_counts_images_and_names_bad_files(tmp_path, photos, extractor, capsys):
