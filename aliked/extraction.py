@@ -297,12 +297,16 @@ class Pipeline:
 
     def _extract(self, batch: list[Photo], pixels: np.ndarray, decoded: list[Future]) -> Extracted:
         masks = self._results(decoded)
-        if not masks:
+        if not self._lacks(batch[i] for i in masks):
             return []
         with self._lane() as lane, self._timed("extract"):
             good = pixels if len(masks) == len(batch) else pixels[list(masks)]
             found = lane.extract(good)
         return [(batch[i], features, masks[i]) for i, features in zip(masks, found, strict=True)]
+
+    def _lacks(self, photos: Iterable[Photo]) -> bool:
+        """Whether any is to be extracted: a batch with a bad file is looked at by every run."""
+        return any(photo.name not in self.store for photo in photos)
 
     def _decoded_later(self, batch: list[Photo]) -> bool:
         """Whether the extractor's own device decodes these: JPEGs as large as it wants them."""
@@ -322,7 +326,7 @@ class Pipeline:
 
     def _decode_and_extract(self, batch: list[Photo], read: list[Future]) -> Extracted:
         files = self._results(read)
-        if not files:
+        if not self._lacks(batch[i] for i in files):
             return []
         with self._lane() as lane:
             with self._timed("extract"):
@@ -337,7 +341,7 @@ class Pipeline:
                     pixels[i] = image, turns
                 except InputError as error:
                     self._bad(error)
-            if not pixels:
+            if not self._lacks(batch[i] for i in pixels):
                 return []
             with self._timed("extract"):
                 found = lane.extract(lane.stack(pixels.values()))
@@ -378,15 +382,15 @@ class Pipeline:
         images = extracted.result()
         with self._timed("write"):
             for photo, features, mask in images:
-                if photo.name in self.store:  # a batch with a bad file is done again by every run
+                if photo.name in self.store:
                     continue
                 features = as_stored(features, photo, self.job.extracted_size(photo))
                 if mask is not None:
                     features = unmasked(features, mask)
                 self.store.write(photo.name, features, photo.size)
+                self.tally.images += 1
                 self.tally.keypoints += len(features)
             self.store.checkpoint()
-        self.tally.images += len(images)
         self._written = True
 
     def _bad(self, error: InputError) -> None:

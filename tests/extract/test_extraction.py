@@ -131,7 +131,7 @@ def test_batches_are_those_of_the_whole_folder_when_a_run_goes_on(tmp_path, extr
     first.flush()
     extractor.seen.clear()
     _, tally = run(tmp_path / "p", tmp_path / "f.h5", batch_size=3)
-    assert extractor.seen == [(3, 48, 64, 3), (1, 48, 64, 3)] and tally.images == 4
+    assert extractor.seen == [(3, 48, 64, 3), (1, 48, 64, 3)] and tally.images == 3
     assert (tmp_path / "f.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
 
 
@@ -154,17 +154,19 @@ def test_bad_files_are_named_skipped_and_counted(tmp_path, extractor):
 
 
 def test_a_run_that_leaves_out_bad_files_is_over_when_it_goes_on(tmp_path, extractor):
-    """Nothing is written, not even the file anew, for a batch that has one of them."""
+    """Nothing is extracted or written, not even the file anew, for a batch that has one of them."""
     whole = write_photo(tmp_path / "p/cut.jpg", noise(1)).read_bytes()
     write_photo(tmp_path / "p/good.jpg", noise(2))
     (tmp_path / "p/cut.jpg").write_bytes(whole[:-9])
     run(tmp_path / "p", tmp_path / "f.h5")
-    before = (tmp_path / "f.h5").stat()
+    before, seen = (tmp_path / "f.h5").stat(), len(extractor.seen)
     store, tally = run(tmp_path / "p", tmp_path / "f.h5")
-    assert (store.names(), len(tally.skipped)) == (["good.jpg"], 1)
+    assert (store.names(), len(tally.skipped), tally.images) == (["good.jpg"], 1, 0)
+    assert len(extractor.seen) == seen
     assert (tmp_path / "f.h5").stat().st_ino == before.st_ino
     (tmp_path / "p/cut.jpg").write_bytes(whole)
-    assert run(tmp_path / "p", tmp_path / "f.h5")[0].names() == ["cut.jpg", "good.jpg"]
+    store, tally = run(tmp_path / "p", tmp_path / "f.h5")
+    assert (store.names(), tally.images) == (["cut.jpg", "good.jpg"], 1)
 
 
 def test_a_file_whose_header_lies_is_bad(tmp_path, extractor):
