@@ -498,16 +498,10 @@ def extract_with_ray(
     total = Tally()
     job = _from_any_folder(job)
     shards = _shards(job, store, total)
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise InputError(
-            f"no Ray cluster answers at {address} ({error}); start one, or pass --ray local"
-        ) from error
-    started = time.perf_counter()
-    try:
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
+    if not shards:
+        return total
+    with _cluster(ray, address):
+        started = time.perf_counter()
         gpus = int(ray.cluster_resources().get("GPU", 0)) if job.spec.device != "cpu" else 0
         actors = min(processes or gpus or 1, len(shards))
         results = ray.data.from_items(shards, override_num_blocks=len(shards)).map_batches(
@@ -523,6 +517,21 @@ def extract_with_ray(
             total.wall = time.perf_counter() - started
             total.threads = Counter({stage: actors * n for stage, n in shard.threads.items()})
             report(total)
+    return total
+
+
+@contextlib.contextmanager
+def _cluster(ray: Any, address: str) -> Iterator[None]:
+    """A connection to a Ray cluster; `InputError` where it cannot be had, or gives up."""
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"no Ray cluster answers at {address} ({error}); start one, or pass --ray local"
+        ) from error
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    try:
+        yield
     except ray.exceptions.RayError as error:
         cause = getattr(error, "cause", None)
         if isinstance(cause, InputError):
@@ -534,7 +543,6 @@ def extract_with_ray(
         ) from error
     finally:
         ray.shutdown()
-    return total
 
 
 def _from_any_folder(job: Job) -> Job:

@@ -451,6 +451,16 @@ def test_ray_loses_nothing_when_a_worker_is_killed(tmp_path, photos, monkeypatch
     assert (tmp_path / "f.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
 
 
+def test_a_cluster_is_not_asked_where_nothing_is_left_to_do(
+    tmp_path, photos, extractor, monkeypatch
+):
+    extract(photos, "--output", tmp_path / "f.h5")
+    before = (tmp_path / "f.h5").stat()
+    monkeypatch.setattr(workers, "_ray", lambda: None)
+    extract(photos, "--output", tmp_path / "f.h5", "--resume", "--ray", "auto")
+    assert (tmp_path / "f.h5").stat().st_ino == before.st_ino
+
+
 def test_a_cluster_that_does_not_answer_is_refused(tmp_path, photos):
     pytest.importorskip("ray.data", reason="ray's data library is not installed")
     with pytest.raises(InputError, match="no Ray cluster answers at"):
