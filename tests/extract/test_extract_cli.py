@@ -213,14 +213,14 @@ def test_a_place_is_told_once_and_to_the_worker_that_asked():
     worker = workers.Worker(0, None, None, ours)
     worker.batches.append(workers.Batch(5, []))
     team.workers, team._post = {0: worker}, queue.SimpleQueue()
-    team._heed(workers.There(5, 96), None)  # for the one before
+    team._handle(workers.Placed(5, 96), None)  # for the one before
     assert not theirs.poll()
     ask = workers.Place(5, ["a.jpg"], [200])
-    team._heed(ask, worker)
+    team._handle(ask, worker)
     assert team._post.get_nowait() is ask
     for _ in range(2):
-        team._heed(workers.There(5, 96), None)
-    assert theirs.recv() == workers.There(5, 96) and not theirs.poll()
+        team._handle(workers.Placed(5, 96), None)
+    assert theirs.recv() == workers.Placed(5, 96) and not theirs.poll()
 
 
 def test_a_full_disk_is_one_sentence_and_what_was_extracted_is_kept(tmp_path, photos):
