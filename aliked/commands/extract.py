@@ -36,7 +36,7 @@ from aliked.options import (
 )
 from aliked.store import FeatureStore
 from aliked.threads import keep_freed_memory
-from aliked.video import is_video
+from aliked.video import is_camera, is_video
 from aliked.workers import CORES, devices_of, extract_in_processes, extract_with_ray
 
 OVERLAP = 10  # images that each is matched with in a sequence, as in COLMAP
@@ -133,9 +133,8 @@ def _add_speed_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--decoder",
         choices=DECODERS,
-        default=DECODERS[0],
         help="what decodes JPEGs: OpenCV on the processor, or nvImageCodec on the GPU (default: "
-        "%(default)s)",
+        f"{DECODERS[0]})",
     )
     group.add_argument(
         "--threads",
@@ -218,11 +217,13 @@ def check_options(args: argparse.Namespace) -> None:
     order = args.match[0] if args.match else None
     video = is_video(args.images)
     check_video_options(args)
+    if args.resume and is_camera(args.images):
+        raise InputError(f"camera {args.images} shows other images now; leave --resume out")
     without = (
         (args.colmap is None, "--colmap", ("match", "camera_mode", "camera_model")),
         (order != "sequential", "--match sequential", ("overlap",)),
         (order is None, "--match", ("matcher", "matcher_weights", "min_similarity")),
-        (video, "a folder of images", ("masks", "processes", "ray")),
+        (video, "a folder of images", ("masks", "processes", "ray", "decoder")),
     )
     for absent, needed, names in without:
         for name in names:
@@ -243,9 +244,10 @@ def job_of(args: argparse.Namespace) -> Job:
     """The options as a `Job`."""
     if args.backend == "auto":
         args.backend = choose_backend(args)
-    if args.decoder != DECODERS[0] and args.backend != "fused":
+    decoder = args.decoder or DECODERS[0]
+    if decoder != DECODERS[0] and args.backend != "fused":
         raise InputError(
-            f"--decoder {args.decoder} needs --backend fused, which takes what it decodes on the "
+            f"--decoder {decoder} needs --backend fused, which takes what it decodes on the "
             "GPU; leave one out"
         )
     return Job(
@@ -261,7 +263,7 @@ def job_of(args: argparse.Namespace) -> Job:
         max_frames=args.frames,
         strict=args.strict,
         half=args.half,
-        decoder=args.decoder,
+        decoder=decoder,
     )
 
 
@@ -274,7 +276,8 @@ def choose_backend(args: argparse.Namespace) -> str:
     for name, backend in BACKENDS.items():
         if backend.suffix == suffix:
             return name
-    raise InputError(f"no backend runs {args.model_path}; give an .onnx, .trt or .pt2 file")
+    suffixes = sorted({backend.suffix for backend in BACKENDS.values() if backend.suffix})
+    raise InputError(f"no backend runs {args.model_path}; give a file of {', '.join(suffixes)}")
 
 
 def cameras_of(args: argparse.Namespace) -> Cameras:

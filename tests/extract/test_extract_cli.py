@@ -410,12 +410,16 @@ def test_options_that_do_not_go_together_are_refused(tmp_path, photos, monkeypat
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]
 
 
-@pytest.mark.parametrize("option", ["--masks", "--processes", "--ray"])
+@pytest.mark.parametrize(
+    "option", ["--masks=m", "--processes=2", "--ray=local", "--decoder=opencv"]
+)
 def test_options_of_a_folder_are_refused_for_a_video(tmp_path, option):
-    with pytest.raises(InputError, match=f"{option} needs a folder of images"):
-        extract("clip.mp4", "--output", tmp_path / "f.h5", option, 2)
+    with pytest.raises(InputError, match=f"{option.partition('=')[0]} needs a folder of images"):
+        extract("clip.mp4", "--output", tmp_path / "f.h5", option)
     with pytest.raises(InputError, match="camera 0 has no end; pass --frames N"):
         extract("0", "--output", tmp_path / "f.h5")
+    with pytest.raises(InputError, match="camera 0 shows other images now; leave --resume out"):
+        extract("0", "--frames", 3, "--output", tmp_path / "f.h5", "--resume")
 
 
 def test_ray_loses_nothing_when_a_worker_is_killed(tmp_path, photos, monkeypatch):
