@@ -204,6 +204,8 @@ class FeatureStore:
                 continue  # killed after the file was in its place
             with _sentence(part):
                 index = _journal(part) if part.suffix == JOURNAL_SUFFIX else _index(part)
+                if not index:
+                    continue
                 kind, key, names = index["format"], index["key"], index["images"].keys()
             _check_key(part, kind, key, self.key)
             self._where |= dict.fromkeys(names, part)
@@ -277,8 +279,13 @@ def _index(part: Path) -> dict[str, Any]:
 
 
 def _journal(path: Path) -> dict[str, Any]:
-    """What a journal says: a line about the file, and a line for images whose arrays are in it."""
-    lines = path.read_bytes().split(b"\n")[:-1]  # a kill may cut off the last
+    """What a journal says: a line about the file, and a line for images whose arrays are in it.
+
+    Nothing where not even the first is whole.
+    """
+    lines = path.read_bytes().split(b"\n")[:-1]  # a kill or a full disk may cut off the last
+    if not lines:
+        return {}
     index = json.loads(lines[0]) | {"images": {}}
     for line in lines[1:]:
         index["images"] |= json.loads(line)

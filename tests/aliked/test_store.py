@@ -444,6 +444,18 @@ def test_what_a_kill_left_half_written_is_no_part_and_goes(tmp_path):
     assert [file.name for file in parts.iterdir()] == [f".{os.getpid()}-12ab.u2xn.partial.part"]
 
 
+def test_a_journal_whose_first_line_the_disk_had_no_room_for_says_nothing(tmp_path):
+    path, parts = tmp_path / "features.h5", tmp_path / "features.h5.parts"
+    parts.mkdir()
+    (parts / "1-ab.growing").write_bytes(bytes(100))
+    (parts / "1-ab.journal").write_bytes(b'{"format": "ali')
+    with FeatureStore.open(path, KEY) as store:
+        assert not store.names()
+        store.write("0.jpg", features(0), SIZE)
+    assert FeatureStore.open(path, KEY).names() == ["0.jpg"]
+    assert [file.name for file in tmp_path.iterdir()] == ["features.h5"]
+
+
 def test_a_part_that_points_nowhere_is_refused(path):
     store = FeatureStore.open(path, KEY)
     store.write("a.jpg", features(0), (64, 48))
