@@ -71,7 +71,7 @@ class Cameras:
             raise InputError(f"COLMAP has no camera model {self.model!r}; choose one of {names}")
 
     def by_name(self, name: str) -> str | None:
-        """What all images of one camera have in common in their names, where these alone decide."""
+        """What images of one camera share in their names, or None where names do not decide."""
         if self.mode == "folder":
             return name.rpartition("/")[0]
         return "" if self.mode == "single" else None
@@ -457,13 +457,13 @@ def write_matches(
 
 
 class Cache:
-    """What was made last of images' names, up to `CACHE_BYTES`."""
+    """What was made of the images asked for last, by name, up to `CACHE_BYTES`."""
 
     def __init__(self, make: Callable[[str], Any]):
         self._make, self._kept, self._bytes = make, OrderedDict(), 0
 
     def __getitem__(self, name: str) -> Any:
-        """What was, or is now, made of `name`."""
+        """What `make` returns for `name`, from memory where it is still there."""
         if name not in self._kept:
             self._kept[name] = self._make(name)
             self._bytes += self._kept[name].nbytes

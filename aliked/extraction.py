@@ -94,7 +94,7 @@ class Job:
         } | (mode | file | self._unusual())
 
     def _unusual(self) -> dict:
-        """What a key has only where it is not as usual: so that older files are still known."""
+        """Settings that a key has only where they are unusual, so that older keys hold."""
         decoder = {} if self.decoder == DECODERS[0] else {"decoder": self.decoder}
         return decoder | ({"descriptors": "fp16"} if self.half else {})
 
@@ -236,7 +236,7 @@ class Pipeline:
         return (FusedLane if job.backend == "fused" else Lane)(extractor, job.half)
 
     def begin(self) -> Tally:
-        """Count from nothing; what is counted from now on."""
+        """Begin a new count, and return it."""
         decode = self.job.threads or available_cores()
         self._written = True  # the batches so far, each whole
         self.tally = Tally(threads=Counter(decode=decode, extract=self.job.lanes, write=1))
@@ -268,7 +268,7 @@ class Pipeline:
                 self._settle(under_way, started)
 
     def _settle(self, under_way: deque[tuple[int, Future]], started: float) -> None:
-        """Wait for the oldest batch; its errors come up here."""
+        """Wait for the oldest batch, and raise its errors."""
         under_way.popleft()[1].result()
         self.tally.wall = time.perf_counter() - started
         self.report(self.tally)
@@ -309,7 +309,7 @@ class Pipeline:
         return any(photo.name not in self.store for photo in photos)
 
     def _decoded_later(self, batch: list[Photo]) -> bool:
-        """Whether the extractor's own device decodes these: JPEGs as large as it wants them."""
+        """Whether the extractor's device decodes these: JPEGs of just the size that it takes."""
         photo, size = batch[0], self.job.extracted_size(batch[0])
         return (
             self._decodes
@@ -350,14 +350,14 @@ class Pipeline:
         ]
 
     def _by_opencv(self, lane: DecodingLane, photo: Photo) -> Any:
-        """An image that the device could not decode; `InputError` where it is bad."""
+        """Decode and upload an image that the device could not; `InputError` where it is bad."""
         width, height = self.job.extracted_size(photo)
         slot = lane.buffer((height, width, 3))
         self._decode(photo, slot)
         return lane.image(slot)
 
     def _results(self, futures: list[Future]) -> dict[int, Any]:
-        """What came of each image of a batch, by its number there; bad ones are counted."""
+        """The results of a batch by the index of each image; bad ones are counted and left out."""
         results = {}
         for index, future in enumerate(futures):
             try:

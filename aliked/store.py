@@ -149,7 +149,7 @@ class FeatureStore:
         return self.path.exists() and not self._pending and not self._part_files()
 
     def grow(self) -> "GrowingFile":
-        """The file to be, with nothing in it."""
+        """Begin to write the one file anew, among the parts."""
         for scratch in filter(_is_left, self.parts.glob("*")):
             scratch.unlink(missing_ok=True)
         return GrowingFile(self)
@@ -164,7 +164,7 @@ class FeatureStore:
                 growing.finish()
 
     def replaced(self) -> None:
-        """Look into the one file from now on: all others have been put into it."""
+        """Read from the one file from now on, and remove the parts, which are all in it."""
         for path in self._part_files():
             _scratch_of(path).unlink(missing_ok=True)
             path.unlink()
@@ -198,7 +198,7 @@ class FeatureStore:
         return sorted(path for path in found if not path.name.startswith("."))
 
     def _find(self, parts: Iterable[Path]) -> None:
-        """Take in what is in parts, and in what a run that was killed had let grow."""
+        """Index parts, and the unfinished files of runs that were killed."""
         for part in parts:
             if part.suffix == JOURNAL_SUFFIX and not _scratch_of(part).exists():
                 continue  # killed after the file was in its place
@@ -551,7 +551,7 @@ def _array(dataset: h5py.Dataset, kinds: str) -> np.ndarray:
 
 
 def _checked(name: str, arrays: list[np.ndarray]) -> list[np.ndarray]:
-    """An image's arrays, which ValueError says are none."""
+    """An image's arrays; ValueError where they do not go together."""
     keypoints, scores, descriptors, size = arrays
     count = len(scores)
     if (keypoints.shape, scores.shape, size.shape) != ((count, 2), (count,), (2,)):
