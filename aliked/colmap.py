@@ -6,6 +6,7 @@ of them whole or not at all. A run that was killed goes on where it was.
 
 import contextlib
 import itertools
+import math
 import shutil
 import signal
 import sqlite3
@@ -13,6 +14,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -297,7 +299,7 @@ class ImageWriter:
         if by_name is not None:
             return by_name
         focal = exif.get(FOCAL_35MM) or exif.get(FOCAL)
-        if self.cameras.mode == "image" or not (exif.get(MAKE) and exif.get(MODEL) and focal):
+        if self.cameras.mode == "image" or not focal or not {MAKE, MODEL} <= exif.keys():
             return None
         return exif[MAKE], exif[MODEL], float(focal), size
 
@@ -353,7 +355,8 @@ def in_colmap(features: Features) -> np.ndarray:
 def read_exif(path: Path) -> dict[int, Any]:
     """An image's EXIF by tag, and under `GPS` (latitude, longitude, altitude) where all are there.
 
-    Empty where there is none that can be read.
+    Focal lengths are positive numbers and the names of maker and model text, or not there. Empty
+    where there is none that can be read.
     """
     try:
         with open_header(path) as image:
@@ -363,7 +366,15 @@ def read_exif(path: Path) -> dict[int, Any]:
     except Exception:  # EXIF is whatever a camera's maker took it for, and a help only
         return {}
     found.pop(GPS, None)
+    lengths, names = (FOCAL, FOCAL_35MM), (MAKE, MODEL)
+    odd = [tag for tag in lengths if not _is_positive(found.get(tag))]
+    odd += [tag for tag in names if not isinstance(found.get(tag), str)]
+    found = {tag: value for tag, value in found.items() if tag not in odd}
     return found if position is None else found | {GPS: position}
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, Real) and 0 < value < math.inf  # a fraction of Pillow's may be NaN
 
 
 def _position(gps: dict[int, Any]) -> tuple[float, float, float] | None:

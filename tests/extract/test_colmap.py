@@ -145,6 +145,28 @@ def test_cameras_and_priors_are_those_that_colmap_imports(tmp_path, photos, mode
     assert (found["frames"], found["rigs"]) == (expected["frames"], expected["rigs"])
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"t0x920a": "4.0 mm"},
+        {"t0x920a": float("nan")},
+        {"t0xa405": (28, 28)},
+        {"t0x10f": "", "t0xa405": 28},
+    ],
+)
+def test_exif_that_is_not_as_it_should_be_says_nothing(tmp_path, odd):
+    names = ["1.jpg", "2.jpg"]
+    for i, name in enumerate(names):
+        write_photo(tmp_path / "p" / name, noise(i), **{"t0x10f": "Maker", "t0x110": "Phone"} | odd)
+    write_features(
+        tmp_path / "d.db", stored(tmp_path / "p", names), tmp_path / "p", "aliked-n32", Cameras()
+    )
+    with pycolmap.Database.open(tmp_path / "imported.db"):
+        pass
+    pycolmap.import_images(tmp_path / "imported.db", tmp_path / "p")
+    assert read_all(tmp_path / "d.db")["cameras"] == read_all(tmp_path / "imported.db")["cameras"]
+
+
 def test_exif_gives_the_place_and_the_direction_down(tmp_path):
     """As COLMAP's own extraction writes them."""
     from PIL import Image
