@@ -18,7 +18,7 @@ import numpy as np
 
 from aliked import cli
 from aliked.errors import InputError, how_to_install
-from aliked.features import Features
+from aliked.features import Features, check_image
 from aliked.files import read_file
 from aliked.images import MOST_BYTES, list_images
 
@@ -51,11 +51,12 @@ class Client:
     def extract(self, image: bytes | np.ndarray, model: str = "aliked") -> Features:
         """Features of one image: the bytes of a file, or uint8 [H, W, 3] RGB.
 
-        `InputError` with the server's own words where it refuses.
+        `InputError` for anything else, and with the server's own words where it refuses.
         """
         if isinstance(image, bytes):
             given = self._bytes("image", image)
         else:
+            check_image(image)
             given = self.triton.InferInput("pixels", [1, *image.shape], "UINT8")
             given.set_data_from_numpy(np.ascontiguousarray(image[None]))
         return _features(self._infer(model, [given]))

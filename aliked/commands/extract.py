@@ -199,8 +199,9 @@ def fill_store(args: argparse.Namespace, job: Job, output: Path) -> FeatureStore
 
 
 def output_of(args: argparse.Namespace) -> Path:
-    """The file of features."""
-    return args.output or args.colmap.with_suffix(".h5")
+    """The file of features; where it is a link, what that leads to, perhaps on another disk."""
+    output = args.output or args.colmap.with_suffix(".h5")
+    return real_path(output) if output.is_symlink() else output
 
 
 def check_options(args: argparse.Namespace) -> None:

@@ -316,6 +316,18 @@ def test_an_output_has_one_run_at_a_time(tmp_path, photos, extractor):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["f.h5", "photos"]
 
 
+def test_an_output_that_is_a_link_is_written_where_it_leads(tmp_path, photos, extractor):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "f.h5").symlink_to("disk/f.h5")
+    for _ in range(2):
+        extract(photos, "--output", tmp_path / "f.h5", "--resume")
+        write_photo(photos / "new.png", noise(9))
+    assert (tmp_path / "f.h5").is_symlink()
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["f.h5"]
+    with h5py.File(tmp_path / "disk/f.h5") as file:
+        assert "new.png" in file
+
+
 def test_a_database_with_its_features_and_matches(tmp_path, photos, extractor):
     pycolmap = pytest.importorskip("pycolmap", reason="pycolmap is not installed")
     database = tmp_path / "d.db"
