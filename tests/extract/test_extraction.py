@@ -47,11 +47,17 @@ def run(folder: Path, output: Path, **options) -> tuple[FeatureStore, Tally]:
     return FeatureStore.open(output, job.key()), tally
 
 
-@pytest.mark.parametrize("suffix", ["png", "webp", "tif", "jpg"])
+@pytest.mark.parametrize("suffix", ["png", "webp", "tif", "big.tif", "jpg"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_pixels_and_header_are_those_stored_whatever_exif_says(tmp_path, suffix, orientation):
     image = cv2.resize(noise(1, 8, 6), (80, 60))
-    path = write_photo(tmp_path / f"photo.{suffix}", image, t0x112=orientation)
+    path = tmp_path / f"photo.{suffix}"
+    if suffix == "big.tif":
+        tags = {0x112: orientation}
+        Image.fromarray(image).save(path, tiffinfo=tags, big_tiff=True)
+        assert path.read_bytes().startswith(b"II+")
+    else:
+        write_photo(path, image, t0x112=orientation)
     assert read_header(path) == (80, 60, orientation)
     found = load_image(path, stored=orientation).astype(int)
     assert found.shape == image.shape
