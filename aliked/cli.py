@@ -4,6 +4,7 @@ It knows nothing of models; the options that several scripts share are in `alike
 """
 
 import argparse
+import contextlib
 import errno
 import io
 import math
@@ -12,7 +13,7 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
@@ -103,6 +104,20 @@ def stop_by_exception() -> None:
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
                 signal.signal(number, stop)
+
+
+@contextlib.contextmanager
+def keep_sigterm() -> Iterator[None]:
+    """Keep what SIGTERM does, whatever a library that is started meanwhile makes of it.
+
+    Some take it for a crash: they print where they are, and abort the process.
+    """
+    stop = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if stop is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, stop)
 
 
 def _end_before_run(kind: type, error: BaseException, trace: TracebackType | None) -> None:

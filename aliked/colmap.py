@@ -8,9 +8,7 @@ import contextlib
 import itertools
 import math
 import shutil
-import signal
 import sqlite3
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from aliked.cli import keep_sigterm
 from aliked.errors import InputError, first_line, missing_package
 from aliked.extraction import TURNS, Job
 from aliked.features import Features
@@ -43,14 +42,11 @@ GRAVITY = {0: (0.0, 1.0, 0.0), 1: (-1.0, 0.0, 0.0), 2: (0.0, -1.0, 0.0), 3: (1.0
 
 def _pycolmap() -> Any:
     """The module; `InputError` where it is missing."""
-    stop = signal.getsignal(signal.SIGTERM)
     try:
-        import pycolmap
+        with keep_sigterm():
+            import pycolmap
     except ModuleNotFoundError as error:
         raise InputError(f"for a COLMAP database {missing_package(error)}") from error
-    # Its library takes SIGTERM for a crash; it is to stop this process as before.
-    if stop is not None and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, stop)
     return pycolmap
 
 

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from aliked.cli import keep_sigterm
 from aliked.errors import InputError, how_to_install
 from aliked.extraction import (
     Job,
@@ -524,7 +525,8 @@ def extract_with_ray(
 def _cluster(ray: Any, address: str) -> Iterator[None]:
     """A connection to a Ray cluster; `InputError` where it cannot be had, or gives up."""
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        with keep_sigterm():
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise InputError(
             f"no Ray cluster answers at {address} ({error}); start one, or pass --ray local"

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import h5py
@@ -475,6 +476,22 @@ def test_a_cluster_is_not_asked_where_nothing_is_left_to_do(
     monkeypatch.setattr(workers, "_ray", lambda: None)
     extract(photos, "--output", tmp_path / "f.h5", "--resume", "--ray", "auto")
     assert (tmp_path / "f.h5").stat().st_ino == before.st_ino
+
+
+def test_a_cluster_leaves_the_signal_that_stops_a_script_alone():
+    stop = signal.getsignal(signal.SIGTERM)
+    context = SimpleNamespace()
+    ray = SimpleNamespace(
+        init=lambda **options: signal.signal(signal.SIGTERM, signal.SIG_IGN),  # Ray's own aborts
+        shutdown=lambda: None,
+        data=SimpleNamespace(DataContext=SimpleNamespace(get_current=lambda: context)),
+        exceptions=SimpleNamespace(RayError=KeyError),
+    )
+    try:
+        with workers._cluster(ray, "local"):
+            assert signal.getsignal(signal.SIGTERM) == stop
+    finally:
+        signal.signal(signal.SIGTERM, stop)
 
 
 def test_a_cluster_that_does_not_answer_is_refused(tmp_path, photos):
