@@ -41,7 +41,7 @@ from aliked.workers import CORES, devices_of, extract_in_processes, extract_with
 
 OVERLAP = 10  # images that each is matched with in a sequence, as in COLMAP
 MOST_PROCESSES = 4  # for each core
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (errno.ENOSPC, errno.EDQUOT)
 TWO_LANES = ("fused", "tensorrt", "tensorrt-cudagraph")  # keep a GPU busier than one extractor
 
 
