@@ -358,14 +358,18 @@ class GrowingFile:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
     def finish(self) -> None:
-        """Put in what else the store has, and put the file in its place."""
+        """Put in what else the store has, and put the file in its place, where it has an image."""
         self.take(self.store.names())
-        self._placed.write(self._descriptor, self._end)
-        with _hdf5(self.path) as file:
-            file.attrs["format"], file.attrs["key"] = FORMAT, self.store.key
-            self._compress(file)
-        self._stack.close()
-        os.replace(self.path, self.store.path)
+        if not self._compressed and self._end == START:
+            self._stack.close()
+            self.path.unlink()
+        else:
+            self._placed.write(self._descriptor, self._end)
+            with _hdf5(self.path) as file:
+                file.attrs["format"], file.attrs["key"] = FORMAT, self.store.key
+                self._compress(file)
+            self._stack.close()
+            os.replace(self.path, self.store.path)
         self.store.replaced()
 
     def _compress(self, file: h5py.File) -> None:

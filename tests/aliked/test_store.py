@@ -178,6 +178,14 @@ def test_a_file_grows_by_others_and_has_the_same_bytes(tmp_path):
     assert not list((tmp_path / "features.h5.parts").iterdir())
 
 
+def test_a_file_that_got_no_image_is_none(tmp_path):
+    """As where several processes had bad images only."""
+    with FeatureStore.open(tmp_path / "features.h5", KEY).grow() as file:
+        file.note(journal_line({}))
+        file.finish()
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_takes_no_more_space_than_it_has_bytes(tmp_path):
     """More was allocated while it grew, so that writing finds it."""
     path, arrays = tmp_path / "features.h5", arrays_of(features(1, 5000), SIZE)
