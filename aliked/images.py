@@ -306,7 +306,8 @@ def _decode_jpeg(data: np.ndarray, out: np.ndarray | None) -> np.ndarray | None:
     return out
 
 
-TIFF = (b"II*\0", b"MM\0*")
+BIG_TIFF = (b"II+\0", b"MM\0+")  # with addresses of 64 bits
+TIFF = (b"II*\0", b"MM\0*", *BIG_TIFF)
 
 
 def _turned_back(image: np.ndarray, orientation: int) -> np.ndarray:
@@ -366,6 +367,7 @@ def _say_once(sentence: str) -> None:
 
 COMPRESSION, PHOTOMETRIC, SAMPLES = 0x103, 0x106, 0x115  # tags of TIFF
 JPEG_IN_TIFF = (6, 7)
+MOST_TAGS = 2**16  # of an image: a damaged file may claim any number
 COLOUR_SPACES = (0, 1, 2, 3, 5)  # grey twice, RGB, a palette, CMYK
 
 
@@ -380,14 +382,19 @@ def _check_colours(path: str, data: np.ndarray) -> None:
 
 def _tiff_tags(data: np.ndarray) -> dict[int, int]:
     """The short numbers among the first image's tags; none for another kind of file."""
-    head = data[:8].tobytes()
-    if len(head) < 8 or head[:4] not in TIFF:
+    head = data[:16].tobytes()
+    if len(head) < 16 or head[:4] not in TIFF:
         return {}
     order = "<" if head[:2] == b"II" else ">"
-    (start,) = struct.unpack(f"{order}I", head[4:])
-    (count,) = struct.unpack(f"{order}H", data[start : start + 2].tobytes().ljust(2, b"\0"))
-    entries = data[start + 2 : start + 2 + 12 * count].tobytes()
-    found = struct.iter_unpack(f"{order}HHIHxx", entries[: len(entries) // 12 * 12])
+    big = head[:4] in BIG_TIFF
+    first, number, entry = ("8xQ", "Q", "HHQH6x") if big else ("4xI8x", "H", "HHIH2x")
+    (start,) = struct.unpack(order + first, head)
+    after = start + struct.calcsize(number)
+    counted = data[start:after].tobytes()
+    (count,) = struct.unpack(order + number, counted.ljust(after - start, b"\0"))
+    length = struct.calcsize(order + entry)
+    entries = data[after : after + length * min(count, MOST_TAGS)].tobytes()
+    found = struct.iter_unpack(order + entry, entries[: len(entries) // length * length])
     return {tag: value for tag, kind, number, value in found if (kind, number) == (3, 1)}
 
 
