@@ -19,7 +19,7 @@ from aliked.cli import cosine, positive, seed, share, whole
 from aliked.configs import CONFIGS, PRECISIONS, get_config
 from aliked.download import offer_download
 from aliked.errors import InputError
-from aliked.files import real_path, writable_folder
+from aliked.files import only_writer, real_path, writable_folder
 from aliked.matching import LIGHTGLUE_DIM, MATCHERS, check_descriptor_length
 from aliked.options import (
     add_device_option,
@@ -30,7 +30,7 @@ from aliked.options import (
 )
 from benchmark.artifacts import check_model_file
 from benchmark.plots import write_report
-from benchmark.records import AnyRecord, load_records, only_writer, resume
+from benchmark.records import AnyRecord, load_records, resume
 from benchmark.report import footnotes, milliseconds, rows_text, summary_table
 from benchmark.rows import Grid, ImageSet, Row, load_image_sets
 from benchmark.runner import Run, open_run, run_rows

@@ -4,6 +4,7 @@ It knows nothing of models; the options that several scripts share are in `alike
 """
 
 import argparse
+import contextlib
 import errno
 import io
 import math
@@ -12,7 +13,7 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
@@ -41,8 +42,11 @@ def run(
     ended it (130 for Ctrl-C, 141 where nobody reads the output any more).
     """
     stop_by_exception()
-    for stream in (sys.stdout, sys.stderr):  # names of files need not be UTF-8
-        if isinstance(stream, io.TextIOWrapper):
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started it
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):  # names of files need not be UTF-8
             stream.reconfigure(errors="backslashreplace")
     try:
         status = main(parser.parse_args(arguments)) or 0
@@ -100,6 +104,20 @@ def stop_by_exception() -> None:
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
                 signal.signal(number, stop)
+
+
+@contextlib.contextmanager
+def keep_sigterm() -> Iterator[None]:
+    """Keep what SIGTERM does, whatever a library that is started meanwhile makes of it.
+
+    Some take it for a crash: they print where they are, and abort the process.
+    """
+    stop = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if stop is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, stop)
 
 
 def _end_before_run(kind: type, error: BaseException, trace: TracebackType | None) -> None:

@@ -6,22 +6,23 @@ of them whole or not at all. A run that was killed goes on where it was.
 
 import contextlib
 import itertools
+import math
 import shutil
-import signal
 import sqlite3
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from aliked.cli import keep_sigterm
 from aliked.errors import InputError, first_line, missing_package
 from aliked.extraction import TURNS, Job
 from aliked.features import Features
-from aliked.files import SANE_BYTES, as_path, open_regular, read_text
+from aliked.files import SANE_BYTES, as_path, open_regular, read_text, writable_folder
 from aliked.images import natural, open_header
 from aliked.matching import Matcher
 from aliked.store import FeatureStore, Size
@@ -41,14 +42,11 @@ GRAVITY = {0: (0.0, 1.0, 0.0), 1: (-1.0, 0.0, 0.0), 2: (0.0, -1.0, 0.0), 3: (1.0
 
 def _pycolmap() -> Any:
     """The module; `InputError` where it is missing."""
-    stop = signal.getsignal(signal.SIGTERM)
     try:
-        import pycolmap
+        with keep_sigterm():
+            import pycolmap
     except ModuleNotFoundError as error:
         raise InputError(f"for a COLMAP database {missing_package(error)}") from error
-    # Its library takes SIGTERM for a crash; it is to stop this process as before.
-    if stop is not None and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, stop)
     return pycolmap
 
 
@@ -71,7 +69,7 @@ class Cameras:
             raise InputError(f"COLMAP has no camera model {self.model!r}; choose one of {names}")
 
     def by_name(self, name: str) -> str | None:
-        """What all images of one camera have in common in their names, where these alone decide."""
+        """What images of one camera share in their names, or None where names do not decide."""
         if self.mode == "folder":
             return name.rpartition("/")[0]
         return "" if self.mode == "single" else None
@@ -103,33 +101,41 @@ def open_database(path: Path) -> Iterator[Any]:
     """A COLMAP database, made if it is missing; `InputError` where it is no such file."""
     colmap, path = _pycolmap(), as_path(path)
     _check_sane(path)
+    writable_folder(path.parent)
+    _check_room(path, ROOM_BYTES)
+    level, colmap.logging.minloglevel = colmap.logging.minloglevel, 4  # it is said below
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        level, colmap.logging.minloglevel = colmap.logging.minloglevel, 4  # it is said below
-        try:
-            database = colmap.Database.open(path)
-        finally:
-            colmap.logging.minloglevel = level
+        database = colmap.Database.open(path)
     except (OSError, RuntimeError, ValueError) as error:
-        raise InputError(
-            f"{path} cannot be opened as a COLMAP database; name another file"
-        ) from error
+        raise _unusable(path, first_line(error)) from error
+    finally:
+        colmap.logging.minloglevel = level
     with database:
         try:
             yield database
         except (RuntimeError, ValueError) as error:
-            if "sqlite" not in str(error).lower():
+            if isinstance(error, InputError) or "sqlite" not in str(error).lower():
                 raise
-            raise InputError(
-                f"{path} is damaged or locked ({first_line(error)}); remove it, or name another "
-                "file"
-            ) from error
+            raise _unusable(path, first_line(error)) from error
+
+
+CURES = {
+    "locked": "close what has it open, and pass --resume",
+    "full": "make room, and pass --resume",
+}
+
+
+def _unusable(path: Path, reason: str) -> InputError:
+    """What is said of a database that SQLite or COLMAP refuses for that reason."""
+    cure = next((cure for word, cure in CURES.items() if word in reason), "name another file")
+    return InputError(f"{path} cannot be used as a COLMAP database ({reason}); {cure}")
 
 
 def _check_sane(path: Path) -> None:
     """Raise `InputError` for a file that SQLite finds damaged or locked: COLMAP would abort.
 
-    A database that is not there is made, and one of another program is COLMAP's own to refuse.
+    Also for another program's database, which COLMAP would put its own tables into. One that is
+    not there is made.
     """
     if not path.exists():
         return
@@ -146,12 +152,23 @@ def _check_sane(path: Path) -> None:
                 verdict = "its end is missing"
             elif size <= SANE_BYTES:  # to read more would take minutes
                 (verdict,) = database.execute("PRAGMA integrity_check(1)").fetchone()
+            tables = database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+            names = [name for (name,) in tables]
     except (sqlite3.Error, ValueError) as error:
-        verdict = str(error)
+        raise _unusable(path, str(error)[:100]) from error
     if verdict != "ok":
+        raise _unusable(path, verdict[:100])
+    if names and "images" not in names:
+        raise _unusable(path, "its tables are another program's")
+
+
+def _check_room(path: Path, needed: int) -> None:
+    """Raise `InputError` where the disk of a database has no room for so many bytes."""
+    free = shutil.disk_usage(path.absolute().parent).free
+    if free < needed:
         raise InputError(
-            f"{path} cannot be opened as a COLMAP database ({verdict[:100]}); close what has it "
-            "open, or name another file"
+            f"the disk of {path} has {free >> 20} MiB left, and the next rows need "
+            f"{needed >> 20}; make room, and pass --resume"
         )
 
 
@@ -161,13 +178,7 @@ def _transaction(path: Path, database: Any, size: int) -> Iterator[None]:
 
     COLMAP aborts the process where the disk fills up inside of its transaction.
     """
-    needed = ROOM_FACTOR * size + ROOM_BYTES
-    free = shutil.disk_usage(path.absolute().parent).free
-    if free < needed:
-        raise InputError(
-            f"the disk of {path} has {free >> 20} MiB left, and the next rows need "
-            f"{needed >> 20}; make room, and pass --resume"
-        )
+    _check_room(path, ROOM_FACTOR * size + ROOM_BYTES)
     with _pycolmap().DatabaseTransaction(database):
         yield
 
@@ -213,6 +224,7 @@ class ImageWriter:
         self.colmap = _pycolmap()
         self.type = self.colmap.FeatureExtractorType.__members__[type_name]
         self.shared: dict[Any, tuple[Any, int]] = {}  # camera and rig, by what images share
+        self.owners: dict[int, Any] = {}  # the same the other way, of cameras that were there
 
     def write(self, path: Path, name: str) -> None:
         """Add an image, or compare it where it is there."""
@@ -224,10 +236,7 @@ class ImageWriter:
         with _transaction(path, self.database, bytes_):
             if found is not None:
                 self._compare(path, found, features)
-                if shared is not None:
-                    camera = self.database.read_camera(found.camera_id)
-                    rig = self.database.read_rig_with_sensor(camera.sensor_id)
-                    self.shared.setdefault(shared, (camera, rig.rig_id))
+                self._compare_camera(path, found, shared)
                 return
             camera, rig_id = self._camera(name, shared, exif, size)
             image = self.colmap.Image(name=name, camera_id=camera.camera_id)
@@ -255,6 +264,25 @@ class ImageWriter:
         if not same:
             raise InputError(f"{path} has other features of {image.name}; name another database")
 
+    def _compare_camera(self, path: Path, image: Any, shared: Any) -> None:
+        """Keep the camera of an image that is there for those that share it."""
+        camera = self.database.read_camera(image.camera_id)
+        owner = image.name if shared is None else shared
+        same = camera.model_name == self.cameras.model
+        # Without the file nobody knows what its EXIF said.
+        if self.cameras.mode != "auto" or (self.folder / image.name).exists():
+            same &= self.owners.setdefault(camera.camera_id, owner) == owner
+        if same and shared is not None:
+            rig = self.database.read_rig_with_sensor(camera.sensor_id)
+            known, _ = self.shared.setdefault(shared, (camera, rig.rig_id))
+            same = known.camera_id == camera.camera_id
+        if not same:
+            raise InputError(
+                f"{path} has {image.name} with another camera ({camera.model_name}, number "
+                f"{camera.camera_id}); pass the --camera_mode and --camera_model that it was made "
+                "with, or name another database"
+            )
+
     def _descriptors(self, features: Features) -> Any:
         """Rows of float32 as bytes, as COLMAP keeps them."""
         rows = np.ascontiguousarray(features.descriptors, np.float32)
@@ -267,7 +295,7 @@ class ImageWriter:
         if by_name is not None:
             return by_name
         focal = exif.get(FOCAL_35MM) or exif.get(FOCAL)
-        if self.cameras.mode == "image" or not (exif.get(MAKE) and exif.get(MODEL) and focal):
+        if self.cameras.mode == "image" or not focal or not {MAKE, MODEL} <= exif.keys():
             return None
         return exif[MAKE], exif[MODEL], float(focal), size
 
@@ -323,7 +351,8 @@ def in_colmap(features: Features) -> np.ndarray:
 def read_exif(path: Path) -> dict[int, Any]:
     """An image's EXIF by tag, and under `GPS` (latitude, longitude, altitude) where all are there.
 
-    Empty where there is none that can be read.
+    Focal lengths are positive numbers and the names of maker and model text, or not there. Empty
+    where there is none that can be read.
     """
     try:
         with open_header(path) as image:
@@ -333,7 +362,15 @@ def read_exif(path: Path) -> dict[int, Any]:
     except Exception:  # EXIF is whatever a camera's maker took it for, and a help only
         return {}
     found.pop(GPS, None)
+    lengths, names = (FOCAL, FOCAL_35MM), (MAKE, MODEL)
+    odd = [tag for tag in lengths if not _is_positive(found.get(tag))]
+    odd += [tag for tag in names if not isinstance(found.get(tag), str)]
+    found = {tag: value for tag, value in found.items() if tag not in odd}
     return found if position is None else found | {GPS: position}
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, Real) and 0 < value < math.inf  # a fraction of Pillow's may be NaN
 
 
 def _position(gps: dict[int, Any]) -> tuple[float, float, float] | None:
@@ -404,10 +441,10 @@ def write_matches(
     pairs: Pairs,
     matcher: Matcher,
     report: Callable[[], None] = lambda: None,
-) -> None:
-    """Match those pairs that the database has no matches of yet."""
+) -> int:
+    """Match those pairs that the database has no matches of yet; how many these are."""
     cache = Cache(lambda name: matcher.prepare(store.read(name), store.size(name)))
-    pairs = iter(pairs)
+    pairs, count = iter(pairs), 0
     with open_database(path) as database:
         numbers = {image.name: image.image_id for image in database.read_all_images()}
         while some := list(itertools.islice(pairs, TRANSACTION)):
@@ -422,16 +459,18 @@ def write_matches(
             with _transaction(path, database, sum(rows.nbytes for rows in found.values())):
                 for ids, rows in found.items():
                     database.write_matches(*ids, rows)
+            count += len(found)
+    return count
 
 
 class Cache:
-    """What was made last of images' names, up to `CACHE_BYTES`."""
+    """What was made of the images asked for last, by name, up to `CACHE_BYTES`."""
 
     def __init__(self, make: Callable[[str], Any]):
         self._make, self._kept, self._bytes = make, OrderedDict(), 0
 
     def __getitem__(self, name: str) -> Any:
-        """What was, or is now, made of `name`."""
+        """What `make` returns for `name`, from memory where it is still there."""
         if name not in self._kept:
             self._kept[name] = self._make(name)
             self._bytes += self._kept[name].nbytes

@@ -1,6 +1,7 @@
 """The ALIKED variants as one table (arXiv 2304.03608, table I), and what can be asked of them."""
 
 import os
+import re
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from pathlib import Path
@@ -102,6 +103,9 @@ class Selection:
 PRECISIONS = ("fp32", "tf32", "fp16")
 
 
+DEVICES = re.compile("auto|cpu|cuda(:[0-9]+)?")
+
+
 @dataclass(frozen=True)
 class Spec:
     """What to run. A backend that runs a file (`model_path`) takes the rest from that file."""
@@ -130,8 +134,7 @@ class Spec:
                 raise InputError(f"{name} is {shown(path)}; give the path of a file")
             if path is not None:
                 as_path(path)
-        kind = self.device.partition(":")[0] if isinstance(self.device, str) else None
-        if kind not in ("auto", "cpu", "cuda"):
+        if not isinstance(self.device, str) or not DEVICES.fullmatch(self.device):
             raise InputError(f"unknown device {shown(self.device)}; give auto, cpu, cuda or cuda:N")
 
     @property

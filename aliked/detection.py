@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -100,10 +101,12 @@ def select_top_k(
 
     `grouped` finds the same by several small top-k in place of a large one.
     """
-    top_k = top_k_of_groups if grouped else torch.topk
     count = nms_scores.shape[1]
     # A symbolic count, in an export, must be at least k: k stays a constant of the graph.
     k = min(k, count) if isinstance(count, int) else k
+    if grouped and 2 * k > GROUP:
+        return top_k_in_parts(nms_scores, k)
+    top_k = top_k_of_groups if grouped else torch.topk
     rounds = [top_k(nms_scores, min(k, MAX_TOP_K), 1)]
     for start in range(MAX_TOP_K, k, MAX_TOP_K):
         # What one round found is out of the next: scores are not negative.
@@ -114,17 +117,16 @@ def select_top_k(
 
 
 def top_k_of_groups(values: torch.Tensor, k: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`values.topk(k, dim)` of [B, N] along N, a known number, by several small top-k.
+    """`values.topk(k, dim)` of [B, N] along N, a known number, for a k of up to half a `GROUP`.
 
     Groups are sorted, and what can be among the best of all is left of some together, until that
     is one group. Equal values may come in another order.
     """
-    size = max(GROUP, 2 * k)
     count = int(values.shape[dim])  # a number also where the model is traced
-    if count <= size:
+    if count <= GROUP:
         return values.topk(k, dim=1)
     kept = k + k % 2  # lists are halved below
-    merged = lists_to_merge(-(-count // size), min(2 * size // kept - 1, MAX_PAIRS))
+    merged = lists_to_merge(-(-count // GROUP), min(2 * GROUP // kept - 1, MAX_PAIRS))
     groups = math.prod(merged)
     length = -(-count // groups)
     values = F.pad(values, (0, groups * length - count), value=-1.0)  # below every score
@@ -167,6 +169,67 @@ def contenders(
         rest, _ = compare(rest, [x[:, :, other] for x in lower])
     values, index = (torch.cat((x.flatten(2), y), 2) for x, y in zip(upper, rest, strict=True))
     return values, index
+
+
+def top_k_in_parts(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`values.topk(k, 1)` of [B, N], N a known number, for a k of more than half a `GROUP`.
+
+    Lists of K are two, four or more parts, each sorted by itself. They are put together from parts,
+    and then two become one until one is left. Equal values may come in another order.
+    """
+    count = int(values.shape[1])
+    parts = 2 ** max(1, math.ceil(math.log2(k / MAX_TOP_K)))
+    length = -(-k // parts)
+    lists = even_for_long(-(-count // (parts * length)))
+    values = F.pad(values, (0, lists * parts * length - count), value=-1.0)  # below every score
+    values, index = values.unflatten(1, (lists * parts, length)).topk(length, dim=2)
+    index = index + torch.arange(lists * parts, device=values.device)[:, None] * length
+    for size, all_of_both in pairings(lists, parts):
+        values, index = of_pairs(values, index, size, all_of_both)
+        values, order = values.topk(length, dim=2)
+        index = index.gather(2, order)
+    return values.flatten(1)[:, :k], index.flatten(1)[:, :k]
+
+
+def even_for_long(count: int) -> int:
+    """`count` lists or up to an eighth more, so that only the last 16 can be an odd number."""
+    step = 2 ** max(0, (count - 1).bit_length() - 4)
+    return -(-count // step) * step
+
+
+def pairings(lists: int, parts: int) -> Iterator[tuple[int, bool]]:
+    """For every time that lists become half as many: their parts, and whether to keep all parts."""
+    for doubled in range(parts.bit_length() - 1):
+        yield 2**doubled, True
+    for _ in range((lists - 1).bit_length()):
+        yield parts, False
+
+
+def of_pairs(
+    values: torch.Tensor, index: torch.Tensor, size: int, all_of_both: bool
+) -> list[torch.Tensor]:
+    """The better half, or all, of every two lists of `size` parts each, which are [B, P, L].
+
+    Parts come out in order but not sorted. As in `contenders`, the better and the worse at each
+    place of two lists fall and rise, and so do those of their halves, down to single parts. An odd
+    list stays as it is.
+    """
+    pairs = int(values.shape[1]) // (2 * size)
+    end = 2 * pairs * size
+    both = [x[:, :end].unflatten(1, (2, pairs, size)).flatten(3) for x in (values, index)]
+    halves = compare([x[:, 0] for x in both], [x[:, 1].flip(2) for x in both])
+    done = in_turn(halves if all_of_both else halves[:1])
+    for _ in range(size.bit_length() - 1):
+        both = [x.unflatten(2, (2, -1)) for x in done]
+        done = in_turn(compare(*([x[:, :, half] for x in both] for half in (0, 1))))
+    if end == int(values.shape[1]):
+        return done
+    return [torch.cat((x, y[:, end:]), dim=1) for x, y in zip(done, (values, index), strict=True)]
+
+
+def in_turn(halves: Sequence[list[torch.Tensor]]) -> list[torch.Tensor]:
+    """Values and indices of halves, each [B, P, L], with those of a part one behind the other."""
+    return [torch.stack(x, dim=2).flatten(1, 2) for x in zip(*halves, strict=True)]
 
 
 def compare(

@@ -94,7 +94,7 @@ class Job:
         } | (mode | file | self._unusual())
 
     def _unusual(self) -> dict:
-        """What a key has only where it is not as usual: so that older files are still known."""
+        """Settings that a key has only where they are unusual, so that older keys hold."""
         decoder = {} if self.decoder == DECODERS[0] else {"decoder": self.decoder}
         return decoder | ({"descriptors": "fp16"} if self.half else {})
 
@@ -236,7 +236,7 @@ class Pipeline:
         return (FusedLane if job.backend == "fused" else Lane)(extractor, job.half)
 
     def begin(self) -> Tally:
-        """Count from nothing; what is counted from now on."""
+        """Begin a new count, and return it."""
         decode = self.job.threads or available_cores()
         self._written = True  # the batches so far, each whole
         self.tally = Tally(threads=Counter(decode=decode, extract=self.job.lanes, write=1))
@@ -268,7 +268,7 @@ class Pipeline:
                 self._settle(under_way, started)
 
     def _settle(self, under_way: deque[tuple[int, Future]], started: float) -> None:
-        """Wait for the oldest batch; its errors come up here."""
+        """Wait for the oldest batch, and raise its errors."""
         under_way.popleft()[1].result()
         self.tally.wall = time.perf_counter() - started
         self.report(self.tally)
@@ -297,15 +297,19 @@ class Pipeline:
 
     def _extract(self, batch: list[Photo], pixels: np.ndarray, decoded: list[Future]) -> Extracted:
         masks = self._results(decoded)
-        if not masks:
+        if not self._lacks(batch[i] for i in masks):
             return []
         with self._lane() as lane, self._timed("extract"):
             good = pixels if len(masks) == len(batch) else pixels[list(masks)]
             found = lane.extract(good)
         return [(batch[i], features, masks[i]) for i, features in zip(masks, found, strict=True)]
 
+    def _lacks(self, photos: Iterable[Photo]) -> bool:
+        """Whether any is to be extracted: a batch with a bad file is looked at by every run."""
+        return any(photo.name not in self.store for photo in photos)
+
     def _decoded_later(self, batch: list[Photo]) -> bool:
-        """Whether the extractor's own device decodes these: JPEGs as large as it wants them."""
+        """Whether the extractor's device decodes these: JPEGs of just the size that it takes."""
         photo, size = batch[0], self.job.extracted_size(batch[0])
         return (
             self._decodes
@@ -322,7 +326,7 @@ class Pipeline:
 
     def _decode_and_extract(self, batch: list[Photo], read: list[Future]) -> Extracted:
         files = self._results(read)
-        if not files:
+        if not self._lacks(batch[i] for i in files):
             return []
         with self._lane() as lane:
             with self._timed("extract"):
@@ -337,7 +341,7 @@ class Pipeline:
                     pixels[i] = image, turns
                 except InputError as error:
                     self._bad(error)
-            if not pixels:
+            if not self._lacks(batch[i] for i in pixels):
                 return []
             with self._timed("extract"):
                 found = lane.extract(lane.stack(pixels.values()))
@@ -346,14 +350,14 @@ class Pipeline:
         ]
 
     def _by_opencv(self, lane: DecodingLane, photo: Photo) -> Any:
-        """An image that the device could not decode; `InputError` where it is bad."""
+        """Decode and upload an image that the device could not; `InputError` where it is bad."""
         width, height = self.job.extracted_size(photo)
         slot = lane.buffer((height, width, 3))
         self._decode(photo, slot)
         return lane.image(slot)
 
     def _results(self, futures: list[Future]) -> dict[int, Any]:
-        """What came of each image of a batch, by its number there; bad ones are counted."""
+        """The results of a batch by the index of each image; bad ones are counted and left out."""
         results = {}
         for index, future in enumerate(futures):
             try:
@@ -378,15 +382,15 @@ class Pipeline:
         images = extracted.result()
         with self._timed("write"):
             for photo, features, mask in images:
-                if photo.name in self.store:  # a batch with a bad file is done again by every run
+                if photo.name in self.store:
                     continue
                 features = as_stored(features, photo, self.job.extracted_size(photo))
                 if mask is not None:
                     features = unmasked(features, mask)
                 self.store.write(photo.name, features, photo.size)
+                self.tally.images += 1
                 self.tally.keypoints += len(features)
             self.store.checkpoint()
-        self.tally.images += len(images)
         self._written = True
 
     def _bad(self, error: InputError) -> None:
@@ -435,7 +439,7 @@ def read_mask(folder: Path, photo: Photo) -> np.ndarray:
     The same names as COLMAP's. `InputError` where there is none, or it has another size.
     """
     paths = [folder / f"{photo.name}.png", (folder / photo.name).with_suffix(".png")]
-    found = next((path for path in paths if path.is_file()), None)
+    found = next((path for path in paths if os.path.isfile(path)), None)  # also of too long a name
     if found is None:
         raise InputError(f"{photo.name} has no mask {paths[0]}; add one, white where all counts")
     mask = load_image(found, stored=1)

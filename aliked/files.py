@@ -140,9 +140,12 @@ def read_file(path: Path, most_bytes: int = SANE_BYTES, first: int | None = None
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a file from outside; `InputError` also where it is not UTF-8."""
+    """Return the text of a file from outside; `InputError` also where it is not UTF-8.
+
+    Without the byte order mark that editors on Windows begin it with.
+    """
     try:
-        return read_file(path).decode()
+        return read_file(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text ({error.reason}); give another file") from error
 
@@ -350,3 +353,23 @@ def locked(path: Path, wait: bool = True) -> Iterator[BinaryIO]:
             if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
                 yield file
                 return
+
+
+@contextlib.contextmanager
+def only_writer(path: Path) -> Iterator[None]:
+    """Keep other runs from writing to an output; `InputError` where one does.
+
+    Where the file system has no locks nobody is kept from it.
+    """
+    lock = path.with_name(f".{path.name}.lock")
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(lock, wait=False))
+        except BlockingIOError as error:
+            raise InputError(
+                f"another run is writing to {path}; wait for it, or give another --output"
+            ) from error
+        except OSError:
+            pass
+        stack.callback(lock.unlink, missing_ok=True)
+        yield

@@ -142,23 +142,16 @@ def _plain_header(head: bytes) -> Header | None:
 
 
 def _orientation(exif: bytes) -> int | None:
-    """The orientation in EXIF's first list of tags, or 1; None where they are damaged or odd."""
-    order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
-    if order is None or len(exif) < 10:
+    """The orientation in EXIF's first list of tags, or 1; None where these are not as usual."""
+    entries = [] if exif[:4] in BIG_TIFF else _tiff_entries(exif)
+    tags = [tag for tag, *_ in entries]
+    if not tags or tags != sorted(set(tags)):
         return None
-    (at,) = struct.unpack_from(f"{order}I", exif, 4)
-    if not 8 <= at <= len(exif) - 2:
+    given = [entry[1:] for entry in entries if entry[0] == ORIENTATION] or [(SHORT, 1, 1)]
+    kind, count, value = given[0]
+    if (kind, count) != (SHORT, 1):
         return None
-    (count,) = struct.unpack_from(f"{order}H", exif, at)
-    tags = exif[at + 2 : at + 2 + 12 * count]
-    if len(tags) < 12 * count:
-        return None
-    found, before = 1, -1
-    for tag, kind, numbers, value in struct.iter_unpack(f"{order}HHIH2x", tags):
-        if tag <= before or (tag == ORIENTATION and (kind, numbers) != (SHORT, 1)):
-            return None
-        found, before = (value if tag == ORIENTATION else found), tag
-    return found if found in range(1, 9) else 1
+    return value if value in range(1, 9) else 1
 
 
 WIDTH, HEIGHT, ORIENTATION = 0x100, 0x101, 0x112  # tags of TIFF and EXIF
@@ -306,7 +299,8 @@ def _decode_jpeg(data: np.ndarray, out: np.ndarray | None) -> np.ndarray | None:
     return out
 
 
-TIFF = (b"II*\0", b"MM\0*")
+BIG_TIFF = (b"II+\0", b"MM\0+")  # with addresses of 64 bits
+TIFF = (b"II*\0", b"MM\0*", *BIG_TIFF)
 
 
 def _turned_back(image: np.ndarray, orientation: int) -> np.ndarray:
@@ -366,6 +360,7 @@ def _say_once(sentence: str) -> None:
 
 COMPRESSION, PHOTOMETRIC, SAMPLES = 0x103, 0x106, 0x115  # tags of TIFF
 JPEG_IN_TIFF = (6, 7)
+MOST_TAGS = 2**16  # of an image: a damaged file may claim any number
 COLOUR_SPACES = (0, 1, 2, 3, 5)  # grey twice, RGB, a palette, CMYK
 
 
@@ -380,15 +375,25 @@ def _check_colours(path: str, data: np.ndarray) -> None:
 
 def _tiff_tags(data: np.ndarray) -> dict[int, int]:
     """The short numbers among the first image's tags; none for another kind of file."""
-    head = data[:8].tobytes()
-    if len(head) < 8 or head[:4] not in TIFF:
-        return {}
+    entries = _tiff_entries(data)
+    return {tag: value for tag, kind, count, value in entries if (kind, count) == (SHORT, 1)}
+
+
+def _tiff_entries(data: bytes | np.ndarray) -> list[tuple[int, int, int, int]]:
+    """Number, type, count and first 16 bits of the first image's tags, as far as there are any."""
+    head = bytes(data[:16])
+    if len(head) < 16 or head[:4] not in TIFF:
+        return []
     order = "<" if head[:2] == b"II" else ">"
-    (start,) = struct.unpack(f"{order}I", head[4:])
-    (count,) = struct.unpack(f"{order}H", data[start : start + 2].tobytes().ljust(2, b"\0"))
-    entries = data[start + 2 : start + 2 + 12 * count].tobytes()
-    found = struct.iter_unpack(f"{order}HHIHxx", entries[: len(entries) // 12 * 12])
-    return {tag: value for tag, kind, number, value in found if (kind, number) == (3, 1)}
+    big = head[:4] in BIG_TIFF
+    first, number, entry = ("8xQ", "Q", "HHQH6x") if big else ("4xI8x", "H", "HHIH2x")
+    (start,) = struct.unpack(order + first, head)
+    after = start + struct.calcsize(number)
+    counted = bytes(data[start:after])
+    (count,) = struct.unpack(order + number, counted.ljust(after - start, b"\0"))
+    length = struct.calcsize(order + entry)
+    entries = bytes(data[after : after + length * min(count, MOST_TAGS)])
+    return list(struct.iter_unpack(order + entry, entries[: len(entries) // length * length]))
 
 
 def _named_as_image(name: str) -> bool:

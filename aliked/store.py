@@ -149,7 +149,7 @@ class FeatureStore:
         return self.path.exists() and not self._pending and not self._part_files()
 
     def grow(self) -> "GrowingFile":
-        """The file to be, with nothing in it."""
+        """Begin to write the one file anew, among the parts."""
         for scratch in filter(_is_left, self.parts.glob("*")):
             scratch.unlink(missing_ok=True)
         return GrowingFile(self)
@@ -164,7 +164,7 @@ class FeatureStore:
                 growing.finish()
 
     def replaced(self) -> None:
-        """Look into the one file from now on: all others have been put into it."""
+        """Read from the one file from now on, and remove the parts, which are all in it."""
         for path in self._part_files():
             _scratch_of(path).unlink(missing_ok=True)
             path.unlink()
@@ -198,12 +198,14 @@ class FeatureStore:
         return sorted(path for path in found if not path.name.startswith("."))
 
     def _find(self, parts: Iterable[Path]) -> None:
-        """Take in what is in parts, and in what a run that was killed had let grow."""
+        """Index parts, and the unfinished files of runs that were killed."""
         for part in parts:
             if part.suffix == JOURNAL_SUFFIX and not _scratch_of(part).exists():
                 continue  # killed after the file was in its place
             with _sentence(part):
                 index = _journal(part) if part.suffix == JOURNAL_SUFFIX else _index(part)
+                if not index:
+                    continue
                 kind, key, names = index["format"], index["key"], index["images"].keys()
             _check_key(part, kind, key, self.key)
             self._where |= dict.fromkeys(names, part)
@@ -277,8 +279,13 @@ def _index(part: Path) -> dict[str, Any]:
 
 
 def _journal(path: Path) -> dict[str, Any]:
-    """What a journal says: a line about the file, and a line for images whose arrays are in it."""
-    lines = path.read_bytes().split(b"\n")[:-1]  # a kill may cut off the last
+    """What a journal says: a line about the file, and a line for images whose arrays are in it.
+
+    Nothing where not even the first is whole.
+    """
+    lines = path.read_bytes().split(b"\n")[:-1]  # a kill or a full disk may cut off the last
+    if not lines:
+        return {}
     index = json.loads(lines[0]) | {"images": {}}
     for line in lines[1:]:
         index["images"] |= json.loads(line)
@@ -351,14 +358,18 @@ class GrowingFile:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
     def finish(self) -> None:
-        """Put in what else the store has, and put the file in its place."""
+        """Put in what else the store has, and put the file in its place, where it has an image."""
         self.take(self.store.names())
-        self._placed.write(self._descriptor, self._end)
-        with _hdf5(self.path) as file:
-            file.attrs["format"], file.attrs["key"] = FORMAT, self.store.key
-            self._compress(file)
-        self._stack.close()
-        os.replace(self.path, self.store.path)
+        if not self._compressed and self._end == START:
+            self._stack.close()
+            self.path.unlink()
+        else:
+            self._placed.write(self._descriptor, self._end)
+            with _hdf5(self.path) as file:
+                file.attrs["format"], file.attrs["key"] = FORMAT, self.store.key
+                self._compress(file)
+            self._stack.close()
+            os.replace(self.path, self.store.path)
         self.store.replaced()
 
     def _compress(self, file: h5py.File) -> None:
@@ -529,7 +540,7 @@ def _check_key(path: Path, kind: object, found: object, wanted: str) -> None:
         raise InputError(f"{path} is no file of ALIKED features; move it, or name another file")
     if found != wanted:
         raise InputError(
-            f"{path} has features of another {_difference(found, wanted)}; name another file, or "
+            f"{path} has other features ({_difference(found, wanted)}); name another file, or "
             "remove this one"
         )
 
@@ -544,7 +555,7 @@ def _array(dataset: h5py.Dataset, kinds: str) -> np.ndarray:
 
 
 def _checked(name: str, arrays: list[np.ndarray]) -> list[np.ndarray]:
-    """An image's arrays, which ValueError says are none."""
+    """An image's arrays; ValueError where they do not go together."""
     keypoints, scores, descriptors, size = arrays
     count = len(scores)
     if (keypoints.shape, scores.shape, size.shape) != ((count, 2), (count,), (2,)):
@@ -606,9 +617,9 @@ def _difference(found: str, wanted: str) -> str:
     try:
         own, other = json.loads(found), json.loads(wanted)
         names = [name for name in sorted({*own, *other}) if own.get(name) != other.get(name)]
-        return ", ".join(f"{n} ({own.get(n)}, not {other.get(n)})"[:200] for n in names[:3])
+        return ", ".join(f"{n} {own.get(n)}, not {other.get(n)}"[:200] for n in names[:3])
     except (ValueError, TypeError, AttributeError, RecursionError):
-        return "key"
+        return "its key is damaged"
 
 
 def _bytes(features: Features) -> int:

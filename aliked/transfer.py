@@ -55,7 +55,8 @@ def upload(
     if images.dtype != np.uint8:
         raise InputError(f"the batch is {images.dtype} {list(images.shape)}; give uint8")
     if device.type != "cuda":
-        return torch.from_numpy(np.ascontiguousarray(images))
+        # Copied where it cannot be written to, as an array of Pillow: PyTorch warns of these.
+        return torch.from_numpy(np.require(images, requirements=("C", "W")))
     if out is None:
         out = torch.empty(images.shape, dtype=torch.uint8, device=device)
     # PyTorch keeps the block from being used again before its copies are over.

@@ -1,5 +1,6 @@
 """Frames of a video file or a camera, as `aliked.images` gives photographs."""
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,10 @@ from aliked.images import quiet_opencv
 VIDEO_SUFFIXES = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
 SHORT = 0.9  # of its frames: a video that ends before is named; some containers only estimate them
 
+# FFmpeg is to print nothing about a bad file: the caller says what is wrong, once. OpenCV reads
+# this when it first opens a video.
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+
 
 def is_camera(source: str | Path) -> bool:
     """Whether this is the number of a camera ("0"), and no folder that has it for a name."""
@@ -21,8 +26,9 @@ def is_camera(source: str | Path) -> bool:
 
 
 def is_video(source: str | Path) -> bool:
-    """Whether this names a video file, or a camera by its number."""
-    return is_camera(source) or str(source).lower().endswith(VIDEO_SUFFIXES)
+    """Whether this names a video file, or a camera by its number, and no folder."""
+    named = str(source).lower().endswith(VIDEO_SUFFIXES)
+    return is_camera(source) or (named and not Path(source).is_dir())
 
 
 def frames(

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from aliked.cli import keep_sigterm
 from aliked.errors import InputError, how_to_install
 from aliked.extraction import (
     Job,
@@ -84,91 +85,91 @@ def extract_in_processes(
         return team.run(report)
 
 
-# What processes say to each other. A batch has its number in the order of the folder.
+# Messages between the processes. A batch is known by its number in the order of the folder.
 
 
 class Ask(NamedTuple):
-    """A worker has room for a batch."""
+    """A worker to the team: it has room for a batch."""
 
 
 class Batch(NamedTuple):
-    """What a worker is to do."""
+    """The team to a worker: images to extract."""
 
     number: int
     photos: list[Photo]
 
 
 class Enough(NamedTuple):
-    """There is nothing more to do."""
+    """The team to a worker, or to the file: there is nothing more to do."""
 
 
 class Opened(NamedTuple):
-    """The file that grows is there."""
+    """The file to all: it has been made, here."""
 
     path: Path
 
 
 class Take(NamedTuple):
-    """The store has images of this batch: into the file with them."""
+    """The team to the file: copy this batch, which the store has already."""
 
     number: int
     names: list[str]
 
 
 class Place(NamedTuple):
-    """A worker has extracted a batch; where is it to be written?"""
+    """A worker to the file: where is this batch, which is extracted, to be written?"""
 
     number: int
     names: list[str]
     nbytes: list[int]  # that each image takes
 
 
-class There(NamedTuple):
-    """The first image of a batch is to be written there, and the others behind it."""
+class Placed(NamedTuple):
+    """The file to a worker: write the batch from this byte on, one image behind the other."""
 
     number: int
     at: int
 
 
 class Written(NamedTuple):
-    """A worker has written a batch."""
+    """A worker to the file: a batch is written."""
 
     number: int
     line: bytes  # for the journal
 
 
 class Done(NamedTuple):
-    """A worker has written all that it had."""
+    """A worker to the team: all that it had is written."""
 
 
 class Finished(NamedTuple):
-    """The file is where it is to be."""
+    """The file to the team: it is complete, and in its place."""
 
 
 class Stopped(NamedTuple):
-    """A process cannot go on."""
+    """Any process to the team: it cannot go on."""
 
     error: InputError | OSError
 
 
 @dataclass
 class Worker:
-    """A process, and the batches that it has, which are not all written yet."""
+    """A worker process, as the team knows it."""
 
     index: int  # of its job
     process: multiprocessing.Process
-    ours: Connection  # it asks for batches here, and tells how far it is
-    file: Connection  # and here where to write them
-    batches: deque[Batch] = field(default_factory=deque)
-    asking: set[int] = field(default_factory=set)  # for the places of these
-    again: deque[Batch] = field(default_factory=deque)  # what one before it has left
+    ours: Connection  # for batches and progress
+    file: Connection  # for places in the file, passed on to the process of the file
+    batches: deque[Batch] = field(default_factory=deque)  # that it has and has not written yet
+    asking: set[int] = field(default_factory=set)  # numbers of batches whose places it waits for
+    again: deque[Batch] = field(default_factory=deque)  # batches of a killed one before it
 
 
 class Team:
     """The processes of one machine. Each asks for a batch when it has room for one.
 
-    A process more has the one file grow: it gives each batch its place in it, in the order of the
-    folder, and the workers write there.
+    One more process owns the file: it gives each batch a place in it, in the order of the folder,
+    and the workers write there themselves.
     """
 
     def __init__(self, job: Job, store: FeatureStore, devices: list[str]):
@@ -179,18 +180,18 @@ class Team:
             for device in devices
         ]
         self.store = store
-        self.tally = Tally()  # of what is done here: bad headers are found while dealing
+        self.tally = Tally()  # of this process, which finds bad headers while it deals
         self.tallies = [Tally() for _ in devices]
         self.deaths: Counter[int] = Counter()
         self.workers: dict[int, Worker] = {}  # that are not done
-        self._leaving: list[multiprocessing.Process] = []  # which CUDA takes a second for
+        self._leaving: list[multiprocessing.Process] = []  # done; leaving CUDA takes a second
         self._todo = self._batches()
         self._context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
         self._grower, self._file = self._process(_grow, self.jobs[0], store.path)
         self._opened: Opened | None = None
         self._finished = False
         self._post: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._poster = threading.Thread(target=self._send_post, daemon=True)
+        self._poster = threading.Thread(target=self._forward, daemon=True)
         self._poster.start()
         for index in range(len(devices)):
             self._start(index)
@@ -203,13 +204,13 @@ class Team:
             for worker in self.workers.values():
                 speakers |= {worker.ours: worker, worker.file: worker}
             for ready in wait(list(speakers)):
-                if not ready.closed:  # by what another one said
-                    self._hear(ready, speakers[ready])
+                if not ready.closed:  # while another message was handled
+                    self._receive(ready, speakers[ready])
             self.tally.wall = time.perf_counter() - started
             report(self._together())
         self._post.put(Enough())
         while not self._finished:
-            self._hear(self._file, None)
+            self._receive(self._file, None)
         return self._together()
 
     def close(self) -> None:
@@ -231,7 +232,7 @@ class Team:
         return sum(self.tallies, self.tally)
 
     def _batches(self) -> Iterator[Batch]:
-        """The batches that are to be done; the others are put into the file as they are."""
+        """The batches that are to be extracted; the others go into the file as they are."""
 
         def bad(error: InputError) -> None:
             if self.job.strict:
@@ -260,17 +261,17 @@ class Team:
         if self._opened is not None:
             _send(file, self._opened)
 
-    def _hear(self, speaker: Connection, worker: Worker | None) -> None:
-        """Hear what a worker, or the process of the file, says, or that it has ended."""
+    def _receive(self, speaker: Connection, worker: Worker | None) -> None:
+        """Receive and handle a message of a worker, or of the file (None), or its end."""
         try:
             said = speaker.recv()
         except (EOFError, OSError) as error:
-            self._silent(speaker, worker, error)
+            self._disconnected(speaker, worker, error)
         else:
-            self._heed(said, worker)
+            self._handle(said, worker)
 
-    def _heed(self, said: Any, worker: Worker | None) -> None:
-        """Do what follows from what was said."""
+    def _handle(self, said: Any, worker: Worker | None) -> None:
+        """Handle a message."""
         match said:
             case Ask():
                 self._deal(worker)
@@ -283,7 +284,7 @@ class Team:
             case Place():
                 worker.asking.add(said.number)
                 self._post.put(said)
-            case There():  # it may answer one that was killed: nobody else is to hear that
+            case Placed():  # whoever asked may have been killed: nobody else is to get it
                 for each in self.workers.values():
                     if said.number in each.asking:
                         each.asking.remove(said.number)
@@ -294,7 +295,7 @@ class Team:
             case Done():
                 with contextlib.suppress(EOFError, OSError):  # it may have left already
                     while worker.file.poll():
-                        self._heed(worker.file.recv(), worker)
+                        self._handle(worker.file.recv(), worker)
                 self._leave(worker)
                 self._leaving.append(worker.process)
             case Finished():
@@ -303,28 +304,28 @@ class Team:
                 raise said.error
 
     def _deal(self, worker: Worker) -> None:
-        # What one before it has left comes first: the file waits for it.
+        # Batches of a killed worker come first: the file waits for them.
         batch = worker.again.popleft() if worker.again else next(self._todo, Enough())
         if isinstance(batch, Batch):
             worker.batches.append(batch)
         _send(worker.ours, batch)
 
-    def _send_post(self) -> None:
-        """Send what the file is told, in a thread: were dealing to wait for it, both might wait."""
-        with contextlib.suppress(OSError):  # it has ended: `_silent` says so
+    def _forward(self) -> None:
+        """Pass messages on to the file, in a thread: if dealing waited for it, both might wait."""
+        with contextlib.suppress(OSError):  # it has ended: see `_disconnected`
             while (said := self._post.get()) is not None:
                 self._file.send(said)
 
-    def _silent(self, speaker: Connection, worker: Worker | None, error: Exception) -> None:
-        """Somebody has ended."""
+    def _disconnected(self, speaker: Connection, worker: Worker | None, error: Exception) -> None:
+        """Replace a worker that has ended too early; raise `InputError` if the file's has."""
         if worker is None:
             raise InputError(
                 "the process that writes the file was killed; what was extracted is kept: find "
                 "out why, and pass --resume"
             ) from error
-        if speaker is worker.file:  # what it said before on the other line is to be heard
+        if speaker is worker.file:  # what it sent before on the other connection comes first
             while self.workers.get(worker.index) is worker:
-                self._hear(worker.ours, worker)
+                self._receive(worker.ours, worker)
             return
         self._leave(worker)
         worker.process.join()
@@ -350,7 +351,7 @@ class Team:
 
 
 def _send(to: Connection, said: NamedTuple) -> None:
-    """Say something to a worker; one that has ended is found when it is listened to."""
+    """Send a message to a worker; that one has ended is found when it is listened to."""
     with contextlib.suppress(OSError):
         to.send(said)
 
@@ -394,7 +395,7 @@ def _work(job: Job, file: Connection, theirs: Connection) -> None:
 
 
 class Writer:
-    """What a worker has in place of a store: batches go to their places in the file that grows.
+    """What a worker has in place of a store: it writes batches to their places in the file.
 
     Some wait for these, since places are given in the order of the folder.
     """
@@ -408,7 +409,7 @@ class Writer:
         self._waiting: deque[Future] = deque()
 
     def __contains__(self, name: str) -> bool:
-        """Whether this is written already: the file that grows has all batches put anew."""
+        """Whether this is written already: never, since the file is written anew."""
         return False
 
     def write(self, name: str, features: Features, size: tuple[int, int]) -> None:
@@ -432,7 +433,7 @@ class Writer:
             self._waiting.popleft().result()
 
     def _put(self, number: int, images: dict[str, list[np.ndarray]]) -> None:
-        """Write the batch whose places come next: it was the next to ask."""
+        """Write a batch once its place is known; places come in the order of the questions."""
         if self._descriptor is None:
             self._descriptor = os.open(self._file.recv().path, os.O_WRONLY)
         at, before = self._file.recv().at, time.thread_time()
@@ -446,11 +447,11 @@ class Writer:
 
 
 def _grow(job: Job, path: Path, theirs: Connection) -> None:
-    """The process that has the one file grow: in the parent it would hold up the dealing."""
+    """The process that owns the file: in the parent this would hold up the dealing."""
     with _errors_to(theirs), FeatureStore.open(path, job.key()).grow() as file:
         theirs.send(Opened(file.path))
         waiting: dict[int, Take | Place] = {}
-        placed: dict[int, tuple[Place, There]] = {}  # what is not written yet
+        placed: dict[int, tuple[Place, Placed]] = {}  # what is not written yet
         following = 0  # the batch that is next
         while not isinstance(said := theirs.recv(), Enough):
             match said:
@@ -458,12 +459,12 @@ def _grow(job: Job, path: Path, theirs: Connection) -> None:
                     del placed[number]
                     file.note(line)
                 case Place() if said.number in placed:  # asked again for one that was killed
-                    before, there = placed[said.number]
+                    before, answer = placed[said.number]
                     if before != said:
                         raise InputError(
                             "a batch of a process that was killed came out otherwise; pass --resume"
                         )
-                    theirs.send(there)
+                    theirs.send(answer)
                 case Place() | Take():
                     waiting[said.number] = said
             while following in waiting:
@@ -472,9 +473,9 @@ def _grow(job: Job, path: Path, theirs: Connection) -> None:
                         file.take(names)
                     case Place(number, names, nbytes) as place:
                         places = [file.place(*one) for one in zip(names, nbytes, strict=True)]
-                        there = There(number, places[0] if places else 0)
-                        placed[number] = place, there
-                        theirs.send(there)
+                        answer = Placed(number, places[0] if places else 0)
+                        placed[number] = place, answer
+                        theirs.send(answer)
                 following += 1
         file.finish()
         theirs.send(Finished())
@@ -498,16 +499,10 @@ def extract_with_ray(
     total = Tally()
     job = _from_any_folder(job)
     shards = _shards(job, store, total)
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise InputError(
-            f"no Ray cluster answers at {address} ({error}); start one, or pass --ray local"
-        ) from error
-    started = time.perf_counter()
-    try:
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
+    if not shards:
+        return total
+    with _cluster(ray, address):
+        started = time.perf_counter()
         gpus = int(ray.cluster_resources().get("GPU", 0)) if job.spec.device != "cpu" else 0
         actors = min(processes or gpus or 1, len(shards))
         results = ray.data.from_items(shards, override_num_blocks=len(shards)).map_batches(
@@ -523,6 +518,22 @@ def extract_with_ray(
             total.wall = time.perf_counter() - started
             total.threads = Counter({stage: actors * n for stage, n in shard.threads.items()})
             report(total)
+    return total
+
+
+@contextlib.contextmanager
+def _cluster(ray: Any, address: str) -> Iterator[None]:
+    """A connection to a Ray cluster; `InputError` where it cannot be had, or gives up."""
+    try:
+        with keep_sigterm():
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"no Ray cluster answers at {address} ({error}); start one, or pass --ray local"
+        ) from error
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    try:
+        yield
     except ray.exceptions.RayError as error:
         cause = getattr(error, "cause", None)
         if isinstance(cause, InputError):
@@ -534,7 +545,6 @@ def extract_with_ray(
         ) from error
     finally:
         ray.shutdown()
-    return total
 
 
 def _from_any_folder(job: Job) -> Job:

@@ -1,10 +1,9 @@
 """Results as data: a JSON line per row, checked as it is written and as it is read."""
 
-import contextlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -15,7 +14,7 @@ from msgspec import Meta, structs
 from aliked.backends import BACKENDS
 from aliked.configs import CONFIGS, PRECISIONS
 from aliked.errors import InputError
-from aliked.files import locked, read_file, whole_file
+from aliked.files import read_file, whole_file
 from benchmark.rows import SUBJECTS, Row
 from benchmark.timing import REPEATED_WITHIN, Limits, apart
 
@@ -344,22 +343,6 @@ def append_record(path: Path, record: AnyRecord | dict) -> None:
         file.write(start + msgspec.json.encode(record) + b"\n")
         file.flush()
         os.fsync(file.fileno())
-
-
-@contextlib.contextmanager
-def only_writer(path: Path) -> Iterator[None]:
-    """Keep other measurements from writing to a file of records; `InputError` where one does."""
-    lock = path.with_name(f".{path.name}.lock")
-    try:
-        with locked(lock, wait=False):
-            try:
-                yield
-            finally:
-                lock.unlink()
-    except BlockingIOError as error:
-        raise InputError(
-            f"another measurement is writing to {path}; wait for it, or give another --output"
-        ) from error
 
 
 def keep_lines(path: Path, numbers: Iterable[int]) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 
 from aliked import cli
 from aliked.errors import InputError, how_to_install
-from aliked.features import Features
+from aliked.features import Features, check_image
 from aliked.files import read_file
 from aliked.images import MOST_BYTES, list_images
 
@@ -51,11 +51,12 @@ class Client:
     def extract(self, image: bytes | np.ndarray, model: str = "aliked") -> Features:
         """Features of one image: the bytes of a file, or uint8 [H, W, 3] RGB.
 
-        `InputError` with the server's own words where it refuses.
+        `InputError` for anything else, and with the server's own words where it refuses.
         """
         if isinstance(image, bytes):
             given = self._bytes("image", image)
         else:
+            check_image(image)
             given = self.triton.InferInput("pixels", [1, *image.shape], "UINT8")
             given.set_data_from_numpy(np.ascontiguousarray(image[None]))
         return _features(self._infer(model, [given]))
@@ -102,6 +103,7 @@ class Load:
         )
 
 
+SECONDS = 10  # of a measurement
 HEADER = "concurrency requests/s   p50 [ms]  p90 [ms]  p99 [ms]  refused"
 
 
@@ -152,25 +154,33 @@ def parser() -> argparse.ArgumentParser:
         help="numbers of clients at a time to measure",
     )
     parser.add_argument(
-        "--seconds", type=cli.positive, default=10, help="for each (default: %(default)s)"
+        "--seconds", type=cli.positive, help=f"with --load: for each (default: {SECONDS})"
     )
-    parser.add_argument("--pairs", action="store_true", help="load the model of two images")
+    parser.add_argument("--pairs", action="store_true", help="with --load: the model of two images")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
     """Print what the server finds in the images, or how fast it is."""
-    files = [read_file(path, MOST_BYTES) for path in list_images(args.images)]
+    for name in ("seconds", "pairs"):
+        if getattr(args, name) and not args.load:
+            raise InputError(f"--{name} needs --load; leave it out, or give that as well")
+    paths = list_images(args.images)
+    files = [read_file(path, MOST_BYTES) for path in paths]
     if args.load:
         print(HEADER)
         for concurrency in args.load:
-            print(measure(asking(args, files), concurrency, args.seconds).row(), flush=True)
+            load = measure(asking(args, files), concurrency, args.seconds or SECONDS)
+            print(load.row(), flush=True)
         return
     client = Client(args.url)
-    for (path0, first), (path1, second) in pairwise(
-        zip(list_images(args.images), files, strict=True)
-    ):
-        one, other, matches = client.match(first, second)
+    if len(files) == 1:
+        print(f"{paths[0].name}: {len(client.extract(files[0]))} keypoints")
+    for (path0, first), (path1, second) in pairwise(zip(paths, files, strict=True)):
+        try:
+            one, other, matches = client.match(first, second)
+        except InputError as error:
+            raise InputError(f"{path0.name} - {path1.name}: {error}") from error
         print(
             f"{path0.name} - {path1.name}: {len(one)} and {len(other)} keypoints, "
             f"{len(matches)} matches"

@@ -25,8 +25,10 @@ class TritonPythonModel:
         parameters = json.loads(args["model_config"])["parameters"]
         settings = json.loads(parameters["settings"]["string_value"])
         sys.path.append(settings["project"])
-        if args["model_instance_kind"] == "GPU":
-            settings["spec"]["device"] = f"cuda:{args['model_instance_device_id']}"
+        if settings["role"] == "extract":
+            on_gpu = args["model_instance_kind"] == "GPU"
+            device = f"cuda:{args['model_instance_device_id']}" if on_gpu else "cpu"
+            settings["spec"]["device"] = device
         self._serve = {"extract": Extraction, "match": matching}[settings["role"]](settings)
 
     def execute(self, requests: list[Any]) -> list[Any]:
@@ -80,7 +82,8 @@ class Extraction:
 
         try:
             return self.extractor.extract_batch(np.stack(images))
-        except InputError as error:
+        # Also where memory is short: images of other sizes may be in the same batch.
+        except (InputError, MemoryError, RuntimeError) as error:
             return [error] * len(images)
 
 
@@ -94,17 +97,23 @@ def pixels_of(image: Any) -> Any:
         if isinstance(image, bytes):
             return decode_image(np.frombuffer(image, np.uint8), "the image")
         check_image(image)
-    except InputError as error:
+    except (InputError, MemoryError) as error:
         return error
     return image
 
 
 def response(answer: list[Any]) -> Any:
     """The response of a request: the features of its images, or the first error among them."""
+    from aliked.errors import InputError
+
     if not answer:
         return refusal("give either image or pixels")
     error = next((found for found in answer if isinstance(found, Exception)), None)
-    return refusal(str(error)) if error else pb_utils.InferenceResponse(padded(answer))
+    if error is None:
+        return pb_utils.InferenceResponse(padded(answer))
+    if isinstance(error, InputError):
+        return refusal(str(error))
+    return refusal(f"{type(error).__name__}: {error}", "INTERNAL")
 
 
 def images_of(request: Any) -> list[Any]:
@@ -167,7 +176,7 @@ def matching(settings: dict) -> Callable[[list[Any]], list[Any]]:
     return lambda requests: [answer(request) for request in requests]
 
 
-def refusal(sentence: str) -> Any:
-    """An error that is the request's own fault."""
-    error = pb_utils.TritonError(sentence, pb_utils.TritonError.INVALID_ARG)
+def refusal(sentence: str, code: str = "INVALID_ARG") -> Any:
+    """An error, unless another code is given one that is the request's own fault."""
+    error = pb_utils.TritonError(sentence, getattr(pb_utils.TritonError, code))
     return pb_utils.InferenceResponse([], error)

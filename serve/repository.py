@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aliked import cli
+from aliked.backends import check_runs, get_backend
 from aliked.cli import cosine, whole
 from aliked.configs import get_config
 from aliked.errors import InputError
@@ -68,9 +69,15 @@ def batching(max_batch: int, delay_us: int) -> str:
     return f"dynamic_batching {{ max_queue_delay_microseconds: {delay_us} }}\n"
 
 
-def instances(count: int, gpu: bool) -> str:
-    """How many copies of a model run at a time, on each GPU or on the processor."""
-    return f"instance_group [ {{ count: {count} kind: {'KIND_GPU' if gpu else 'KIND_CPU'} }} ]\n"
+def instances(count: int, device: str) -> str:
+    """How many copies of a model run at a time: of "cuda" on each GPU, of "cuda:N" on that one.
+
+    "auto" leaves it to Triton, which takes the GPUs where there are any.
+    """
+    name, _, index = device.partition(":")
+    kind = {"auto": "KIND_AUTO", "cpu": "KIND_CPU", "cuda": "KIND_GPU"}[name]
+    gpus = f" gpus: [ {int(index)} ]" if index else ""
+    return f"instance_group [ {{ count: {count} kind: {kind}{gpus} }} ]\n"
 
 
 def python_rest(settings: dict, environment: Path | None) -> str:
@@ -151,19 +158,16 @@ def network_tensors(path: Path) -> tuple[Tensor, list[Tensor], bool]:
     return image, [tensor(value) for value in graph.output], image.dims[0] == -1
 
 
-def network_config(name: str, runtime: str, onnx_path: Path, args: argparse.Namespace) -> str:
+def network_config(
+    name: str, runtime: str, onnx_path: Path, device: str, args: argparse.Namespace
+) -> str:
     """The configuration of the network alone: its tensors are those of the ONNX file."""
     image, outputs, free = network_tensors(onnx_path)
     max_batch = args.max_batch if free else 0
     if free:  # Triton adds the batch itself
         image, *outputs = (Tensor(t.name, t.kind, t.dims[1:]) for t in (image, *outputs))
-    rest = batching(max_batch, args.delay_us) + instances(args.instances, runs_on_gpu(args))
+    rest = batching(max_batch, args.delay_us) + instances(args.instances, device)
     return config(name, runtime, [image], outputs, max_batch, rest)
-
-
-def runs_on_gpu(args: argparse.Namespace) -> bool:
-    """Whether the models are for GPUs."""
-    return args.device != "cpu"
 
 
 def write_model(folder: Path, text: str, files: dict[str, Path]) -> None:
@@ -208,28 +212,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     """Write all models."""
-    if args.engine is not None and args.onnx is None:
-        raise InputError("the tensors of an engine are those of its ONNX file; pass --onnx as well")
-    if args.repository.exists() and any(args.repository.iterdir()):
-        raise InputError(f"{args.repository} is not empty; name a new folder")
-    if args.weights is not None:
-        find_weights(args.model, args.weights)
-    if args.model_path is not None:
-        with open_regular(args.model_path, most_bytes=None):
-            pass
-    models = python_models(args)
-    if args.onnx is not None:
-        runtime = 'backend: "onnxruntime"'
-        models["aliked_onnx"] = (
-            network_config("aliked_onnx", runtime, args.onnx, args),
-            {"model.onnx": args.onnx},
-        )
-    if args.engine is not None:
-        runtime = 'platform: "tensorrt_plan"'
-        models["aliked_tensorrt"] = (
-            network_config("aliked_tensorrt", runtime, args.onnx, args),
-            {"model.plan": args.engine},
-        )
+    check_options(args)
+    models = python_models(args) | network_models(args)
     parent = writable_folder(args.repository.absolute().parent)
     with tempfile.TemporaryDirectory(dir=parent, prefix=".repository-") as folder:
         draft = Path(folder) / "models"
@@ -240,7 +224,55 @@ def main(args: argparse.Namespace) -> None:
         print(args.repository / name)
 
 
-def python_models(args: argparse.Namespace) -> dict[str, tuple[str, dict[str, Path]]]:
+def check_options(args: argparse.Namespace) -> None:
+    """Raise `InputError` for what Triton would find out only when it loads the models."""
+    if args.engine is not None and args.onnx is None:
+        raise InputError("the tensors of an engine are those of its ONNX file; pass --onnx as well")
+    if args.repository.exists() and any(args.repository.iterdir()):
+        raise InputError(f"{args.repository} is not empty; name a new folder")
+    check_runs(args.backend, extractor_spec(args))
+    backend = get_backend(args.backend)
+    if backend.suffix and args.model_path is None:
+        raise InputError(
+            f"backend {args.backend} runs a file; pass --model_path FILE{backend.suffix}"
+        )
+    runs_on = {f"backend {args.backend}": backend.devices}
+    if args.engine is not None:
+        runs_on["--engine"] = ("cuda",)
+    for what, devices in runs_on.items():
+        if args.device.partition(":")[0] not in ("auto", *devices):
+            raise InputError(f"{what} cannot run on {args.device}; pass --device {devices[0]}")
+    if args.weights is not None:
+        find_weights(args.model, args.weights)
+    if args.model_path is not None:
+        with open_regular(args.model_path, most_bytes=None):
+            pass
+    if args.environment is not None and not (args.environment / "bin/activate").is_file():
+        raise InputError(
+            f"{args.environment} is no virtual environment, which has a file bin/activate; make "
+            "one with python -m venv"
+        )
+
+
+Models = dict[str, tuple[str, dict[str, Path]]]  # configuration and files of each, by name
+
+
+def network_models(args: argparse.Namespace) -> Models:
+    """The network alone in Triton's own runtimes, where files are given."""
+    models: Models = {}
+    if args.onnx is not None:
+        runtime = 'backend: "onnxruntime"'
+        text = network_config("aliked_onnx", runtime, args.onnx, args.device, args)
+        models["aliked_onnx"] = text, {"model.onnx": args.onnx}
+    if args.engine is not None:
+        runtime = 'platform: "tensorrt_plan"'
+        device = "cuda" if args.device == "auto" else args.device
+        text = network_config("aliked_tensorrt", runtime, args.onnx, device, args)
+        models["aliked_tensorrt"] = text, {"model.plan": args.engine}
+    return models
+
+
+def python_models(args: argparse.Namespace) -> Models:
     """The three models that need the Python backend only."""
     dim = get_config(args.model).dim
     common = {"project": str(ROOT)}
@@ -262,7 +294,7 @@ def python_models(args: argparse.Namespace) -> dict[str, tuple[str, dict[str, Pa
                 features(dim),
                 args.max_batch,
                 batching(args.max_batch, args.delay_us)
-                + instances(args.instances, runs_on_gpu(args))
+                + instances(args.instances, args.device)
                 + python_rest(extract | {"threads": args.threads}, args.environment),
             ),
             code,
@@ -274,7 +306,7 @@ def python_models(args: argparse.Namespace) -> dict[str, tuple[str, dict[str, Pa
                 [Tensor(f"descriptors{i}", "FP32", [-1, dim]) for i in (0, 1)],
                 MATCHES,
                 1,
-                instances(args.instances, gpu=False) + python_rest(match, args.environment),
+                instances(args.instances, "cpu") + python_rest(match, args.environment),
             ),
             code,
         ),

@@ -114,11 +114,8 @@ def get_backend(name: str) -> Backend:
     return BACKENDS[name]
 
 
-def create_extractor(name: str, spec: Spec) -> Extractor:
-    """Return an extractor that runs `spec`.
-
-    `InputError` where the backend cannot run here, or not this.
-    """
+def check_runs(name: str, spec: Spec) -> None:
+    """Raise `InputError` where the backend does not run `spec`, on whatever machine."""
     backend = get_backend(name)
     if not isinstance(spec, Spec):
         raise InputError(f"a {type(spec).__name__} says nothing to run; give a Spec")
@@ -130,6 +127,15 @@ def create_extractor(name: str, spec: Spec) -> Extractor:
             f"backend {name} does not run {spec.model_path}; leave it out, or pass --backend "
             f"{other}"
         )
+
+
+def create_extractor(name: str, spec: Spec) -> Extractor:
+    """Return an extractor that runs `spec`.
+
+    `InputError` where the backend cannot run here, or not this.
+    """
+    check_runs(name, spec)
+    backend = get_backend(name)
     reason = backend.unavailable()
     if reason:
         raise InputError(f"backend {name} cannot run here: {reason}")

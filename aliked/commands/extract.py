@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from aliked.colmap import (
 )
 from aliked.errors import InputError
 from aliked.extraction import DECODERS, Job, Report, Tally, available_cores, extract
-from aliked.files import writable_folder
+from aliked.files import only_writer, real_path, writable_folder
 from aliked.images import find_images
 from aliked.matching import Matcher
 from aliked.options import (
@@ -35,11 +36,12 @@ from aliked.options import (
 )
 from aliked.store import FeatureStore
 from aliked.threads import keep_freed_memory
-from aliked.video import is_video
+from aliked.video import is_camera, is_video
 from aliked.workers import CORES, devices_of, extract_in_processes, extract_with_ray
 
 OVERLAP = 10  # images that each is matched with in a sequence, as in COLMAP
 MOST_PROCESSES = 4  # for each core
+FULL = (errno.ENOSPC, errno.EDQUOT)
 TWO_LANES = ("fused", "tensorrt", "tensorrt-cudagraph")  # keep a GPU busier than one extractor
 
 
@@ -131,9 +133,8 @@ def _add_speed_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--decoder",
         choices=DECODERS,
-        default=DECODERS[0],
         help="what decodes JPEGs: OpenCV on the processor, or nvImageCodec on the GPU (default: "
-        "%(default)s)",
+        f"{DECODERS[0]})",
     )
     group.add_argument(
         "--threads",
@@ -160,30 +161,47 @@ def main(args: argparse.Namespace) -> None:
     check_options(args)
     job = job_of(args)
     cameras = args.colmap and cameras_of(args)
-    output = args.output or args.colmap.with_suffix(".h5")
-    check_output_and_database(output, args.colmap, args.resume)
-    names = [] if is_video(args.images) else find_images(args.images)
-    job = replace(job, names=names)
-    if cameras and names:
-        cameras.check_sizes(job)
-    if args.match and names:
-        pairs_of(args, names)  # whose file should be good before the work, not after
-    matcher = matcher_from(args, args.model, mutual_device=args.device) if args.match else None
-    try:
-        with FeatureStore.open(output, job.key()) as store:
-            done = len(store)
-            with progress("features", len(names) or args.frames, done) as bar:
-                tally = run(args, job, store, len(names), counting(bar))
-        store = FeatureStore.open(output, job.key())
-        summarize(args, tally, store)
+    output = output_of(args)
+    for path in filter(None, (output, args.colmap)):
+        writable_folder(path.parent)
+    with only_writer(output):
+        check_new(output, args.colmap, args.resume)
+        names = [] if is_video(args.images) else find_images(args.images)
+        if cameras and names:
+            cameras.check_sizes(replace(job, names=names))
+        if args.match and names:
+            pairs_of(args, names)  # whose file should be good before the work, not after
+        matcher = matcher_from(args, args.model, mutual_device=args.device) if args.match else None
+        store = fill_store(args, replace(job, names=names), output)
         if args.colmap is not None:
             write_colmap(args, store, names, cameras, matcher)
+
+
+def fill_store(args: argparse.Namespace, job: Job, output: Path) -> FeatureStore:
+    """Extract what `output` does not have yet, and say what was done."""
+    total = len(job.names) or args.frames
+    try:
+        with (
+            FeatureStore.open(output, job.key()) as store,
+            progress("features", total, done=len(store)) as bar,
+        ):
+            tally = run(args, job, store, len(job.names), counting(bar))
     except OSError as error:
         kept = len(FeatureStore.open(output, job.key()))
+        cure = "make room" if error.errno in FULL else "put that right"
         raise InputError(
             f"cannot write {error.filename or output} ({error.strerror or error}); "
-            f"{'what was extracted' if kept else 'nothing'} is kept: make room, and pass --resume"
+            f"{'what was extracted' if kept else 'nothing'} is kept: {cure}, and pass --resume"
         ) from error
+    store = FeatureStore.open(output, job.key())
+    summarize(args, tally, store)
+    return store
+
+
+def output_of(args: argparse.Namespace) -> Path:
+    """The file of features; where it is a link, what that leads to, perhaps on another disk."""
+    output = args.output or args.colmap.with_suffix(".h5")
+    return real_path(output) if output.is_symlink() else output
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -193,19 +211,29 @@ def check_options(args: argparse.Namespace) -> None:
     for path in filter(None, (args.output, args.colmap)):
         if not path.name or path.is_dir():
             raise InputError(f"{path} is a folder; give the name of a file")
+    if args.colmap is not None and real_path(args.colmap) == real_path(output_of(args)):
+        raise InputError(
+            f"{args.colmap} cannot be both files; give --output and --colmap two names"
+        )
     order = args.match[0] if args.match else None
     video = is_video(args.images)
     check_video_options(args)
+    if args.resume and is_camera(args.images):
+        raise InputError(f"camera {args.images} shows other images now; leave --resume out")
     without = (
         (args.colmap is None, "--colmap", ("match", "camera_mode", "camera_model")),
         (order != "sequential", "--match sequential", ("overlap",)),
         (order is None, "--match", ("matcher", "matcher_weights", "min_similarity")),
-        (video, "a folder of images", ("masks", "processes", "ray")),
+        (video, "a folder of images", ("masks", "processes", "ray", "decoder")),
     )
     for absent, needed, names in without:
         for name in names:
             if absent and getattr(args, name) is not None:
                 raise InputError(f"--{name} needs {needed}; leave it out, or give that as well")
+    if args.masks is not None and not args.masks.is_dir():
+        raise InputError(f"there is no folder of masks {args.masks}; correct it, or leave it out")
+    if args.masks is not None and real_path(args.masks) == real_path(args.images):
+        raise InputError(f"{args.masks} has the images themselves; give a folder of their masks")
     orders = (["exhaustive"], ["sequential"])
     if args.match and args.match not in orders and not (order == "pairs" and len(args.match) == 2):
         raise InputError(
@@ -217,9 +245,10 @@ def job_of(args: argparse.Namespace) -> Job:
     """The options as a `Job`."""
     if args.backend == "auto":
         args.backend = choose_backend(args)
-    if args.decoder != DECODERS[0] and args.backend != "fused":
+    decoder = args.decoder or DECODERS[0]
+    if decoder != DECODERS[0] and args.backend != "fused":
         raise InputError(
-            f"--decoder {args.decoder} needs --backend fused, which takes what it decodes on the "
+            f"--decoder {decoder} needs --backend fused, which takes what it decodes on the "
             "GPU; leave one out"
         )
     return Job(
@@ -235,7 +264,7 @@ def job_of(args: argparse.Namespace) -> Job:
         max_frames=args.frames,
         strict=args.strict,
         half=args.half,
-        decoder=args.decoder,
+        decoder=decoder,
     )
 
 
@@ -248,7 +277,8 @@ def choose_backend(args: argparse.Namespace) -> str:
     for name, backend in BACKENDS.items():
         if backend.suffix == suffix:
             return name
-    raise InputError(f"no backend runs {args.model_path}; give an .onnx, .trt or .pt2 file")
+    suffixes = sorted({backend.suffix for backend in BACKENDS.values() if backend.suffix})
+    raise InputError(f"no backend runs {args.model_path}; give a file of {', '.join(suffixes)}")
 
 
 def cameras_of(args: argparse.Namespace) -> Cameras:
@@ -257,15 +287,12 @@ def cameras_of(args: argparse.Namespace) -> Cameras:
     return Cameras(**{name: value for name, value in given.items() if value is not None})
 
 
-def check_output_and_database(output: Path, database: Path | None, resume: bool) -> None:
-    """Raise `InputError` where an output is there already, or cannot be written."""
+def check_new(output: Path, database: Path | None, resume: bool) -> None:
+    """Raise `InputError` where an output is there already, and is not to be gone on with."""
     parts = output.with_name(f"{output.name}.parts")
     for path in filter(None, (output, parts, database)):
         if path.exists() and not resume:
             raise InputError(f"{path} exists; pass --resume to go on with it, or name another file")
-        writable_folder(path.parent)
-    if database == output:
-        raise InputError(f"{output} cannot be both files; give --output and --colmap two names")
 
 
 def run(
@@ -349,8 +376,9 @@ def write_colmap(
         names = [name for name in names or store.names() if name in store]
     pairs, count = pairs_of(args, names or store.names())
     with progress("matches", count) as bar:
-        write_matches(args.colmap, store, pairs, matcher, bar.update)
-    print(f"{args.colmap}: {count} pairs matched")
+        matched = write_matches(args.colmap, store, pairs, matcher, bar.update)
+    rest = f", {count - matched} matched before or of skipped files" if count > matched else ""
+    print(f"{args.colmap}: {matched} pairs matched{rest}")
 
 
 def pairs_of(

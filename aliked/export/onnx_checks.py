@@ -166,7 +166,7 @@ def top_k(node: Node, target: Target) -> Iterator[Finding]:
             node,
             f"k is {k}, TensorRT's limit is {MAX_TOP_K}",
             "export again with convert_pytorch_to_onnx.py --top_k, which above that limit writes "
-            "an exact TopK in two levels",
+            "several TopK that give exactly the same",
         )
     if size and k > size:
         yield error(node, f"k is {k} and the axis has {size} elements", "choose a smaller --top_k")

@@ -96,27 +96,47 @@ def choose_by_logits(rewriter: Rewriter) -> None:
 
 
 def _chosen_by_logits(rewriter: Rewriter, choice: Choice) -> dict[str, list[onnx.NodeProto]]:
-    first, last = choice.top_k[0], choice.top_k[-1]
+    shape = rewriter.shape(choice.top_k[0].input[0])
     new = Suppression(rewriter, choice)
     wide = new.logits()
     logits = new.in_rows(wide)
-    candidates = new.candidates(new.maxima(wide, logits), rewriter.shape(first.input[0]))
+    candidates = new.candidates(new.maxima(wide, logits), shape)
+    in_lists = len(choice.top_k) > 1 and math.prod(shape) <= 2**INDEX_BITS
+    choose = _by_numbers if in_lists else _as_they_are
     instead = {choice.scores: new, **look_up(new, logits)}
-    if len(choice.top_k) > 1 and math.prod(rewriter.shape(first.input[0])) <= 2**INDEX_BITS:
-        users = rewriter.users[last.output[1]]
-        chosen = next(node for node in users if node.op_type == "GatherElements")
-        best, values = best_of_lists(rewriter, choice.top_k, candidates, chosen.output[0])
-        instead |= {node.output[0]: [] for node in (*choice.top_k, chosen)}
-    else:
-        begin, end = (copied(node) for node in (first, last))
-        begin.input[0] = candidates
-        instead[first.output[0]] = [begin]
-        end = begin if first is last else end
-        values = end.output[0] = f"{last.output[0]} logits"
-        best = Nodes(rewriter, last.output[0])
-        best.append(end)
-    best.add("Sigmoid", best.add("Cast", values, to=TensorProto.FLOAT), out=last.output[0])
-    return instead | {last.output[0]: best}
+    return instead | choose(rewriter, choice.top_k, candidates)
+
+
+def _by_numbers(
+    rewriter: Rewriter, top_k: list[onnx.NodeProto], candidates: str
+) -> dict[str, list[onnx.NodeProto]]:
+    """Nodes in the place of every TopK, and of what merges lists between them."""
+    last = top_k[-1]
+    users = rewriter.users[last.output[1]]
+    chosen = next(node for node in users if node.op_type == "GatherElements")
+    best, values = best_of_lists(rewriter, top_k, candidates, chosen.output[0])
+    _score(best, values, last)
+    return {node.output[0]: [] for node in (*top_k, chosen)} | {last.output[0]: best}
+
+
+def _as_they_are(
+    rewriter: Rewriter, top_k: list[onnx.NodeProto], candidates: str
+) -> dict[str, list[onnx.NodeProto]]:
+    """The first TopK with candidates as logits, and the last with scores made of what it gives."""
+    begin, last = copied(top_k[0]), top_k[-1]
+    begin.input[0] = candidates
+    end = begin if len(top_k) == 1 else copied(last)
+    end.output[0] = f"{last.output[0]} logits"
+    best = Nodes(rewriter, last.output[0])
+    best.append(end)
+    _score(best, end.output[0], last)
+    return {top_k[0].output[0]: [begin], last.output[0]: best}
+
+
+def _score(best: Nodes, logits: str, top_k: onnx.NodeProto) -> None:
+    """Add what makes the scores of a TopK of logits."""
+    logits = best.add("Cast", logits, to=TensorProto.FLOAT)
+    best.add("Sigmoid", logits, out=top_k.output[0])
 
 
 def copied(node: onnx.NodeProto) -> onnx.NodeProto:
@@ -218,7 +238,7 @@ class Suppression(Nodes):
 def best_of_lists(
     rewriter: Rewriter, top_k: list[onnx.NodeProto], candidates: str, index: str
 ) -> tuple[Nodes, str]:
-    """The nodes of `detection.top_k_of_groups`, and the logits that they give beside `index`.
+    """The nodes of `detection.top_k_of_groups` or `_in_parts`; the logits they give beside `index`.
 
     A logit and its index are one whole number, so that lists are merged by Max and Min alone: the
     library has a loop for every tensor of indices that is chosen by comparing others.
@@ -226,10 +246,15 @@ def best_of_lists(
     new = Nodes(rewriter, f"{top_k[0].output[0]} merged")
     batch, groups, length = rewriter.shape(top_k[0].input[0])
     numbers, kept = "", 0
-    for node in top_k:
+    _, parts, _ = rewriter.shape(top_k[-1].input[0])  # of a list; 1 of what is sorted at once
+    for done, node in enumerate(top_k):
         if numbers:
             _, now, _ = rewriter.shape(node.input[0])
-            numbers = contenders(new, numbers, [batch, now, groups // now, kept])
+            if parts == 1:
+                numbers = contenders(new, numbers, [batch, now, groups // now, kept])
+            else:
+                shape, size = [batch, groups, kept], 2 ** (done - 1)
+                numbers = of_pairs(new, numbers, shape, min(size, parts), size < parts)
             groups, candidates = now, logits_of(new, numbers)
         top = copied(node)
         top.input[0], top.output[0] = candidates, f"{node.output[0]} logits"
@@ -275,6 +300,33 @@ def contenders(new: Nodes, numbers: str, shape: list[int]) -> str:
     rest = new.fold("Max", losers)
     upper = new.add("Reshape", upper, np.array([batch, groups, pairs * (kept // 2)]))
     return new.add("Concat", upper, rest, axis=2)
+
+
+def of_pairs(new: Nodes, numbers: str, shape: list[int], size: int, all_of_both: bool) -> str:
+    """`detection.of_pairs` of numbers, for `shape` [B, P, L]."""
+    batch, parts, length = shape
+    pairs = parts // (2 * size)
+    end = 2 * pairs * size
+    x = new.part(numbers, [1], [0], [end]) if end < parts else numbers
+    x = new.add("Reshape", x, np.array([batch, 2, pairs, size * length]))
+    one, other = (new.add("Gather", x, np.array(side), axis=1) for side in (0, 1))
+    other = new.add("Slice", other, *map(np.array, ([-1], [-(2**62)], [2], [-1])))  # turned round
+    halves = [new.add("Max", one, other)] + ([new.add("Min", one, other)] if all_of_both else [])
+    count, side = pairs, size * length
+    while True:
+        rows = [new.add("Unsqueeze", half, np.array([2])) for half in halves]
+        x = new.add("Concat", *rows, axis=2)
+        count *= len(halves)
+        if side == length:
+            break
+        side //= 2
+        x = new.add("Reshape", x, np.array([batch, count, 2, side]))
+        pair = [new.add("Gather", x, np.array(half), axis=2) for half in (0, 1)]
+        halves = [new.add("Max", *pair), new.add("Min", *pair)]
+    x = new.add("Reshape", x, np.array([batch, count, length]))
+    return (
+        new.add("Concat", x, new.part(numbers, [1], [end], [parts]), axis=1) if end < parts else x
+    )
 
 
 def look_up(new: Suppression, logits: str) -> dict[str, Nodes]:

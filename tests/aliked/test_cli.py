@@ -169,6 +169,26 @@ def test_an_output_that_nobody_reads_ends_the_script_quietly():
     assert process.stderr.read() == b"" and process.wait() == 141
 
 
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_script_whose_output_was_closed_ends_as_ever(stream):
+    code = f"""
+from aliked import cli
+def main(args):
+    import sys
+    print("said", file=sys.{stream})
+    return 3
+cli.run(main, cli.Parser(), [])
+"""
+    number = {"stdout": 1, "stderr": 2}[stream]
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        preexec_fn=lambda: os.close(number),
+        capture_output=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (3, b"", b"")
+
+
 def test_an_output_that_is_full_is_one_sentence():
     with open("/dev/full", "w") as full:
         result = subprocess.run(

@@ -309,6 +309,7 @@ def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path):
         ("LAB", {}, "another space than RGB"),
         ("RGB", {"compression": "jpeg"}, "a JPEG inside"),
         ("YCbCr", {"compression": "jpeg"}, "a JPEG inside"),
+        ("LAB", {"big_tiff": True}, "another space than RGB"),
     ],
 )
 def test_a_tiff_whose_colours_would_be_wrong_is_refused(tmp_path, photo, mode, options, what):

@@ -178,6 +178,14 @@ def test_a_file_grows_by_others_and_has_the_same_bytes(tmp_path):
     assert not list((tmp_path / "features.h5.parts").iterdir())
 
 
+def test_a_file_that_got_no_image_is_none(tmp_path):
+    """As where several processes had bad images only."""
+    with FeatureStore.open(tmp_path / "features.h5", KEY).grow() as file:
+        file.note(journal_line({}))
+        file.finish()
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_takes_no_more_space_than_it_has_bytes(tmp_path):
     """More was allocated while it grew, so that writing finds it."""
     path, arrays = tmp_path / "features.h5", arrays_of(features(1, 5000), SIZE)
@@ -334,12 +342,12 @@ def test_an_error_keeps_what_was_written(tmp_path):
 
 
 def test_features_of_another_key_are_refused(path):
-    with pytest.raises(InputError, match=r"another top_k \(50, not 60\)"):
+    with pytest.raises(InputError, match=r"other features \(top_k 50, not 60\)"):
         FeatureStore.open(path, KEY | {"top_k": 60})
     with FeatureStore.open(path.with_name("other.h5"), KEY) as store:
         store.write("a.jpg", features(1), SIZE)
         store.flush()
-        with pytest.raises(InputError, match=r"another weights \(12ab, not 34\)"):
+        with pytest.raises(InputError, match=r"other features \(weights 12ab, not 34\)"):
             FeatureStore.open(path.with_name("other.h5"), KEY | {"weights": "34"})
 
 
@@ -442,6 +450,18 @@ def test_what_a_kill_left_half_written_is_no_part_and_goes(tmp_path):
         store.write("0.jpg", features(0), SIZE)
     assert FeatureStore.open(path, KEY).names() == ["0.jpg"]
     assert [file.name for file in parts.iterdir()] == [f".{os.getpid()}-12ab.u2xn.partial.part"]
+
+
+def test_a_journal_whose_first_line_the_disk_had_no_room_for_says_nothing(tmp_path):
+    path, parts = tmp_path / "features.h5", tmp_path / "features.h5.parts"
+    parts.mkdir()
+    (parts / "1-ab.growing").write_bytes(bytes(100))
+    (parts / "1-ab.journal").write_bytes(b'{"format": "ali')
+    with FeatureStore.open(path, KEY) as store:
+        assert not store.names()
+        store.write("0.jpg", features(0), SIZE)
+    assert FeatureStore.open(path, KEY).names() == ["0.jpg"]
+    assert [file.name for file in tmp_path.iterdir()] == ["features.h5"]
 
 
 def test_a_part_that_points_nowhere_is_refused(path):

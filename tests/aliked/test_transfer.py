@@ -39,6 +39,13 @@ def test_a_view_of_an_image_is_uploaded_in_its_own_order():
     np.testing.assert_array_equal(upload(image, torch.device("cpu")).numpy(), image)
 
 
+@pytest.mark.filterwarnings("error")
+def test_an_image_that_cannot_be_written_to_is_uploaded_without_a_warning():
+    image = texture(20, 30)[None]
+    image.flags.writeable = False  # as Pillow's are
+    np.testing.assert_array_equal(upload(image, torch.device("cpu")).numpy(), image)
+
+
 def views_of(images):
     """An array and parts of it, in several memory layouts."""
     return [images, images[:, ::-1], images[..., ::-1], images[:, :, ::2], images[::3]]

@@ -12,12 +12,12 @@ from msgspec import json as strict_json
 from msgspec.structs import replace
 
 from aliked.errors import InputError
+from aliked.files import only_writer
 from benchmark.records import (
     AnyRecord,
     append_record,
     load_records,
     make_record,
-    only_writer,
     read_lines,
     read_records,
     resume,
@@ -127,7 +127,7 @@ def test_two_measurements_do_not_write_to_one_file(tmp_path):
     output = tmp_path / "records.jsonl"
     with only_writer(output):
         with (
-            pytest.raises(InputError, match="another measurement is writing"),
+            pytest.raises(InputError, match="another run is writing to"),
             only_writer(output),
         ):
             raise AssertionError("let in")

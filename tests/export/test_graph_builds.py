@@ -11,11 +11,18 @@ import torch
 from onnx import TensorProto
 from onnx.reference import ReferenceEvaluator
 
+from aliked import detection
 from aliked.backends.tensorrt_library import RTX, tf32_settled
 from aliked.configs import Form
-from aliked.detection import detect, inner, suppress_non_maxima, top_k_of_groups
+from aliked.detection import (
+    detect,
+    inner,
+    select_top_k,
+    suppress_non_maxima,
+    top_k_of_groups,
+)
 from aliked.errors import InputError
-from aliked.export import rtx_graph
+from aliked.export import rtx_graph, rtx_keypoints
 from aliked.export.builder import BuildOptions, build_plan
 from aliked.export.onnx_export import ExportOptions, export_onnx, fold_constants
 from aliked.export.rewriter import Rewriter
@@ -67,13 +74,25 @@ def test_suppression_by_slices_and_products_is_that_by_pooling(scores, size, dyn
 
 
 @pytest.mark.parametrize("scores", MAPS)
-@pytest.mark.parametrize("k", [1, 100, 2500])
+@pytest.mark.parametrize("k", [1, 100, 2048])
 def test_the_best_of_groups_are_the_best_of_all(scores, k):
     values = inner(suppress_non_maxima(scores(150, 203)))
     best, index = top_k_of_groups(values, k, 1)
     assert torch.equal(best, values.topk(k, dim=1).values)
     assert torch.equal(values.gather(1, index), best)
     assert all(len(row.unique()) == k for row in index)  # torch.topk promises no order of equals
+
+
+@pytest.mark.parametrize("scores", MAPS)
+@pytest.mark.parametrize(
+    ("size", "k"), [((70, 90), 5000), ((270, 330), 4097), ((150, 203), 9000), ((150, 203), 2049)]
+)
+def test_the_best_in_parts_are_the_best_of_all(scores, size, k):
+    values = inner(suppress_non_maxima(scores(*size)))
+    best, index = select_top_k(values, k, grouped=True)
+    assert torch.equal(best, values.topk(k, dim=1).values)
+    assert torch.equal(values.gather(1, index), best)
+    assert all(len(row.unique()) == k for row in index)
 
 
 @pytest.mark.parametrize("size", [(5, 5), (9, 12), (70, 90)])
@@ -119,9 +138,19 @@ def in_onnx_runtime(model, x):
     return [torch.from_numpy(rows) for rows in session.run(None, {"x": x.numpy()})]
 
 
-# Smaller than anything is cut into; odd; more than one TopK returns; more than a group of it.
+# Smaller than anything is cut into; odd; in groups; more than one TopK returns: every pixel, the
+# best of three lists of two parts each, and of two lists of four.
 @pytest.mark.parametrize(
-    ("size", "k"), [((5, 5), 1), ((5, 37), 33), ((33, 50), 1334), ((71, 67), 4221), ((90, 91), 300)]
+    ("size", "k"),
+    [
+        ((5, 5), 1),
+        ((5, 37), 33),
+        ((33, 50), 1334),
+        ((90, 91), 300),
+        ((71, 67), 4221),
+        ((90, 120), 4096),
+        ((90, 120), 8000),
+    ],
 )
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("threshold", [False, True])
@@ -164,7 +193,14 @@ class Logits(torch.nn.Module):
         return self.detector(scores)
 
 
-# Not grouped; in groups; as large as the frame; more than one TopK returns, which stays as it was.
+def types_sorted(model):
+    """The types of what a model's TopK nodes sort."""
+    rewriter = Rewriter(model)
+    nodes = [node for node in model.graph.node if node.op_type == "TopK"]
+    return {rewriter.kind(node.input[0]) for node in nodes}
+
+
+# Not grouped; in groups; as large as the frame; more than one TopK returns, as above.
 @pytest.mark.parametrize(
     ("size", "k", "begin"),
     [
@@ -172,6 +208,8 @@ class Logits(torch.nn.Module):
         ((96, 96), 300, (0, 0)),
         ((90, 91), 301, (3, 2)),
         ((71, 67), 4221, (0, 0)),
+        ((90, 120), 4095, (3, 2)),
+        ((90, 120), 8000, (0, 0)),
     ],
 )
 @pytest.mark.parametrize("scores", MAPS)
@@ -179,13 +217,7 @@ def test_the_same_is_chosen_by_logits_for_rtx(size, k, begin, scores):
     frame = [-(-side // 32) * 32 for side in size]
     model = written(Logits(size, k, *begin), torch.zeros(1, 1, *frame).half())
     rewritten = for_rtx(model)
-    by_logits = k < 4000
-    sorted_types = {
-        Rewriter(rewritten).kind(node.input[0])
-        for node in rewritten.graph.node
-        if node.op_type == "TopK"
-    }
-    assert sorted_types == {TensorProto.FLOAT16 if by_logits else TensorProto.FLOAT}
+    assert types_sorted(rewritten) == {TensorProto.FLOAT16}
     # What lies beside the image in the frame is better than all that is in it.
     logits = torch.full((1, 1, *frame), 9.0).half()
     inside = torch.logit(scores(*size)[:1] * 0.99).clamp(min=-60000).half()
@@ -212,9 +244,27 @@ def test_the_same_is_chosen_by_logits_for_rtx(size, k, begin, scores):
 
 def test_what_a_threshold_chooses_is_not_chosen_by_logits_for_rtx():
     model = written(Logits((60, 64), 0, 2, 0, 0.7, 300), torch.zeros(1, 1, 64, 64).half())
-    rewritten = Rewriter(for_rtx(model))
-    top_k = [node for node in rewritten.graph.node if node.op_type == "TopK"]
-    assert {rewritten.kind(node.input[0]) for node in top_k} == {TensorProto.FLOAT}
+    assert types_sorted(for_rtx(model)) == {TensorProto.FLOAT}
+
+
+@pytest.mark.parametrize("k", [300, 4096])
+def test_of_more_pixels_than_numbers_have_indices_the_best_are_chosen_for_rtx(k, monkeypatch):
+    monkeypatch.setattr(rtx_keypoints, "INDEX_BITS", 12)
+    size = (96, 128)
+    rewritten = for_rtx(written(Logits(size, k), torch.zeros(1, 1, *size).half()))
+    assert kinds(rewritten).count("GreaterOrEqual") > 0  # lists are merged with their indices
+    logits = torch.logit(noise(*size)[:1].clamp(0.01, 0.99)).half()
+    expected = detect(torch.sigmoid(logits.float()), k, 0.0, 0, Form())
+    _, _, nms_scores = in_onnx_runtime(rewritten, logits)
+    torch.testing.assert_close(nms_scores, expected.nms_scores, atol=1e-6, rtol=0)
+
+
+def test_a_file_that_chooses_in_rounds_is_as_it_was_for_rtx(monkeypatch):
+    """Files of earlier versions do, for more keypoints than one TopK returns."""
+    monkeypatch.setattr(detection, "top_k_in_parts", select_top_k)
+    model = written(Logits((72, 96), 4000), torch.zeros(1, 1, 72, 96).half())
+    assert "ScatterElements" in kinds(model)
+    assert types_sorted(for_rtx(model)) == {TensorProto.FLOAT}
 
 
 def test_all_of_the_best_may_lie_in_one_list_for_rtx():
@@ -235,6 +285,23 @@ def test_all_of_the_best_may_lie_in_one_list_for_rtx():
         torch.testing.assert_close(nms_scores, best, atol=1e-6, rtol=0)
 
 
+def test_a_list_in_parts_may_hold_all_of_the_best_for_rtx():
+    """Also where they are equals, each of which is chosen once."""
+    size, k = (136, 512), 4096
+    rewritten = for_rtx(written(Logits(size, k), torch.zeros(1, 1, *size).half()))
+    first = next(node for node in rewritten.graph.node if node.op_type == "TopK")
+    _, parts, length = Rewriter(rewritten).shape(first.input[0])
+    assert parts > 16 and length < k  # odd numbers of lists among them
+    plateau = 10  # rows that are all maxima, more than k pixels
+    for top in range(2, size[0] - plateau - 2, 9):
+        logits = torch.logit(noise(*size)[:1] / 2).clamp(min=-9).half()
+        logits[..., top : top + plateau, :] = 2
+        expected = detect(torch.sigmoid(logits.float()), k, 0.0, 0, Form())
+        keypoints, _, nms_scores = in_onnx_runtime(rewritten, logits)
+        torch.testing.assert_close(nms_scores, expected.nms_scores, atol=1e-6, rtol=0)
+        assert len(keypoints[0].unique(dim=0)) == k
+
+
 def test_logits_that_are_no_numbers_give_scores_that_are_none_for_rtx():
     """A model that is damaged is found by what it gives; an index made of NaN would be anywhere."""
     size = (64, 64)
@@ -243,9 +310,9 @@ def test_logits_that_are_no_numbers_give_scores_that_are_none_for_rtx():
     assert not all(values.isfinite().all() for values in outputs)
 
 
-def export(precision, path, **changes):
+def export(precision, path, top_k=300, **changes):
     torch.manual_seed(0)
-    model = ALIKED("aliked-t16", top_k=300).eval().fold_batch_norm().set_precision(precision)
+    model = ALIKED("aliked-t16", top_k=top_k).eval().fold_batch_norm().set_precision(precision)
     export_onnx(model, path, ExportOptions(96, 128, deform_conv="gridsample", **changes))
 
 
@@ -397,13 +464,14 @@ def test_convolutions_of_small_maps_stay_as_they_are_for_rtx():
     [
         ("fp16", {"uint8_input": True, "opset": 17}),
         ("fp32", {"opset": 19}),
+        ("fp16", {"top_k": 4096}),
         ("fp16", {"dynamic": True, "uint8_input": True}),
     ],
 )
 def test_the_real_library_builds_the_export(precision, changes, tmp_path):
     path = tmp_path / "model.onnx"
     export(precision, path, **changes)
-    forms = {name: value for name, value in changes.items() if name != "opset"}
+    forms = {name: changes[name] for name in ("dynamic", "uint8_input") if name in changes}
     outcome = outcome_of(path, **forms)
     assert outcome["built"], outcome["reason"]
 

@@ -145,6 +145,28 @@ def test_cameras_and_priors_are_those_that_colmap_imports(tmp_path, photos, mode
     assert (found["frames"], found["rigs"]) == (expected["frames"], expected["rigs"])
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"t0x920a": "4.0 mm"},
+        {"t0x920a": float("nan")},
+        {"t0xa405": (28, 28)},
+        {"t0x10f": "", "t0xa405": 28},
+    ],
+)
+def test_exif_that_is_not_as_it_should_be_says_nothing(tmp_path, odd):
+    names = ["1.jpg", "2.jpg"]
+    for i, name in enumerate(names):
+        write_photo(tmp_path / "p" / name, noise(i), **{"t0x10f": "Maker", "t0x110": "Phone"} | odd)
+    write_features(
+        tmp_path / "d.db", stored(tmp_path / "p", names), tmp_path / "p", "aliked-n32", Cameras()
+    )
+    with pycolmap.Database.open(tmp_path / "imported.db"):
+        pass
+    pycolmap.import_images(tmp_path / "imported.db", tmp_path / "p")
+    assert read_all(tmp_path / "d.db")["cameras"] == read_all(tmp_path / "imported.db")["cameras"]
+
+
 def test_exif_gives_the_place_and_the_direction_down(tmp_path):
     """As COLMAP's own extraction writes them."""
     from PIL import Image
@@ -189,8 +211,9 @@ def test_a_run_that_was_killed_goes_on_and_gives_the_same_database(tmp_path, pho
     count = 0
     with pytest.raises(KeyboardInterrupt):
         write_matches(killed, store, pairs, matcher, kill)
-    write_matches(killed, store, pairs, matcher)
+    assert write_matches(killed, store, pairs, matcher) == len(pairs)
     assert read_all(killed) == read_all(whole)
+    assert write_matches(killed, store, pairs, matcher) == 0
     assert len(read_all(whole)["matches"]) == 6
 
 
@@ -219,8 +242,33 @@ def test_another_database_is_refused_and_left_as_it_is(tmp_path, database, photo
         write_features(database, stored(photos, NAMES), photos, "aliked-n32", Cameras())
     assert read_all(database) == before
     (tmp_path / "text.db").write_text("no database" * 1000)
-    with pytest.raises(InputError, match="cannot be opened as a COLMAP database"):
-        write_features(tmp_path / "text.db", other, photos, "aliked-n16", Cameras())
+    with contextlib.closing(sqlite3.connect(tmp_path / "music.db")) as foreign:
+        foreign.execute("CREATE TABLE songs (title)")
+        for name, reason in {"text.db": "", "music.db": "its tables are another program's"}.items():
+            with pytest.raises(InputError, match=f"cannot be used as a COLMAP database .*{reason}"):
+                write_features(tmp_path / name, other, photos, "aliked-n16", Cameras())
+        assert len(foreign.execute("SELECT name FROM sqlite_master").fetchall()) == 1
+
+
+@pytest.mark.parametrize(
+    ("made", "resumed"),
+    [
+        (Cameras(), Cameras(model="PINHOLE")),
+        (Cameras(), Cameras("single")),
+        (Cameras("single"), Cameras()),
+        (Cameras("folder"), Cameras("image")),
+        (Cameras("image"), Cameras("folder")),
+    ],
+)
+def test_cameras_of_other_options_are_refused_and_left(tmp_path, photos, made, resumed):
+    store, path = stored(photos, NAMES), tmp_path / "d.db"
+    write_features(path, store, photos, "aliked-n32", made)
+    before = read_all(path)
+    with pytest.raises(InputError, match=r"with another camera .*; pass the --camera_mode"):
+        write_features(path, store, photos, "aliked-n32", resumed)
+    (photos / "a/2.jpg").unlink()  # and with it its EXIF
+    write_features(path, store, photos, "aliked-n32", made)
+    assert read_all(path) == before
 
 
 def test_images_of_two_sizes_cannot_share_a_camera(tmp_path, photos):
@@ -245,6 +293,8 @@ def test_pairs_of_every_order(tmp_path, monkeypatch):
     path = tmp_path / "pairs.txt"
     path.write_text("# first second\n0.jpg 1.jpg\n\n1.jpg 0.jpg\n2.jpg 1.jpg\n")
     assert read_pairs(path, names) == [("0.jpg", "1.jpg"), ("2.jpg", "1.jpg")]
+    path.write_bytes(b"\xef\xbb\xbf0.jpg 1.jpg\r\n")  # as editors on Windows write it
+    assert read_pairs(path, names) == [("0.jpg", "1.jpg")]
     for text, reason in {
         "0.jpg\n": "line 1 .* is not two names",
         "0.jpg 0.jpg\n": "line 1 .* is not two names",
@@ -261,7 +311,7 @@ def test_pairs_of_every_order(tmp_path, monkeypatch):
 def test_a_database_in_use_is_refused_before_colmap_aborts(database, photos):
     with contextlib.closing(sqlite3.connect(database)) as other:
         other.execute("BEGIN IMMEDIATE")
-        with pytest.raises(InputError, match=r"cannot be opened as a COLMAP database .*locked"):
+        with pytest.raises(InputError, match=r"cannot be used .*locked\); close what has it open"):
             write_features(database, stored(photos, NAMES), photos, "aliked-n16rot", Cameras())
 
 
@@ -284,7 +334,10 @@ def test_a_full_disk_is_found_before_a_transaction(database, photos, monkeypatch
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: free)
     with pytest.raises(InputError, match="has 0 MiB left, and the next rows need 1; make room"):
         write_matches(database, stored(photos, NAMES), exhaustive_pairs(NAMES), MutualMatcher(-1))
-    assert read_all(database) == before
+    new = database.with_name("new.db")
+    with pytest.raises(InputError, match="has 0 MiB left"):
+        write_features(new, stored(photos, NAMES), photos, "aliked-n16rot", Cameras())
+    assert read_all(database) == before and not new.exists()
 
 
 @pytest.mark.parametrize("counts", [(200, 150), (0, 5), (5, 0), (1, 1)])

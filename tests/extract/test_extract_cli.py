@@ -1,6 +1,7 @@
 """`extract.py` as users run it: killed, resumed, shared by processes, given what cannot be used."""
 
 import errno
+import io
 import multiprocessing
 import os
 import queue
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import h5py
@@ -22,6 +24,7 @@ from aliked import extraction, store, workers
 from aliked.configs import Spec
 from aliked.errors import InputError
 from aliked.extraction import Job
+from aliked.files import only_writer
 from tests.helpers.photos import Brightest, noise, write_photo
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -211,14 +214,14 @@ def test_a_place_is_told_once_and_to_the_worker_that_asked():
     worker = workers.Worker(0, None, None, ours)
     worker.batches.append(workers.Batch(5, []))
     team.workers, team._post = {0: worker}, queue.SimpleQueue()
-    team._heed(workers.There(5, 96), None)  # for the one before
+    team._handle(workers.Placed(5, 96), None)  # for the one before
     assert not theirs.poll()
     ask = workers.Place(5, ["a.jpg"], [200])
-    team._heed(ask, worker)
+    team._handle(ask, worker)
     assert team._post.get_nowait() is ask
     for _ in range(2):
-        team._heed(workers.There(5, 96), None)
-    assert theirs.recv() == workers.There(5, 96) and not theirs.poll()
+        team._handle(workers.Placed(5, 96), None)
+    assert theirs.recv() == workers.Placed(5, 96) and not theirs.poll()
 
 
 def test_a_full_disk_is_one_sentence_and_what_was_extracted_is_kept(tmp_path, photos):
@@ -252,6 +255,19 @@ def test_a_disk_that_is_full_from_the_start_keeps_nothing_and_says_so(
     extract(photos, "--output", tmp_path / "f.h5", "--resume")  # as it says
 
 
+def test_a_report_that_nobody_reads_is_no_error_of_the_file(
+    tmp_path, photos, extractor, monkeypatch
+):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    with pytest.raises(BrokenPipeError):
+        extract(photos, "--output", tmp_path / "f.h5")
+    assert (tmp_path / "f.h5").exists()
+
+
 def test_the_report_counts_images_and_names_bad_files(tmp_path, photos, extractor, capsys):
     (photos / "a/bad.jpg").write_text("no image")
     extract(photos, "--output", tmp_path / "f.h5")
@@ -281,11 +297,36 @@ def test_features_of_another_model_are_refused_and_left(tmp_path, photos, extrac
     before = output.read_bytes()
     with pytest.raises(InputError, match="exists; pass --resume to go on"):
         extract(photos, "--output", output)
-    with pytest.raises(InputError, match=r"another top_k \(1000, not 500\)"):
+    with pytest.raises(InputError, match=r"top_k 1000, not 500"):
         extract(photos, "--output", output, "--resume", "--top_k", 500)
-    with pytest.raises(InputError, match="another max_size"):
+    with pytest.raises(InputError, match="max_size None, not 500"):
         extract(photos, "--output", output, "--resume", "--max_size", 500)
     assert output.read_bytes() == before
+
+
+def test_an_output_has_one_run_at_a_time(tmp_path, photos, extractor):
+    """Of two, the one that ends first would remove what the other has written so far."""
+    output = tmp_path / "f.h5"
+    with (
+        only_writer(output),
+        pytest.raises(InputError, match=r"another run is writing to .*f\.h5"),
+    ):
+        extract(photos, "--output", output)
+    assert not output.exists() and not extractor.seen
+    extract(photos, "--output", output)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["f.h5", "photos"]
+
+
+def test_an_output_that_is_a_link_is_written_where_it_leads(tmp_path, photos, extractor):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "f.h5").symlink_to("disk/f.h5")
+    for _ in range(2):
+        extract(photos, "--output", tmp_path / "f.h5", "--resume")
+        write_photo(photos / "new.png", noise(9))
+    assert (tmp_path / "f.h5").is_symlink()
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["f.h5"]
+    with h5py.File(tmp_path / "disk/f.h5") as file:
+        assert "new.png" in file
 
 
 def test_a_database_with_its_features_and_matches(tmp_path, photos, extractor):
@@ -330,7 +371,7 @@ def test_half_the_descriptors_are_another_file(tmp_path, photos, extractor):
     with h5py.File(tmp_path / "full.h5") as full, h5py.File(tmp_path / "half.h5") as half:
         descriptors = full["a/1.png/descriptors"][()]
         np.testing.assert_array_equal(half["a/1.png/descriptors"], descriptors.astype("f2"))
-    with pytest.raises(InputError, match="another descriptors"):
+    with pytest.raises(InputError, match="descriptors None, not fp16"):
         extract(photos, "--output", tmp_path / "full.h5", "--resume", "--half")
 
 
@@ -363,7 +404,9 @@ REFUSED = {
     "--every needs a video": ("--output", "f.h5", "--every", "3"),
     "unknown --match nearest": ("--colmap", "d.db", "--match", "nearest"),
     "unknown --match pairs": ("--colmap", "d.db", "--match", "pairs"),
-    "cannot be both": ("--output", "d.db", "--colmap", "d.db"),
+    "cannot be both": ("--output", "d.db", "--colmap", "photos/../d.db"),
+    "photos has the images themselves": ("--output", "f.h5", "--masks", "photos"),
+    "no folder of masks nowhere": ("--output", "f.h5", "--masks", "nowhere"),
     "unknown backend": ("--output", "f.h5", "--backend", "none"),
     "no backend runs": ("--output", "f.h5", "--model_path", "model.xyz"),
     "cannot write into": ("--output", "/proc/nowhere/f.h5"),
@@ -380,12 +423,16 @@ def test_options_that_do_not_go_together_are_refused(tmp_path, photos, monkeypat
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]
 
 
-@pytest.mark.parametrize("option", ["--masks", "--processes", "--ray"])
+@pytest.mark.parametrize(
+    "option", ["--masks=m", "--processes=2", "--ray=local", "--decoder=opencv"]
+)
 def test_options_of_a_folder_are_refused_for_a_video(tmp_path, option):
-    with pytest.raises(InputError, match=f"{option} needs a folder of images"):
-        extract("clip.mp4", "--output", tmp_path / "f.h5", option, 2)
+    with pytest.raises(InputError, match=f"{option.partition('=')[0]} needs a folder of images"):
+        extract("clip.mp4", "--output", tmp_path / "f.h5", option)
     with pytest.raises(InputError, match="camera 0 has no end; pass --frames N"):
         extract("0", "--output", tmp_path / "f.h5")
+    with pytest.raises(InputError, match="camera 0 shows other images now; leave --resume out"):
+        extract("0", "--frames", 3, "--output", tmp_path / "f.h5", "--resume")
 
 
 def test_ray_loses_nothing_when_a_worker_is_killed(tmp_path, photos, monkeypatch):
@@ -419,6 +466,32 @@ def test_ray_loses_nothing_when_a_worker_is_killed(tmp_path, photos, monkeypatch
     assert mark.exists()
     assert tallies[-1].threads["extract"] == 2 and not tallies[-1].skipped
     assert (tmp_path / "f.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
+
+
+def test_a_cluster_is_not_asked_where_nothing_is_left_to_do(
+    tmp_path, photos, extractor, monkeypatch
+):
+    extract(photos, "--output", tmp_path / "f.h5")
+    before = (tmp_path / "f.h5").stat()
+    monkeypatch.setattr(workers, "_ray", lambda: None)
+    extract(photos, "--output", tmp_path / "f.h5", "--resume", "--ray", "auto")
+    assert (tmp_path / "f.h5").stat().st_ino == before.st_ino
+
+
+def test_a_cluster_leaves_the_signal_that_stops_a_script_alone():
+    stop = signal.getsignal(signal.SIGTERM)
+    context = SimpleNamespace()
+    ray = SimpleNamespace(
+        init=lambda **options: signal.signal(signal.SIGTERM, signal.SIG_IGN),  # Ray's own aborts
+        shutdown=lambda: None,
+        data=SimpleNamespace(DataContext=SimpleNamespace(get_current=lambda: context)),
+        exceptions=SimpleNamespace(RayError=KeyError),
+    )
+    try:
+        with workers._cluster(ray, "local"):
+            assert signal.getsignal(signal.SIGTERM) == stop
+    finally:
+        signal.signal(signal.SIGTERM, stop)
 
 
 def test_a_cluster_that_does_not_answer_is_refused(tmp_path, photos):

@@ -47,11 +47,17 @@ def run(folder: Path, output: Path, **options) -> tuple[FeatureStore, Tally]:
     return FeatureStore.open(output, job.key()), tally
 
 
-@pytest.mark.parametrize("suffix", ["png", "webp", "tif", "jpg"])
+@pytest.mark.parametrize("suffix", ["png", "webp", "tif", "big.tif", "jpg"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_pixels_and_header_are_those_stored_whatever_exif_says(tmp_path, suffix, orientation):
     image = cv2.resize(noise(1, 8, 6), (80, 60))
-    path = write_photo(tmp_path / f"photo.{suffix}", image, t0x112=orientation)
+    path = tmp_path / f"photo.{suffix}"
+    if suffix == "big.tif":
+        tags = {0x112: orientation}
+        Image.fromarray(image).save(path, tiffinfo=tags, big_tiff=True)
+        assert path.read_bytes().startswith(b"II+")
+    else:
+        write_photo(path, image, t0x112=orientation)
     assert read_header(path) == (80, 60, orientation)
     found = load_image(path, stored=orientation).astype(int)
     assert found.shape == image.shape
@@ -131,7 +137,7 @@ def test_batches_are_those_of_the_whole_folder_when_a_run_goes_on(tmp_path, extr
     first.flush()
     extractor.seen.clear()
     _, tally = run(tmp_path / "p", tmp_path / "f.h5", batch_size=3)
-    assert extractor.seen == [(3, 48, 64, 3), (1, 48, 64, 3)] and tally.images == 4
+    assert extractor.seen == [(3, 48, 64, 3), (1, 48, 64, 3)] and tally.images == 3
     assert (tmp_path / "f.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
 
 
@@ -154,17 +160,19 @@ def test_bad_files_are_named_skipped_and_counted(tmp_path, extractor):
 
 
 def test_a_run_that_leaves_out_bad_files_is_over_when_it_goes_on(tmp_path, extractor):
-    """Nothing is written, not even the file anew, for a batch that has one of them."""
+    """Nothing is extracted or written, not even the file anew, for a batch that has one of them."""
     whole = write_photo(tmp_path / "p/cut.jpg", noise(1)).read_bytes()
     write_photo(tmp_path / "p/good.jpg", noise(2))
     (tmp_path / "p/cut.jpg").write_bytes(whole[:-9])
     run(tmp_path / "p", tmp_path / "f.h5")
-    before = (tmp_path / "f.h5").stat()
+    before, seen = (tmp_path / "f.h5").stat(), len(extractor.seen)
     store, tally = run(tmp_path / "p", tmp_path / "f.h5")
-    assert (store.names(), len(tally.skipped)) == (["good.jpg"], 1)
+    assert (store.names(), len(tally.skipped), tally.images) == (["good.jpg"], 1, 0)
+    assert len(extractor.seen) == seen
     assert (tmp_path / "f.h5").stat().st_ino == before.st_ino
     (tmp_path / "p/cut.jpg").write_bytes(whole)
-    assert run(tmp_path / "p", tmp_path / "f.h5")[0].names() == ["cut.jpg", "good.jpg"]
+    store, tally = run(tmp_path / "p", tmp_path / "f.h5")
+    assert (store.names(), tally.images) == (["cut.jpg", "good.jpg"], 1)
 
 
 def test_a_file_whose_header_lies_is_bad(tmp_path, extractor):
@@ -300,6 +308,14 @@ def test_a_mask_may_be_grey_or_have_another_suffix_than_the_image(tmp_path):
     np.testing.assert_array_equal(read_mask(tmp_path, photo), np.full((48, 64), 7))
 
 
+def test_an_image_whose_mask_would_have_too_long_a_name_has_the_other(tmp_path):
+    photo = Photo(f"{'a' * 251}.jpg", (64, 48), lambda: None)
+    with pytest.raises(InputError, match="has no mask"):
+        read_mask(tmp_path, photo)
+    cv2.imwrite(str(tmp_path / f"{'a' * 251}.png"), np.full((48, 64), 7, np.uint8))
+    np.testing.assert_array_equal(read_mask(tmp_path, photo), np.full((48, 64), 7))
+
+
 def test_images_are_found_in_folders_below_in_natural_order(tmp_path):
     for name in ("b/2.png", "b/10.png", "a.JPG", ".hidden/1.png", "b/.x.png", "notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -345,21 +361,24 @@ def test_a_video_that_ends_long_before_its_container_says_is_named(clip, capsys,
     assert line.startswith(f"{clip} ends after 5 of the 10 frames")
 
 
-def test_what_is_no_video_is_refused(tmp_path):
+def test_what_is_no_video_is_refused(tmp_path, capfd):
     (tmp_path / "clip.mp4").write_text("no video")
     with pytest.raises(InputError, match="no video that OpenCV can read"):
         next(frames(tmp_path / "clip.mp4"))
+    assert not capfd.readouterr().err  # FFmpeg has a line of its own about it
     with pytest.raises(InputError, match="there is no video"):
         next(frames(tmp_path / "nowhere.mp4"))
     with pytest.raises(InputError, match="camera 97 gives no image"):
         next(frames("97"))
 
 
-def test_a_folder_may_have_a_number_for_a_name(tmp_path, extractor, monkeypatch):
-    write_photo(tmp_path / "2024/a.png", noise(1))
+@pytest.mark.parametrize("name", ["2024", "frames_of.mp4"])
+def test_a_folder_may_be_named_as_a_camera_or_a_video(tmp_path, extractor, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    assert is_video("2023") and not is_video("2024") and not is_video("²")
-    assert run(Path("2024"), tmp_path / "f.h5")[0].names() == ["a.png"]
+    assert is_video(name) and not is_video("²")
+    write_photo(tmp_path / name / "a.png", noise(1))
+    assert not is_video(name)
+    assert run(Path(name), tmp_path / "f.h5")[0].names() == ["a.png"]
 
 
 def test_too_little_memory_is_said_in_a_sentence(tmp_path, extractor, monkeypatch):

@@ -42,12 +42,12 @@ class Response:
 TRITON = SimpleNamespace(
     Tensor=Tensor,
     InferenceResponse=Response,
-    TritonError=lambda sentence, code: sentence,
+    TritonError=lambda sentence, code: f"{code}: {sentence}",
     get_input_tensor_by_name=lambda request, name: (
         Tensor(name, request[name]) if name in request else None
     ),
 )
-TRITON.TritonError.INVALID_ARG = 3
+TRITON.TritonError.INVALID_ARG, TRITON.TritonError.INTERNAL = "own fault", "server's"
 
 
 @pytest.fixture(scope="module")
@@ -107,5 +107,22 @@ def test_a_request_that_cannot_be_served_is_refused_and_the_others_are_not(
     request_of, sentence, ask, images
 ):
     refused, served = ask([request_of(images), encoded(images[1])])
-    assert sentence in refused.error and not refused.tensors
+    assert refused.error.startswith("own fault") and sentence in refused.error
+    assert not refused.tensors
+    assert served.error is None and len(served.tensors) == 3
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), MemoryError("too large")])
+def test_images_that_memory_is_short_for_fail_alone(ask, images, monkeypatch, error):
+    extractor = ask.__self__._serve.extractor
+    extract = extractor.extract_batch
+
+    def short(batch):
+        if batch.shape[2] == 160:
+            raise error
+        return extract(batch)
+
+    monkeypatch.setattr(extractor, "extract_batch", short)
+    *failed, served = ask([encoded(images[0]), encoded(images[1]), encoded(images[2])])
+    assert all(f"server's: {type(error).__name__}: {error}" == one.error for one in failed)
     assert served.error is None and len(served.tensors) == 3

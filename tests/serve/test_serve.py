@@ -1,5 +1,6 @@
 """A model repository in a real tritonserver, asked by an ordinary tritonclient."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from aliked.backends import Spec, create_extractor
 from aliked.errors import InputError
 from aliked.images import load_image
 from aliked.matching import match_mutual
+from serve import client as script
 from serve import repository
 from serve.client import Client, Load, measure
 from tests.helpers import triton_server
@@ -52,7 +54,8 @@ def server(tmp_path_factory) -> str:
             "it, PyTorch and OpenCV in ALIKED_TRITON_ENV"
         )
     scratch = tmp_path_factory.mktemp("triton")
-    folder = write(scratch / "models", "--environment", environment, "--max_batch", 4)
+    options = ("--environment", environment, "--max_batch", 4, "--device", "auto")
+    folder = write(scratch / "models", *options)
     with triton_server.serving(folder, scratch) as url:
         yield url
 
@@ -125,8 +128,9 @@ def test_a_bad_request_gets_an_error_of_its_own(server, frames, expected):
         client.extract(b"no image")
     with pytest.raises(InputError, match="the image is 4x4 pixels"):
         client.extract(np.zeros((4, 4, 3), np.uint8))
-    with pytest.raises(InputError, match="unexpected shape"):
-        client.extract(np.zeros((40, 40, 4), np.uint8))
+    for image in (np.zeros((40, 40, 4), np.uint8), np.zeros((40, 40, 3)), np.zeros(40, np.uint8)):
+        with pytest.raises(InputError, match="give uint8"):
+            client.extract(image)
     with pytest.raises(InputError, match="the image is truncated, damaged"):
         client.match(frames[0].read_bytes(), b"")
     with pytest.raises(InputError, match="unknown model"):
@@ -139,6 +143,20 @@ def test_an_image_without_a_feature_has_no_match(server, frames):
     black = cv2.imencode(".png", np.zeros((64, 64, 3), np.uint8))[1].tobytes()
     first, _, matches = Client(server).match(black, frames[0].read_bytes())
     assert first.keypoints.shape[1] == 2 and matches.shape[1:] == (2,)
+
+
+def test_the_client_names_the_images_that_it_asks_for(server, frames, tmp_path, capsys):
+    def ask() -> str:
+        script.main(script.parser().parse_args([server, str(tmp_path)]))
+        return capsys.readouterr().out
+
+    shutil.copy(frames[0], tmp_path / "0.jpg")
+    assert ask() == f"0.jpg: {TOP_K} keypoints\n"
+    shutil.copy(frames[1], tmp_path / "1.jpg")
+    assert ask().startswith(f"0.jpg - 1.jpg: {TOP_K} and {TOP_K} keypoints, ")
+    (tmp_path / "2.jpg").write_text("no image")
+    with pytest.raises(InputError, match=r"1\.jpg - 2\.jpg: the server refuses: .* is truncated"):
+        ask()
 
 
 def test_the_load_test_prints_a_row_for_each_number_of_clients(server, frames):
@@ -211,7 +229,7 @@ def test_configurations_of_onnx_and_tensorrt_are_of_tritons_schema(tmp_path, dyn
     onnx = write_small_model(tmp_path / "m.onnx", dynamic=dynamic, uint8=uint8)
     engine = tmp_path / "m.trt"
     engine.write_bytes(b"plan")
-    folder = write(tmp_path / "models", "--onnx", onnx, "--engine", engine)
+    folder = write(tmp_path / "models", "--onnx", onnx, "--engine", engine, "--device", "auto")
     for model, runtime, file in (
         ("aliked_onnx", ("onnxruntime", ""), "model.onnx"),
         ("aliked_tensorrt", ("", "tensorrt_plan"), "model.plan"),
@@ -235,6 +253,8 @@ def test_configurations_of_onnx_and_tensorrt_are_of_tritons_schema(tmp_path, dyn
 
 
 def test_configurations_of_the_python_models_are_of_tritons_schema(tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/activate").touch()
     folder = write(tmp_path / "models", "--environment", tmp_path)
     config = parsed(folder, "aliked")
     assert config.dynamic_batching.max_queue_delay_microseconds == 500
@@ -249,15 +269,41 @@ def test_configurations_of_the_python_models_are_of_tritons_schema(tmp_path):
     parsed(folder, "aliked_matcher")
 
 
-def test_what_cannot_be_served_is_refused(tmp_path):
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full/file").write_text("no ONNX file")
-    with pytest.raises(InputError, match="full is not empty"):
-        write(tmp_path / "full")
-    with pytest.raises(InputError, match="pass --onnx as well"):
-        write(tmp_path / "models", "--engine", "m.trt")
-    with pytest.raises(InputError, match="cannot be read as an ONNX file"):
-        write(tmp_path / "models", "--onnx", tmp_path / "full/file")
-    with pytest.raises(InputError, match="unknown model"):
-        write(tmp_path / "models", "--model", "aliked-x")
-    assert not (tmp_path / "models").exists()
+@pytest.mark.parametrize(
+    ("device", "kind", "gpus"),
+    [("auto", "AUTO", []), ("cpu", "CPU", []), ("cuda", "GPU", []), ("cuda:1", "GPU", [1])],
+)
+def test_a_model_runs_on_the_device_that_is_asked_for(tmp_path, device, kind, gpus):
+    config = parsed(write(tmp_path / "models", "--device", device), "aliked")
+    (group,) = config.instance_group
+    assert group.Kind.Name(group.kind) == f"KIND_{kind}" and list(group.gpus) == gpus
+
+
+REFUSED = {
+    "pass --onnx as well": ("--engine", "m.trt"),
+    "cannot be read as an ONNX file": ("--onnx", "file"),
+    "unknown model": ("--model", "aliked-x"),
+    "unknown device": ("--device", "gpu"),
+    "fused cannot run on cpu; pass --device cuda": ("--backend", "fused"),
+    "--engine cannot run on cpu": ("--engine", "m.trt", "--onnx", "m.onnx"),
+    "pass --model_path FILE.onnx": ("--backend", "onnxruntime"),
+    "pytorch does not run file": ("--model_path", "file"),
+    "is no virtual environment": ("--environment", "."),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_cannot_be_served_is_refused(tmp_path, monkeypatch, reason):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("no ONNX file")
+    with pytest.raises(InputError, match=reason):
+        write(Path("models"), *REFUSED[reason])
+    with pytest.raises(InputError, match="is not empty"):
+        write(tmp_path)
+    assert not Path("models").exists()
+
+
+def test_options_of_the_load_test_need_it(tmp_path):
+    for option in (("--pairs",), ("--seconds", "3")):
+        with pytest.raises(InputError, match=f"{option[0]} needs --load"):
+            script.main(script.parser().parse_args(["127.0.0.1:1", str(tmp_path), *option]))
