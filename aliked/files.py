@@ -51,8 +51,13 @@ def shortest(path: Path) -> Path:
 
 def sha256(path: Path, most_bytes: int | None = None) -> str:
     """Return the SHA-256 of a file, as 64 hexadecimal digits; `InputError` as `open_regular`."""
+    digest = hashlib.sha256()
     with open_regular(path, most_bytes) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        # Not by `hashlib.file_digest`, all that building and running an engine would need a newer
+        # Python for than JetPack 6 has, 3.10.
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 @functools.cache
