@@ -1,5 +1,6 @@
 """TensorRT for RTX builds what is exported, and the forms made for it select the same pixels."""
 
+import functools
 import io
 
 import numpy as np
@@ -164,6 +165,13 @@ class Logits(torch.nn.Module):
         return self.detector(scores)
 
 
+@functools.cache
+def chosen_by_logits(size, k, begin):
+    """The detector for RTX, written once for all score maps: they are its input."""
+    frame = [-(-side // 32) * 32 for side in size]
+    return for_rtx(written(Logits(size, k, *begin), torch.zeros(1, 1, *frame).half())), frame
+
+
 # Not grouped; in groups; as large as the frame; more than one TopK returns, which stays as it was.
 @pytest.mark.parametrize(
     ("size", "k", "begin"),
@@ -176,9 +184,7 @@ class Logits(torch.nn.Module):
 )
 @pytest.mark.parametrize("scores", MAPS)
 def test_the_same_is_chosen_by_logits_for_rtx(size, k, begin, scores):
-    frame = [-(-side // 32) * 32 for side in size]
-    model = written(Logits(size, k, *begin), torch.zeros(1, 1, *frame).half())
-    rewritten = for_rtx(model)
+    rewritten, frame = chosen_by_logits(size, k, begin)
     by_logits = k < 4000
     sorted_types = {
         Rewriter(rewritten).kind(node.input[0])
