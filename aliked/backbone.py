@@ -3,6 +3,12 @@
 Attribute names are those of the official state dicts.
 """
 
+import contextlib
+import functools
+import importlib.util
+import sys
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -73,10 +79,33 @@ class DeformableConv2d(nn.Module):
         arguments = (x.float(), offsets, self.regular_conv.weight, self.regular_conv.bias)
         if x.is_cuda and off_default_stream(x.device):
             return sampled_deform_conv2d(*arguments).to(x.dtype)
-        # Here, for it takes long to import, and who only reads weights does without.
-        from torchvision.ops import deform_conv2d
+        if x.device.type != "cpu" or torch.is_grad_enabled() or is_traced() or not has_operator():
+            # Here, for it takes as long to import as PyTorch, and who reads weights does without.
+            from torchvision.ops import deform_conv2d
 
-        return deform_conv2d(*arguments, padding=1).to(x.dtype)
+            return deform_conv2d(*arguments, padding=1).to(x.dtype)
+        images, offsets, weight, bias = arguments
+        bias = weight.new_zeros(len(weight)) if bias is None else bias
+        no_mask = images.new_zeros(len(images), 1)
+        ones = [1] * 8  # stride, padding, dilation, and groups of weights and of offsets
+        found = torch.ops.torchvision.deform_conv2d(
+            images, weight, offsets, no_mask, bias, *ones, False
+        )
+        return found.to(x.dtype)
+
+
+@functools.cache
+def has_operator() -> bool:
+    """Whether torchvision's operators are there, its library loaded without its Python modules.
+
+    Those take as long to import as PyTorch (torch._dynamo, which they import, most of it), and
+    are for gradients, tracing and compiling.
+    """
+    if "torchvision" not in sys.modules and (spec := importlib.util.find_spec("torchvision")):
+        for library in Path(spec.origin).parent.glob("_C*.so"):
+            with contextlib.suppress(OSError):  # then torchvision says itself what is wrong
+                torch.ops.load_library(library)
+    return hasattr(torch.ops.torchvision, "deform_conv2d")
 
 
 def off_default_stream(device: torch.device) -> bool:

@@ -33,6 +33,9 @@ def load(path: Path, device: torch.device) -> Any:
     """
     from torch._inductor.package import AOTICompiledModel  # here, as it takes seconds to import
 
+    if device.type == "cpu":
+        import torchvision  # noqa: F401  (registers an operator that packages for the CPU call)
+
     index = -1 if device.index is None else device.index
     # Not for one thread only, and with one set of buffers.
     try:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torchvision.ops import deform_conv2d
 
-from aliked.backbone import off_default_stream, sampled_deform_conv2d
+from aliked.backbone import DeformableConv2d, off_default_stream, sampled_deform_conv2d
 from aliked.configs import CONFIGS, MAX_TOP_K, Form
 from aliked.descriptors import SDDH
 from aliked.detection import detect, select_top_k
@@ -304,6 +304,21 @@ def test_the_deformable_convolution_for_cuda_is_that_of_torchvision(size):
     expected = deform_conv2d(x, offsets, weight, bias, padding=1)
     found = sampled_deform_conv2d(x, offsets, weight, bias)
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)  # rounding of sums of 36 terms
+
+
+def test_without_gradients_the_deformable_convolution_is_the_same():
+    """It takes torchvision's library then, and not its function."""
+    torch.manual_seed(0)
+    layer, x = DeformableConv2d(4, 6), 9 * torch.randn(2, 4, 9, 7)
+    expected = layer(x)
+    expected.sum().backward()
+    assert layer.regular_conv.weight.grad.any()
+    for bias in (None, torch.nn.Parameter(torch.ones(6))):
+        layer.regular_conv.bias = bias
+        with torch.no_grad():
+            found = layer(x)
+        assert torch.equal(found, layer(x))
+        assert bias is not None or torch.equal(found, expected)
 
 
 class Asked(torch.nn.Module):

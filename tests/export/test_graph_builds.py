@@ -1,5 +1,6 @@
 """TensorRT for RTX builds what is exported, and the forms made for it select the same pixels."""
 
+import functools
 import io
 
 import numpy as np
@@ -200,6 +201,13 @@ def types_sorted(model):
     return {rewriter.kind(node.input[0]) for node in nodes}
 
 
+@functools.cache
+def chosen_by_logits(size, k, begin):
+    """The detector for RTX, written once for all score maps: they are its input."""
+    frame = [-(-side // 32) * 32 for side in size]
+    return for_rtx(written(Logits(size, k, *begin), torch.zeros(1, 1, *frame).half())), frame
+
+
 # Not grouped; in groups; as large as the frame; more than one TopK returns, as above.
 @pytest.mark.parametrize(
     ("size", "k", "begin"),
@@ -214,9 +222,7 @@ def types_sorted(model):
 )
 @pytest.mark.parametrize("scores", MAPS)
 def test_the_same_is_chosen_by_logits_for_rtx(size, k, begin, scores):
-    frame = [-(-side // 32) * 32 for side in size]
-    model = written(Logits(size, k, *begin), torch.zeros(1, 1, *frame).half())
-    rewritten = for_rtx(model)
+    rewritten, frame = chosen_by_logits(size, k, begin)
     assert types_sorted(rewritten) == {TensorProto.FLOAT16}
     # What lies beside the image in the frame is better than all that is in it.
     logits = torch.full((1, 1, *frame), 9.0).half()
