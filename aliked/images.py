@@ -183,9 +183,10 @@ def open_header(path: Path) -> Iterator["Image.Image"]:
 
     with (
         _pillow_limit,
-        warnings.catch_warnings(action="ignore"),
+        warnings.catch_warnings(),
         open_regular(path, MOST_BYTES) as file,
     ):
+        warnings.simplefilter("ignore")
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
             with Image.open(file) as image:
