@@ -37,7 +37,8 @@ readme-tables: $(VENV)/.installed
 	    results/tensorrt/h100-large.jsonl results/tensorrt/h100-others.jsonl \
 	    results/tensorrt/h100-float32.jsonl results/tensorrt/h200-fp16.jsonl \
 	    results/tensorrt/h200-more.jsonl results/tensorrt/h200-others.jsonl \
-	    results/tensorrt/h200-large.jsonl results/fused/h200-timings.jsonl \
+	    results/tensorrt/h200-large.jsonl results/tensorrt/h200-float32.jsonl \
+	    results/tensorrt/h200-k2000.jsonl results/fused/h200-timings.jsonl \
 	    results/evaluation/*.jsonl \
 	    --other_run results/other_run/*.jsonl --output results/report \
 	    --docs docs/results.md docs/evaluation.md --readme README.md
