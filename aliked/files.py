@@ -321,10 +321,18 @@ def in_turn(descriptor: int) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8 whatever the locale, whole or not at all.
+
+    Of the name of a file, what is not UTF-8 becomes an escape such as `udcff` behind a backslash.
+    """
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
 def write_json(path: Path, data: dict) -> None:
     """Write `data` as indented JSON, whole or not at all."""
-    with whole_file(path) as partial:
-        partial.write_text(json.dumps(data, indent=2) + "\n")
+    write_text(path, json.dumps(data, indent=2) + "\n")
 
 
 @contextlib.contextmanager

@@ -28,9 +28,9 @@ from aliked.files import (
     check_writable,
     remove_files,
     sha256,
-    whole_file,
     writable_folder,
     write_json,
+    write_text,
 )
 from aliked.images import list_images, load_readable
 from aliked.matching import Matcher
@@ -209,7 +209,6 @@ def write_results(output: Path, title: str, numbers: Numbers, facts: dict) -> No
     print(text + "\n")
     figure = draw_histogram(numbers.dot_products(), numbers.similarities(), title)
     write_histogram(output / "dot_products.png", figure)
-    with whole_file(output / "comparison.md") as partial:
-        partial.write_text(text + "\n")
+    write_text(output / "comparison.md", text + "\n")
     write_json(output / "comparison.json", facts | summary)
     print(f"wrote {', '.join(WRITTEN)} to {output}")

@@ -227,6 +227,18 @@ def test_a_text_that_is_none_is_refused(tmp_path):
         read_text(tmp_path / "a.md")
 
 
+def test_a_text_is_written_in_utf8_whatever_the_locale(tmp_path):
+    code = r"""
+import sys
+from pathlib import Path
+from aliked.files import write_text
+write_text(Path(sys.argv[1]), "a \u2020 b \udcff.jpg")
+"""
+    plain = os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    subprocess.run([sys.executable, "-c", code, tmp_path / "a.md"], env=plain, check=True)
+    assert read_text(tmp_path / "a.md") == "a \u2020 b \\udcff.jpg"
+
+
 def test_a_file_that_somebody_holds_is_not_waited_for_where_that_is_not_wanted(tmp_path):
     with (
         locked(tmp_path / "a"),
