@@ -35,6 +35,13 @@ def raising(error: BaseException):
     return main
 
 
+def not_utf8(text: str) -> UnicodeEncodeError:
+    """What Python raises where a name that is not UTF-8 is to be written."""
+    with pytest.raises(UnicodeEncodeError) as caught:
+        text.encode()
+    return caught.value
+
+
 @pytest.mark.parametrize(
     ("error", "sentence"),
     [
@@ -43,6 +50,7 @@ def raising(error: BaseException):
         (RuntimeError("[enforce] . No space left on device"), "the disk is full"),
         (MemoryError("Unable to allocate 12. GiB"), "not enough memory (Unable to allocate 12."),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), "not enough memory"),
+        (not_utf8("b.jpg 1\na\udcff.jpg 2\n"), "not UTF-8 ('a\\udcff.jpg 2'); rename it"),
         (PermissionError(errno.EACCES, "Permission denied", "b"), "b: Permission denied"),
     ],
 )
