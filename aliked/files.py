@@ -192,6 +192,20 @@ def remove_files(folder: Path, *patterns: str) -> None:
         path.unlink(missing_ok=True)
 
 
+def check_kept(sources: Iterable[Path], folder: Path, *patterns: str) -> None:
+    """Raise `InputError` where `remove_files` would find files in a folder that is read from.
+
+    `sources` are the files and folders that are read.
+    """
+    found = next((path for pattern in patterns for path in folder.glob(pattern)), None)
+    read = {real_path(path if path.is_dir() else path.parent) for path in sources}
+    if found and real_path(folder) in read:
+        raise InputError(
+            f"{folder} holds the images and files named as those to be written, such as "
+            f"{found.name}, which would be removed; give another --output"
+        )
+
+
 @contextlib.contextmanager
 def scratch_file(path: Path) -> Iterator[Path]:
     """Yield a new temporary file beside `path`, of the same suffix; it is gone at the end."""

@@ -25,6 +25,7 @@ from aliked.download import offer_download
 from aliked.drawing import draw_differences, write_picture
 from aliked.features import Extractor
 from aliked.files import (
+    check_kept,
     check_writable,
     remove_files,
     sha256,
@@ -156,6 +157,7 @@ def main(args: argparse.Namespace) -> None:
     spec = spec_from(args, sides)
     folder = args.output or Path("output") / time.strftime("compare-%Y%m%d-%H%M%S")
     check_writable(folder)
+    check_kept([args.images], folder, *WRITTEN)
     matcher = matcher_from(args, spec.model)
     extractors = [open_side(side, spec) for side in sides]
     output = writable_folder(folder)

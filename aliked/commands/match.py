@@ -25,7 +25,7 @@ from aliked.drawing import (
 )
 from aliked.errors import InputError
 from aliked.features import Extractor, Features
-from aliked.files import check_writable, remove_files, writable_folder
+from aliked.files import check_kept, check_writable, remove_files, writable_folder
 from aliked.images import list_images, load_readable, reduced
 from aliked.matching import Matcher
 from aliked.options import (
@@ -43,6 +43,7 @@ from aliked.weights import describe_weights
 
 MAX_FRAMES = 100  # of the animation, which is held in memory
 ANIMATION = "motion.webp"
+WRITTEN = ("pair_*.jpg", ANIMATION)
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class Files:
         self.folder, self.lines = folder, lines
         self.pictures: list[Path] = []
         self.frames: list[np.ndarray] = []
-        remove_files(folder, "pair_*.jpg", ANIMATION)  # of an older run
+        remove_files(folder, *WRITTEN)  # of an older run
 
     def present(self, pair: MatchedFrames) -> bool:
         """Write the pair's picture; True: go on."""
@@ -173,6 +174,7 @@ def main(args: argparse.Namespace) -> None:
     folder = (args.output or Path("demo")) if args.output or obstacle else None
     if folder:
         check_writable(folder)
+        check_kept([args.images, *args.more], folder, *WRITTEN)
     matcher = matcher_from(args, args.model)
     extractor = create_extractor(args.backend, spec)
     output = folder and writable_folder(folder)
