@@ -181,6 +181,11 @@ def extractor_spec(args: argparse.Namespace) -> Spec:
     """The options as a `Spec`; `InputError` where they do not go together."""
     get_config(args.model)
     scores_th = check_selection(args.top_k, args.scores_th, args.n_limit)
+    on_gpu = args.device.partition(":")[0] == "cuda"
+    if on_gpu and "cuda" not in get_backend(args.backend).devices:
+        raise InputError(
+            f"backend {args.backend} runs on the CPU only; leave --device {args.device} out"
+        )
     return Spec(
         model=args.model,
         top_k=args.top_k,

@@ -370,6 +370,11 @@ def test_a_share_outside_zero_to_one_is_refused(option):
         LightGlue(layers=1, **{option: -1})
 
 
+def test_matches_always_have_a_lowest_score():
+    with pytest.raises(InputError, match="filter_threshold is None; it must be between 0 and 1"):
+        LightGlue(layers=1, filter_threshold=None)
+
+
 def test_descriptors_of_another_length_are_refused_by_saying_which_models_fit():
     matcher = LightGlue(layers=1)
     with pytest.raises(
