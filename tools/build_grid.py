@@ -28,8 +28,13 @@ from benchmark.environment import git_commit
 
 # Batch, height and width of a dynamic engine: least, most usual, largest.
 PROFILE = ((1, 96, 128), (1, 480, 640), (4, 512, 1248))
+# How each mode selects keypoints.
+MODES = {
+    "top_k": {"top_k": 1000},
+    "threshold": {"top_k": 0, "scores_th": 0.2, "n_limit": 1000},
+}
 AXES = {
-    "mode": ("top_k", "threshold"),
+    "mode": tuple(MODES),
     "precision": ("fp32", "fp16"),
     "dynamic": (False, True),
     "uint8_input": (False, True),
@@ -46,8 +51,7 @@ def grid(models: list[str]) -> Iterator[dict]:
 def export(row: dict, path: Path, height: int, width: int) -> None:
     """Write the file of one combination."""
     torch.manual_seed(0)
-    selection = {"top_k": 1000} if row["mode"] == "top_k" else {"scores_th": 0.2, "n_limit": 1000}
-    model = ALIKED(row["model"], **selection).eval().fold_batch_norm()
+    model = ALIKED(row["model"], **MODES[row["mode"]]).eval().fold_batch_norm()
     forms = {name: row[name] for name in ("opset", "dynamic", "uint8_input")}
     export_onnx(model.set_precision(row["precision"]), path, ExportOptions(height, width, **forms))
 
