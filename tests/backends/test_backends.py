@@ -425,6 +425,13 @@ def test_a_missing_package_is_named(tmp_path):
         create_extractor("aotinductor", spec)
 
 
+OTHERWISE = (
+    ({"model": "aliked-n32"}, r"the model of .*model\.pt2 is aliked-t16, not aliked-n32"),
+    ({"top_k": 50}, r"the selection of .* is 100, not 50; ask for 100"),
+    ({"precision": "fp16"}, r"the precision of .* is fp32, not fp16"),
+)
+
+
 def test_a_package_is_the_model_and_takes_only_its_size(
     photographs, reference, weights_dir, tmp_path
 ):
@@ -442,6 +449,9 @@ def test_a_package_is_the_model_and_takes_only_its_size(
     assert torch.equal(again, extractor.infer(extractor.to_device(photographs[:1]))["keypoints"])
     with pytest.raises(InputError, match="compiled for"):
         extractor(photographs[0][:90])
+    for fields, words in OTHERWISE:
+        with pytest.raises(InputError, match=words):
+            create_extractor("aotinductor", replace(spec, **fields))
 
 
 @pytest.mark.gpu
