@@ -597,6 +597,13 @@ def test_a_file_of_fixed_sizes_is_not_exported_for_a_folder_of_others(tmp_path):
         assert export_lightglue.load_pairs(argparse.Namespace(**vars(given) | settled))
 
 
+@pytest.mark.parametrize("graph", ["matcher", "pair"])
+def test_a_model_of_other_descriptors_is_refused_before_anything_is_exported(graph, tmp_path):
+    words = [str(tmp_path), "--graph", graph, "--model", "aliked-t16"]
+    with pytest.raises(InputError, match="64 long, but these LightGlue weights match"):
+        export_lightglue.main(export_lightglue.parser().parse_args(words))
+
+
 def test_a_name_too_long_for_the_manifest_is_refused_before_the_export(tmp_path):
     path = str(tmp_path / ("n" * 245 + ".onnx"))
     given = export_lightglue.parser().parse_args([str(tmp_path), "--model_output", path])
