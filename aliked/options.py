@@ -150,18 +150,6 @@ def check_video_options(args: argparse.Namespace, endless: bool = False) -> None
         raise InputError(f"camera {args.images} has no end; pass --frames N")
 
 
-def add_lines_option(parser: argparse.ArgumentParser, usual: int) -> None:
-    """Add how many matches a picture shows: a number, or None for "all"."""
-    parser.add_argument(
-        "--lines",
-        type=lambda text: None if text == "all" else whole(0)(text),
-        default=usual,
-        metavar="N",
-        help="how many matches of a pair to draw, spread over the image, the most similar first; "
-        "or all (default: %(default)s)",
-    )
-
-
 def choose_precision(backend: str, asked: str | None) -> str:
     """The precision of a backend: as `asked`, or its first; `InputError` where it has none such."""
     row = get_backend(backend)

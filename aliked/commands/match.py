@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from aliked.backends import create_extractor, get_backend
-from aliked.cli import Parser
+from aliked.cli import Parser, whole
 from aliked.download import offer_download
 from aliked.drawing import (
     LINES,
@@ -30,7 +30,6 @@ from aliked.images import list_images, load_readable, reduced
 from aliked.matching import Matcher
 from aliked.options import (
     add_extractor_options,
-    add_lines_option,
     add_matcher_options,
     add_size_option,
     add_video_options,
@@ -155,7 +154,14 @@ def parser() -> argparse.ArgumentParser:
     add_size_option(parser)
     add_video_options(parser.add_argument_group("a video or a camera"))
     add_matcher_options(parser.add_argument_group("matching"))
-    add_lines_option(parser, LINES)
+    parser.add_argument(
+        "--lines",
+        type=lambda text: None if text == "all" else whole(0)(text),
+        default=LINES,
+        metavar="N",
+        help="how many matches of a pair to draw, spread over the image, the most similar first; "
+        "or all (default: %(default)s)",
+    )
     parser.add_argument(
         "--output",
         type=Path,
