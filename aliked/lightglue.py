@@ -253,6 +253,8 @@ def filter_matches(
 class LightGlue(nn.Module, Matcher):
     """LightGlue with nine layers for descriptors of length 128.
 
+    Its weights are random: see `from_pretrained`.
+
     `filter_threshold` is the lowest score of a match. `depth_confidence` and `width_confidence`, of
     `match` alone, trade exactness for time (the paper's are 0.95 and 0.99): stop once this share of
     the keypoints is certain of its partner, and drop keypoints that with this certainty have none.

@@ -150,6 +150,7 @@ def print_records(title: str, records: list[dict]) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
+    """The command line."""
     p = cli.Parser(description=__doc__)
     p.add_argument("images", type=Path, nargs="+", help="image files, one per size")
     p.add_argument("--models", nargs="+", default=list(CONFIGS), choices=list(CONFIGS))
