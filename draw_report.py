@@ -10,7 +10,7 @@ from pathlib import Path
 
 from aliked import cli
 from aliked.errors import InputError
-from aliked.files import read_text, whole_file
+from aliked.files import read_text, write_text
 from benchmark.plots import write_report
 from benchmark.records import AnyRecord, MeasuredTwice, is_evaluation, load_records, pair_runs
 from benchmark.report import report_text, small_table
@@ -48,8 +48,7 @@ def put_between_markers(paths: list[Path], blocks: Blocks) -> list[Path]:
             names = ", ".join(map(str, paths))
             raise InputError(f"{names} has no lines {begin} and {end}; add them to one of these")
     for path, text in texts.items():
-        with whole_file(path) as partial:
-            partial.write_text(text)
+        write_text(path, text)
     return paths
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
-from aliked.errors import EXTRAS, InputError, missing_package
+from aliked.errors import EXTRAS, REQUIRED, InputError, missing_package, shown
 from aliked.files import shortest
 
 
@@ -37,9 +37,9 @@ def run(
 ) -> NoReturn:
     """Parse the command line, call `main(args)` and exit.
 
-    Exit status: what `main` returns (None is 0), 2 with one sentence for an `InputError`, a package
-    that an extra brings and is missing, a full disk or too little memory, 128 + N where signal N
-    ended it (130 for Ctrl-C, 141 where nobody reads the output any more).
+    Exit status: what `main` returns (None is 0), 2 with one sentence for an `InputError`, a missing
+    dependency, a full disk, too little memory or the name of a file that cannot be written, 128 + N
+    where signal N ended it (130 for Ctrl-C, 141 where nobody reads the output any more).
     """
     stop_by_exception()
     for name in ("stdout", "stderr"):
@@ -153,8 +153,12 @@ OUT_OF_MEMORY = ("out of memory", "allocate memory", "bad_alloc", "Insufficient 
 def _outside(error: Exception) -> str | None:
     """The sentence for an error of the machine, whichever library it comes through."""
     if isinstance(error, ModuleNotFoundError):
-        known = (error.name or "").partition(".")[0] in EXTRAS
-        return missing_package(error) if known else None
+        package = (error.name or "").partition(".")[0]
+        return missing_package(error) if package in {*EXTRAS, *REQUIRED} else None
+    if isinstance(error, UnicodeEncodeError) and "surrogates" in error.reason:
+        before, after = error.object[: error.start], error.object[error.start :]
+        name = before.rpartition("\n")[2] + after.partition("\n")[0]
+        return f"the name of a file is not UTF-8 ({shown(name)}); rename it"
     text = " ".join(str(error).split())
     place = getattr(error, "filename", None) or ""
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in text:

@@ -284,6 +284,8 @@ def _draw_unmatched(canvas, points, matched, radius: float) -> None:
 
 def _add_caption(canvas: np.ndarray, caption: str) -> np.ndarray:
     """A line of text below the picture, in smaller letters where it would not fit."""
+    # At the name of a file that is not UTF-8 OpenCV ends the process: a segmentation fault.
+    caption = caption.encode(errors="backslashreplace").decode()
     height, width = canvas.shape[:2]
     (text_width, _), _ = cv2.getTextSize(caption, cv2.FONT_HERSHEY_SIMPLEX, 1, 1)
     size = min(0.5, (width - 16) / max(text_width, 1))

@@ -22,6 +22,15 @@ EXTRAS = {
     "skimage": "train",
     "sklearn": "train",
 }
+# What every part of it needs, by module: as pip has it.
+REQUIRED = {
+    "torch": "torch",
+    "torchvision": "torchvision",
+    "numpy": "numpy",
+    "cv2": "opencv-python-headless",
+    "tqdm": "tqdm",
+    "safetensors": "safetensors",
+}
 
 
 class InputError(ValueError):
@@ -41,14 +50,21 @@ def first_line(error: BaseException) -> str:
 
 def how_to_install(module: str) -> str:
     """Return the `pip install` that brings `module`, for this package installed or a checkout."""
-    package = module.partition(".")[0]
-    if package not in EXTRAS:
-        return f"pip install {package}"
+    package, installed = module.partition(".")[0], own_version() is not None
+    if package in EXTRAS:
+        extra = EXTRAS[package]
+        return f'pip install "aliked[{extra}]"' if installed else f'pip install -e ".[{extra}]"'
+    if package in REQUIRED and not installed:
+        return "pip install -e ."  # more of them may be missing
+    return f"pip install {REQUIRED.get(package, package)}"
+
+
+def own_version() -> str | None:
+    """The version of this package; None in a checkout that is not installed."""
     try:
-        importlib.metadata.version("aliked")
+        return importlib.metadata.version("aliked")
     except importlib.metadata.PackageNotFoundError:
-        return f'pip install -e ".[{EXTRAS[package]}]"'
-    return f'pip install "aliked[{EXTRAS[package]}]"'
+        return None
 
 
 def missing_package(error: ModuleNotFoundError) -> str:

@@ -200,6 +200,20 @@ def remove_files(folder: Path, *patterns: str) -> None:
         path.unlink(missing_ok=True)
 
 
+def check_kept(sources: Iterable[Path], folder: Path, *patterns: str) -> None:
+    """Raise `InputError` where `remove_files` would find files in a folder that is read from.
+
+    `sources` are the files and folders that are read.
+    """
+    found = next((path for pattern in patterns for path in folder.glob(pattern)), None)
+    read = {real_path(path if path.is_dir() else path.parent) for path in sources}
+    if found and real_path(folder) in read:
+        raise InputError(
+            f"{folder} holds the images and files named as those to be written, such as "
+            f"{found.name}, which would be removed; give another --output"
+        )
+
+
 @contextlib.contextmanager
 def scratch_file(path: Path) -> Iterator[Path]:
     """Yield a new temporary file beside `path`, of the same suffix; it is gone at the end."""
@@ -329,10 +343,18 @@ def in_turn(descriptor: int) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8 whatever the locale, whole or not at all.
+
+    Of the name of a file, what is not UTF-8 becomes an escape such as `udcff` behind a backslash.
+    """
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
 def write_json(path: Path, data: dict) -> None:
     """Write `data` as indented JSON, whole or not at all."""
-    with whole_file(path) as partial:
-        partial.write_text(json.dumps(data, indent=2) + "\n")
+    write_text(path, json.dumps(data, indent=2) + "\n")
 
 
 @contextlib.contextmanager

@@ -75,7 +75,7 @@ def devices() -> list[Device]:
 def device(name: str) -> tuple[int, Device]:
     """The device that "auto", "cuda" or "cuda:N" names, with its index; `InputError` otherwise."""
     kind, _, number = name.partition(":")
-    if kind not in ("auto", "cuda") or not (number or "0").isdigit():
+    if kind not in ("auto", "cuda") or not (number or "0").isdecimal():
         raise InputError(f"device {name!r} is no CUDA device; give auto, cuda or cuda:N")
     found, index = devices(), int(number or 0)
     if index >= len(found):

@@ -253,6 +253,8 @@ def filter_matches(
 class LightGlue(nn.Module, Matcher):
     """LightGlue with nine layers for descriptors of length 128.
 
+    Its weights are random: see `from_pretrained`.
+
     `filter_threshold` is the lowest score of a match. `depth_confidence` and `width_confidence`, of
     `match` alone, trade exactness for time (the paper's are 0.95 and 0.99): stop once this share of
     the keypoints is certain of its partner, and drop keypoints that with this certainty have none.
@@ -271,8 +273,12 @@ class LightGlue(nn.Module, Matcher):
     ) -> None:
         super().__init__()
         _check_share("filter_threshold", filter_threshold)
-        _check_share("depth_confidence", depth_confidence)
-        _check_share("width_confidence", width_confidence)
+        for name, value in (
+            ("depth_confidence", depth_confidence),
+            ("width_confidence", width_confidence),
+        ):
+            if value is not None:
+                _check_share(name, value)
         self.filter_threshold, self.precision = filter_threshold, "fp32"
         self.depth_confidence, self.width_confidence = depth_confidence, width_confidence
         self.attention: Attention = fused_attention
@@ -463,9 +469,9 @@ class LightGlue(nn.Module, Matcher):
         return self.token_confidence[number](x)[0] < threshold
 
 
-def _check_share(name: str, value: float | None) -> None:
+def _check_share(name: str, value: float) -> None:
     number = isinstance(value, Real) and not isinstance(value, bool)
-    if value is not None and not (number and 0 <= value <= 1):
+    if not number or not 0 <= value <= 1:
         raise InputError(f"{name} is {shown(value)}; it must be between 0 and 1")
 
 

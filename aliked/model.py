@@ -126,7 +126,7 @@ def interpolation_matrix(length: int, new_length: int, like: torch.Tensor) -> to
 
 
 class ALIKED(nn.Module):
-    """One ALIKED variant with its selection rule.
+    """One ALIKED variant with its selection rule. Its weights are random: see `from_pretrained`.
 
     `top_k` > 0: the best `top_k` keypoints. `top_k` <= 0: those with a detection score above
     `scores_th`, at most `n_limit`. Where none passes, there is none; with `strict` False, as in the

@@ -150,18 +150,6 @@ def check_video_options(args: argparse.Namespace, endless: bool = False) -> None
         raise InputError(f"camera {args.images} has no end; pass --frames N")
 
 
-def add_lines_option(parser: argparse.ArgumentParser, usual: int) -> None:
-    """Add how many matches a picture shows: a number, or None for "all"."""
-    parser.add_argument(
-        "--lines",
-        type=lambda text: None if text == "all" else whole(0)(text),
-        default=usual,
-        metavar="N",
-        help="how many matches of a pair to draw, spread over the image, the most similar first; "
-        "or all (default: %(default)s)",
-    )
-
-
 def choose_precision(backend: str, asked: str | None) -> str:
     """The precision of a backend: as `asked`, or its first; `InputError` where it has none such."""
     row = get_backend(backend)
@@ -181,6 +169,11 @@ def extractor_spec(args: argparse.Namespace) -> Spec:
     """The options as a `Spec`; `InputError` where they do not go together."""
     get_config(args.model)
     scores_th = check_selection(args.top_k, args.scores_th, args.n_limit)
+    on_gpu = args.device.partition(":")[0] == "cuda"
+    if on_gpu and "cuda" not in get_backend(args.backend).devices:
+        raise InputError(
+            f"backend {args.backend} runs on the CPU only; leave --device {args.device} out"
+        )
     return Spec(
         model=args.model,
         top_k=args.top_k,

@@ -111,6 +111,7 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
+        """Whether nothing is outside the tolerance."""
         return not self.reasons
 
 

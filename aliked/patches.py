@@ -1,12 +1,9 @@
 """Windows around keypoints, by PyTorch or by a compiled operator."""
 
-import contextlib
-import contextvars
 import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Iterator
 from types import ModuleType
 
 import torch
@@ -22,8 +19,6 @@ def is_traced() -> bool:
 PACKAGE = "aliked_custom_ops"  # what `pip install ./custom_ops` installs
 VARIABLE = "ALIKED_CUSTOM_OPS"  # unset, "build" or "off"
 
-_plain_wanted = contextvars.ContextVar("plain_wanted", default=False)
-
 
 def get_patches(maps: torch.Tensor, centres: torch.Tensor, size: int) -> torch.Tensor:
     """`plain_patches`, by the compiled operator where it is built for the device of `maps`.
@@ -31,7 +26,7 @@ def get_patches(maps: torch.Tensor, centres: torch.Tensor, size: int) -> torch.T
     Whatever traces the model sees the plain form: compilers fuse it, ONNX knows its operators, and
     what they write then runs where nothing is installed.
     """
-    if is_traced() or _plain_wanted.get():
+    if is_traced():
         return plain_patches(maps, centres, size)
     operator = compiled()
     if operator is None or maps.device.type not in operator.DEVICES:
@@ -56,16 +51,6 @@ def plain_patches(maps: torch.Tensor, centres: torch.Tensor, size: int) -> torch
     index = index.flatten(1)[:, None].expand(-1, channels, -1)  # [B, C, N * size * size]
     values = maps.flatten(2).gather(2, index).unflatten(2, (-1, size, size))
     return (values * inside[:, None]).transpose(1, 2)
-
-
-@contextlib.contextmanager
-def plain_form() -> Iterator[None]:
-    """Make `get_patches` take the plain form, in this thread, until the end of the block."""
-    token = _plain_wanted.set(True)
-    try:
-        yield
-    finally:
-        _plain_wanted.reset(token)
 
 
 @functools.cache

@@ -23,6 +23,8 @@ def page_locked(tensor: torch.Tensor) -> torch.Tensor:
 def choose_device(device: str | torch.device, only: str | None = None) -> torch.device:
     """Return the device of that name: "auto" is the first CUDA device, or else the CPU.
 
+    There is one CPU, whatever its number.
+
     `InputError` where it does not exist on this machine, or is of another type than `only`.
     """
     if not isinstance(device, str | torch.device):
@@ -35,6 +37,8 @@ def choose_device(device: str | torch.device, only: str | None = None) -> torch.
         raise InputError(f"unknown device {device!r}; give auto, cpu, cuda or cuda:N") from error
     if chosen.type not in ("cpu", "cuda"):
         raise InputError(f"this project does not run on {chosen}; give auto, cpu, cuda or cuda:N")
+    if chosen.type == "cpu":
+        chosen = torch.device("cpu")  # the name that everything else compares with
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise InputError(
             f"device {device} was asked for, but PyTorch sees {torch.cuda.device_count()} CUDA "

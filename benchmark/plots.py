@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from aliked.backends import Spec
 from aliked.configs import CONFIGS
-from aliked.files import whole_file
+from aliked.files import whole_file, write_text
 from benchmark.records import AnyRecord, Measured, runtime_order, sections
 from benchmark.report import milliseconds, report_text
 from benchmark.rows import Row
@@ -49,8 +49,7 @@ MARK = "draw_report.py: timings"  # in the metadata of its pictures
 def write_report(records: list[AnyRecord], folder: Path) -> list[Path]:
     """Write `tables.md` and the plots into `folder`; the paths written."""
     tables = folder / "tables.md"
-    with whole_file(tables) as partial:
-        partial.write_text(report_text(records))
+    write_text(tables, report_text(records))
     return [tables, *draw_all(records, folder)]
 
 

@@ -67,6 +67,7 @@ def run_task(
     PROCESSES.set_forkserver_preload(imported_once(task.device))
     with tempfile.TemporaryDirectory() as folder:
         errors = Path(folder) / "errors"
+        errors.touch()  # read also where the process ends before it could write
         environment = _environment(compiler_cache or Path(folder))
         answers, channel = PROCESSES.Pipe(duplex=False)
         process = PROCESSES.Process(

@@ -319,14 +319,6 @@ def read_timings(path: Path) -> tuple[dict[int, AnyRecord], dict[int, str]]:
     return records, damaged
 
 
-def read_records(path: Path) -> list[AnyRecord]:
-    """Return the records of a file, in order; `InputError` names the lines that are none."""
-    records, damaged = read_timings(path)
-    if damaged:
-        raise InputError(f"{damaged_text(path, damaged)}; remove it and measure again")
-    return list(records.values())
-
-
 def damaged_text(path: Path, damaged: dict[int, str]) -> str:
     """Return which lines of a file are no records, and why the first is none."""
     number, reason = next(iter(damaged.items()))

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from aliked.cli import markdown
 from aliked.configs import CONFIGS
 from aliked.drawing import write_picture
-from aliked.files import whole_file
+from aliked.files import write_text
 from benchmark.plots import plain_ticks, save_figure
 from benchmark.records import UNRANKED, UNSTABLE, Measured
 from benchmark.report import milliseconds
@@ -290,8 +290,7 @@ def write_page(folder: Path, outcomes: Sequence[Outcome], count: int, draw: Draw
                 "</figure>"
             )
     page = folder / "worst.html"
-    with whole_file(page) as partial:
-        partial.write_text("\n".join(parts) + "\n")
+    write_text(page, "\n".join(parts) + "\n")
     return page
 
 
@@ -313,8 +312,7 @@ def write_report(
 ) -> list[Path]:
     """Write `evaluation.md` and the plots into `folder`; the paths written."""
     tables = folder / "evaluation.md"
-    with whole_file(tables) as partial:
-        partial.write_text(report_text(outcomes, timings))
+    write_text(tables, report_text(outcomes, timings))
     names, written = Counter(), [tables]
     for own in sections(outcomes):
         name = f"{own[0].task.name} {own[0].record['dataset']['name']}"

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 
 from aliked.errors import InputError
-from aliked.files import read_file
+from aliked.files import read_file, write_text
 from aliked.images import read_header
 
 FILE = "scene.json"
@@ -268,7 +268,7 @@ def _check_pictures(path: Path, scene: Scene) -> None:
 
 
 def write_scene(scene: Scene, path: Path) -> None:
-    """Write `scene.json`."""
+    """Write `scene.json`, whole or not at all."""
     corners, edges_a, edges_b = (
         array.tolist() for array in (scene.faces.corner, scene.faces.edge_a, scene.faces.edge_b)
     )
@@ -286,4 +286,4 @@ def write_scene(scene: Scene, path: Path) -> None:
         ],
         "pairs": [list(pair) for pair in scene.pairs],
     }
-    Path(path).write_text(json.dumps(data, indent=1) + "\n")
+    write_text(path, json.dumps(data, indent=1) + "\n")

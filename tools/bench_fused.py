@@ -150,6 +150,7 @@ def print_records(title: str, records: list[dict]) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
+    """The command line."""
     p = cli.Parser(description=__doc__)
     p.add_argument("images", type=Path, nargs="+", help="image files, one per size")
     p.add_argument("--models", nargs="+", default=list(CONFIGS), choices=list(CONFIGS))
@@ -173,8 +174,8 @@ def main(args: argparse.Namespace) -> int:
                 for batch in args.batches:
                     everything += run_case(args, model, precision, path, batch)
     if args.output:
-        with files.whole_file(args.output) as partial:
-            partial.write_text("".join(json.dumps(record) + "\n" for record in everything))
+        lines = (json.dumps(record) + "\n" for record in everything)
+        files.write_text(args.output, "".join(lines))
     failed = sum(not record.get("passed", True) for record in everything)
     print(f"\n{len(everything)} records, {failed} failed")
     return int(failed > 0)

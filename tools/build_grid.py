@@ -28,8 +28,12 @@ from benchmark.environment import git_commit
 
 # Batch, height and width of a dynamic engine: least, most usual, largest.
 PROFILE = ((1, 96, 128), (1, 480, 640), (4, 512, 1248))
+# How each mode selects keypoints.
+MODES = {
+    "top_k": {"top_k": 1000},
+    "threshold": {"top_k": 0, "scores_th": 0.2, "n_limit": 1000},
+}
 AXES = {
-    "mode": ("top_k", "threshold"),
     "precision": ("fp32", "fp16"),
     "dynamic": (False, True),
     "uint8_input": (False, True),
@@ -37,17 +41,16 @@ AXES = {
 }
 
 
-def grid(models: list[str]) -> Iterator[dict]:
+def grid(models: list[str], modes: list[str]) -> Iterator[dict]:
     """Every model, selection, precision, form of sizes, input type and opset, one after another."""
-    for values in itertools.product(models, *AXES.values()):
-        yield dict(zip(("model", *AXES), values, strict=True))
+    for values in itertools.product(models, modes, *AXES.values()):
+        yield dict(zip(("model", "mode", *AXES), values, strict=True))
 
 
 def export(row: dict, path: Path, height: int, width: int) -> None:
     """Write the file of one combination."""
     torch.manual_seed(0)
-    selection = {"top_k": 1000} if row["mode"] == "top_k" else {"scores_th": 0.2, "n_limit": 1000}
-    model = ALIKED(row["model"], **selection).eval().fold_batch_norm()
+    model = ALIKED(row["model"], **MODES[row["mode"]]).eval().fold_batch_norm()
     forms = {name: row[name] for name in ("opset", "dynamic", "uint8_input")}
     export_onnx(model.set_precision(row["precision"]), path, ExportOptions(height, width, **forms))
 
@@ -80,6 +83,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = cli.Parser(prog="python -m tools.build_grid", description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=list(OFFICIAL), choices=OFFICIAL)
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="to append to")
     parser.add_argument("--height", type=int, default=480, help="of the images, pixels")
     parser.add_argument("--width", type=int, default=640)
@@ -99,7 +103,7 @@ def main(args: argparse.Namespace) -> int:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, args.output.open("a") as output:
         path = Path(folder) / "model.onnx"
-        for row in grid(args.models):
+        for row in grid(args.models, args.modes):
             export(row, path, args.height, args.width)
             options = BuildOptions(tuple(args.compute_capability), shapes=shapes(row))
             outcome = row | common | build(path, options)

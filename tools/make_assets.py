@@ -18,7 +18,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))
 
 from aliked import cli  # noqa: E402
-from aliked.files import whole_file  # noqa: E402
+from aliked.files import whole_file, write_text  # noqa: E402
 
 SUPERSAMPLING = 4  # samples per frame pixel and direction
 FOCAL_LENGTH = 1.2  # in frame widths: about 45 degrees across
@@ -223,8 +223,7 @@ def write_scene(scene: Scene, folder: Path) -> None:
             cv2.imwrite(str(partial), frame, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
     moves = [to_frame @ np.linalg.inv(cameras[0]) for to_frame in cameras[1:]]
     homographies = [np.eye(3), *(move / move[2, 2] for move in moves)]
-    with whole_file(folder / "homographies.txt") as partial:
-        partial.write_text(homography_text(names, homographies))
+    write_text(folder / "homographies.txt", homography_text(names, homographies))
 
 
 def parser() -> argparse.ArgumentParser:

@@ -105,8 +105,7 @@ def main(args: argparse.Namespace) -> None:
         image = expose(render(scene, view, pyramids), np.random.default_rng([args.seed, view]))
         with whole_file(args.output / name) as partial:
             cv2.imwrite(str(partial), image, [cv2.IMWRITE_WEBP_QUALITY, WEBP_QUALITY])
-    with whole_file(args.output / FILE) as partial:
-        write_scene(scene, partial)
+    write_scene(scene, args.output / FILE)
     print(f"{args.views} views and {len(scene.pairs)} pairs in {args.output}")
 
 

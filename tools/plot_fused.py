@@ -34,7 +34,7 @@ def full_rate_us(record: dict, ceiling: dict) -> float:
 def read(path: Path) -> tuple[list[dict], dict]:
     """The records of a file, and the first of its ceilings; `InputError` for any other file."""
     try:
-        records = [json.loads(line) for line in path.read_text().splitlines()]
+        records = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
         ceilings = [record for record in records if record["operator"] == "ceiling"]
         return [record for record in records if record not in ceilings], ceilings[0]
     except (OSError, ValueError, TypeError, LookupError) as error:

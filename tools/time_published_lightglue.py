@@ -163,8 +163,7 @@ def main(args: argparse.Namespace) -> None:
         for form in FORMS:
             rows.append(row(args, form, top_k))
             print(rows[-1], flush=True)
-    with files.whole_file(args.output) as partial:
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files.write_text(args.output, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 from aliked import cli
+from aliked.files import read_text
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -48,7 +49,7 @@ def main(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         clone = args.folder or Path(temporary) / "clone"
         subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
-        script = shell_script((clone / "README.md").read_text())
+        script = shell_script(read_text(clone / "README.md"))
         return subprocess.run(["bash", "-c", script], cwd=clone).returncode
 
 

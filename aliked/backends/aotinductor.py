@@ -2,6 +2,7 @@
 
 import ctypes
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ class PackagedForward:
         self.path = path
         share_cpp_library()
         self.package = load(path, device)
-        noted = self.package.get_metadata()
+        noted = self.noted = self.package.get_metadata()
         if "shape" not in noted:
             raise InputError(
                 f"{path} does not say what images it is for, so this project did not build it; let "
@@ -94,4 +95,23 @@ class PackageExtractor(ForwardExtractor):
                 "--model_path FILE.pt2, such as measure_timings.py builds"
             )
         device = choose_device(spec.device)
-        super().__init__(name, device, PackagedForward(Path(spec.model_path), device))
+        forward = PackagedForward(Path(spec.model_path), device)
+        check_made_for(spec, forward.noted)
+        super().__init__(name, device, forward)
+
+
+def check_made_for(spec: Spec, noted: Mapping[str, str]) -> None:
+    """Raise `InputError` where a package holds something else than `spec`; older ones do not say.
+
+    float32 is what is asked for where nothing is said, so that half precision passes for it.
+    """
+    wanted = {"model": spec.model, "selection": str(spec.selection)}
+    if spec.precision != "fp32":
+        wanted["precision"] = spec.precision
+    for what, value in wanted.items():
+        has = noted.get(what, value)
+        if has != value:
+            raise InputError(
+                f"the {what} of {spec.model_path} is {has}, not {value}; ask for {has}, or let "
+                "measure_timings.py build another package"
+            )

@@ -69,7 +69,7 @@ def deform_conv_missing() -> str | None:
 def cuda_device(device: str) -> str:
     """The number N of "cuda:N", 0 of "cuda" and "auto"; `InputError` for anything else."""
     kind, _, index = device.partition(":")
-    if kind not in ("auto", "cuda") or not (index or "0").isdigit():
+    if kind not in ("auto", "cuda") or not (index or "0").isdecimal():
         raise InputError(f"device {device!r} is not CUDA's; give auto, cuda or cuda:N")
     return index or "0"
 

@@ -825,10 +825,20 @@ def _check_export(spec: Spec, export: dict) -> None:
             f"{spec.model_path} was made of other weights than {spec.weights}; export and build it "
             "again, or leave --weights out"
         )
-    by_threshold = chooses_by_threshold(export)
-    same = export.get("scores_th") == spec.scores_th and export.get("strict", False) is spec.strict
-    if spec.top_k <= 0 and not (by_threshold and same):
+    if not _selects_as(spec, export):
+        options = f"--top_k {spec.top_k}"
+        if spec.selection.by_threshold:
+            options = f"--top_k 0 --scores_th {spec.scores_th} --n_limit {spec.n_limit}"
         raise InputError(
-            f"{spec.model_path} was not exported for --top_k 0 --scores_th {spec.scores_th}; "
-            "export and build it again with these options, since what it selects is part of it"
+            f"{spec.model_path} was not exported for {options}; export and build it again with "
+            "these options, since what it selects is part of it"
         )
+
+
+def _selects_as(spec: Spec, export: dict) -> bool:
+    """Whether an engine selects keypoints as `spec` does; of the best K it may give fewer."""
+    if not spec.selection.by_threshold:
+        return "top_k" not in export or not chooses_by_threshold(export)
+    facts = {"scores_th": spec.scores_th, "n_limit": spec.n_limit}
+    same = all(export.get(name) == value for name, value in facts.items())
+    return chooses_by_threshold(export) and same and export.get("strict", False) is spec.strict

@@ -5,7 +5,6 @@ checkout is another door to the same two functions.
 """
 
 import importlib
-import importlib.metadata
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from aliked import cli
-from aliked.errors import InputError, missing_package
+from aliked.errors import InputError, missing_package, own_version
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def main() -> NoReturn:
         print(usage())
         sys.exit(0)
     if name == "--version":
-        print(f"aliked {importlib.metadata.version('aliked')}")
+        print(f"aliked {own_version() or 'of a checkout that is not installed'}")
         sys.exit(0)
     if name not in COMMANDS:
         print(f"aliked: error: there is no {name!r}; see aliked --help", file=sys.stderr)

@@ -25,12 +25,13 @@ from aliked.download import offer_download
 from aliked.drawing import draw_differences, write_picture
 from aliked.features import Extractor
 from aliked.files import (
+    check_kept,
     check_writable,
     remove_files,
     sha256,
-    whole_file,
     writable_folder,
     write_json,
+    write_text,
 )
 from aliked.images import list_images, load_readable
 from aliked.matching import Matcher
@@ -156,6 +157,7 @@ def main(args: argparse.Namespace) -> None:
     spec = spec_from(args, sides)
     folder = args.output or Path("output") / time.strftime("compare-%Y%m%d-%H%M%S")
     check_writable(folder)
+    check_kept([args.images], folder, *WRITTEN)
     matcher = matcher_from(args, spec.model)
     extractors = [open_side(side, spec) for side in sides]
     output = writable_folder(folder)
@@ -209,7 +211,6 @@ def write_results(output: Path, title: str, numbers: Numbers, facts: dict) -> No
     print(text + "\n")
     figure = draw_histogram(numbers.dot_products(), numbers.similarities(), title)
     write_histogram(output / "dot_products.png", figure)
-    with whole_file(output / "comparison.md") as partial:
-        partial.write_text(text + "\n")
+    write_text(output / "comparison.md", text + "\n")
     write_json(output / "comparison.json", facts | summary)
     print(f"wrote {', '.join(WRITTEN)} to {output}")

@@ -11,7 +11,7 @@ import numpy as np
 
 from aliked.cli import Parser, whole
 from aliked.commands.export import checked_output, conclude
-from aliked.configs import Form
+from aliked.configs import Form, get_config
 from aliked.download import offer_download
 from aliked.errors import InputError
 from aliked.export.lightglue import (
@@ -26,6 +26,7 @@ from aliked.export.lightglue import (
 from aliked.files import scratch_file, sha256
 from aliked.images import list_images, load_image
 from aliked.lightglue import LightGlue
+from aliked.matching import LIGHTGLUE_DIM, check_descriptor_length
 from aliked.model import ALIKED, DTYPES
 from aliked.options import add_matcher_weights, add_model_options
 from aliked.parity import Verdict
@@ -123,7 +124,8 @@ def add_graph_options(group: argparse._ArgumentGroup) -> None:
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Raise `InputError` for options that the chosen graph does not have."""
+    """Raise `InputError` for another model's descriptors, and what the chosen graph lacks."""
+    check_descriptor_length(get_config(args.model).dim, LIGHTGLUE_DIM)
     if args.graph == "pair" and args.io == "colmap":
         raise InputError("COLMAP runs the matcher alone; leave out --graph pair with --io colmap")
     if args.graph == "matcher" and args.uint8_input:

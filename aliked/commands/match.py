@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from aliked.backends import create_extractor, get_backend
-from aliked.cli import Parser
+from aliked.cli import Parser, whole
 from aliked.download import offer_download
 from aliked.drawing import (
     LINES,
@@ -25,12 +25,11 @@ from aliked.drawing import (
 )
 from aliked.errors import InputError
 from aliked.features import Extractor, Features
-from aliked.files import check_writable, remove_files, writable_folder
+from aliked.files import check_kept, check_writable, remove_files, writable_folder
 from aliked.images import list_images, load_readable, reduced
 from aliked.matching import Matcher
 from aliked.options import (
     add_extractor_options,
-    add_lines_option,
     add_matcher_options,
     add_size_option,
     add_video_options,
@@ -43,6 +42,7 @@ from aliked.weights import describe_weights
 
 MAX_FRAMES = 100  # of the animation, which is held in memory
 ANIMATION = "motion.webp"
+WRITTEN = ("pair_*.jpg", ANIMATION)
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Files:
         self.folder, self.lines = folder, lines
         self.pictures: list[Path] = []
         self.frames: list[np.ndarray] = []
-        remove_files(folder, "pair_*.jpg", ANIMATION)  # of an older run
+        remove_files(folder, *WRITTEN)  # of an older run
 
     def present(self, pair: MatchedFrames) -> bool:
         """Write the pair's picture; True: go on."""
@@ -154,7 +154,14 @@ def parser() -> argparse.ArgumentParser:
     add_size_option(parser)
     add_video_options(parser.add_argument_group("a video or a camera"))
     add_matcher_options(parser.add_argument_group("matching"))
-    add_lines_option(parser, LINES)
+    parser.add_argument(
+        "--lines",
+        type=lambda text: None if text == "all" else whole(0)(text),
+        default=LINES,
+        metavar="N",
+        help="how many matches of a pair to draw, spread over the image, the most similar first; "
+        "or all (default: %(default)s)",
+    )
     parser.add_argument(
         "--output",
         type=Path,
@@ -173,6 +180,7 @@ def main(args: argparse.Namespace) -> None:
     folder = (args.output or Path("demo")) if args.output or obstacle else None
     if folder:
         check_writable(folder)
+        check_kept([args.images, *args.more], folder, *WRITTEN)
     matcher = matcher_from(args, args.model)
     extractor = create_extractor(args.backend, spec)
     output = folder and writable_folder(folder)

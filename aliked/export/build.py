@@ -66,7 +66,13 @@ def build_package(spec: Spec, shape: Shape, path: Path) -> None:
     with torch.no_grad(), plain_float32(), whole_file(path) as partial:
         program = torch.export.export(model, (images,))
         # The package does not check its input's shape; the extractor does, by what is noted here.
-        noted = {"shape": ",".join(map(str, images.shape)), "device": device.type}
+        noted = {
+            "shape": ",".join(map(str, images.shape)),
+            "device": device.type,
+            "model": spec.model,
+            "selection": str(spec.selection),
+            "precision": spec.precision,
+        }
         torch._inductor.aoti_compile_and_package(
             program,
             package_path=str(partial),

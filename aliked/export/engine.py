@@ -54,6 +54,7 @@ from aliked.files import (
     scratch_folder,
     sha256,
     write_json,
+    write_text,
 )
 from aliked.images import list_images
 from aliked.matching import TENSORS
@@ -482,7 +483,7 @@ def _build(
         table = layer_table(information)
         as_json, as_text = _layer_files(draft)
         write_json(as_json, information)
-        as_text.write_text(table + "\n")
+        write_text(as_text, table + "\n")
         print(table)
 
 

@@ -35,6 +35,13 @@ def raising(error: BaseException):
     return main
 
 
+def not_utf8(text: str) -> UnicodeEncodeError:
+    """What Python raises where a name that is not UTF-8 is to be written."""
+    with pytest.raises(UnicodeEncodeError) as caught:
+        text.encode()
+    return caught.value
+
+
 @pytest.mark.parametrize(
     ("error", "sentence"),
     [
@@ -43,6 +50,7 @@ def raising(error: BaseException):
         (RuntimeError("[enforce] . No space left on device"), "the disk is full"),
         (MemoryError("Unable to allocate 12. GiB"), "not enough memory (Unable to allocate 12."),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), "not enough memory"),
+        (not_utf8("b.jpg 1\na\udcff.jpg 2\n"), "not UTF-8 ('a\\udcff.jpg 2'); rename it"),
         (PermissionError(errno.EACCES, "Permission denied", "b"), "b: Permission denied"),
     ],
 )
@@ -245,6 +253,18 @@ def test_a_text_that_is_none_is_refused(tmp_path):
     (tmp_path / "a.md").write_bytes(b"\xff\xfe")
     with pytest.raises(InputError, match="not UTF-8"):
         read_text(tmp_path / "a.md")
+
+
+def test_a_text_is_written_in_utf8_whatever_the_locale(tmp_path):
+    code = r"""
+import sys
+from pathlib import Path
+from aliked.files import write_text
+write_text(Path(sys.argv[1]), "a \u2020 b \udcff.jpg")
+"""
+    plain = os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    subprocess.run([sys.executable, "-c", code, tmp_path / "a.md"], env=plain, check=True)
+    assert read_text(tmp_path / "a.md") == "a \u2020 b \\udcff.jpg"
 
 
 def test_a_file_that_somebody_holds_is_not_waited_for_where_that_is_not_wanted(tmp_path):

@@ -1,5 +1,7 @@
 """Pictures of matches: what they show where, and that they are written whole."""
 
+import os
+
 import cv2
 import numpy as np
 import pytest
@@ -128,6 +130,13 @@ def test_small_images_are_enlarged_so_that_the_caption_fits():
     assert picture.shape[1] == 640
     text = picture[-28:].max(axis=(0, 2)) > 150
     assert 300 < np.flatnonzero(text).max() < 632
+
+
+def test_a_caption_can_name_a_file_whose_name_is_not_utf8():
+    name = os.fsdecode(b"caf\xe9.jpg")
+    none = features()
+    picture = draw_matches(grey(480, 640), none, grey(480, 640), none, NO_MATCHES, name)
+    assert (picture[-28:] > 200).any()
 
 
 def test_a_strip_that_would_have_no_row_left_is_drawn():

@@ -370,6 +370,11 @@ def test_a_share_outside_zero_to_one_is_refused(option):
         LightGlue(layers=1, **{option: -1})
 
 
+def test_matches_always_have_a_lowest_score():
+    with pytest.raises(InputError, match="filter_threshold is None; it must be between 0 and 1"):
+        LightGlue(layers=1, filter_threshold=None)
+
+
 def test_descriptors_of_another_length_are_refused_by_saying_which_models_fit():
     matcher = LightGlue(layers=1)
     with pytest.raises(
@@ -590,6 +595,13 @@ def test_a_file_of_fixed_sizes_is_not_exported_for_a_folder_of_others(tmp_path):
         export_lightglue.load_pairs(given)
     for settled in ({"num_pairs": 1}, {"dynamic": True}, {"graph": "matcher"}):
         assert export_lightglue.load_pairs(argparse.Namespace(**vars(given) | settled))
+
+
+@pytest.mark.parametrize("graph", ["matcher", "pair"])
+def test_a_model_of_other_descriptors_is_refused_before_anything_is_exported(graph, tmp_path):
+    words = [str(tmp_path), "--graph", graph, "--model", "aliked-t16"]
+    with pytest.raises(InputError, match="64 long, but these LightGlue weights match"):
+        export_lightglue.main(export_lightglue.parser().parse_args(words))
 
 
 def test_a_name_too_long_for_the_manifest_is_refused_before_the_export(tmp_path):

@@ -3,6 +3,7 @@
 import importlib
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,8 +14,8 @@ from pathlib import Path
 import pytest
 
 import aliked
-from aliked import cli, commands
-from aliked.errors import EXTRAS, InputError
+from aliked import cli, commands, errors
+from aliked.errors import EXTRAS, REQUIRED, InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -180,6 +181,26 @@ def test_a_command_that_is_kept_names_no_folder_of_this_machine(monkeypatch, tmp
 
 
 # what is installed
+
+
+def test_the_packages_that_everything_needs_are_those_of_the_project():
+    names = {re.split(r"[^\w-]", line)[0] for line in PROJECT["dependencies"]}
+    assert set(REQUIRED.values()) == names
+
+
+@pytest.mark.parametrize(
+    ("version", "cures"),
+    [
+        ("1.0.0", ("pip install opencv-python-headless", 'pip install "aliked[onnx]"')),
+        (None, ("pip install -e .", 'pip install -e ".[onnx]"')),
+    ],
+)
+def test_a_checkout_is_installed_as_a_whole(version, cures, monkeypatch, capsys):
+    monkeypatch.setattr(errors, "own_version", lambda: version)
+    assert tuple(map(errors.how_to_install, ("cv2", "onnx"))) == cures
+    monkeypatch.setattr(commands, "own_version", lambda: version)
+    assert run_command(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out.startswith("aliked ")
 
 
 def test_every_extra_that_a_message_names_is_there():

@@ -13,7 +13,7 @@ from aliked.backends import Spec, create_extractor
 from aliked.backends.cuda_memory import Twin
 from aliked.errors import InputError
 from aliked.features import drop_fill_ins, features_of_batch, room_for
-from aliked.transfer import download, upload
+from aliked.transfer import choose_device, download, upload
 from tests.helpers.textures import texture
 
 NAMES = ("keypoints", "scores", "descriptors")
@@ -103,6 +103,11 @@ def test_each_image_of_a_batch_keeps_its_own_rows(monkeypatch, part_bytes):
                 np.testing.assert_array_equal(
                     getattr(found, name), getattr(drop_fill_ins(*image), name)
                 )
+
+
+@pytest.mark.parametrize("device", ["cpu", "cpu:0", torch.device("cpu", 0)])
+def test_there_is_one_cpu(device):
+    assert str(choose_device(device)) == "cpu"
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.float32, bool])

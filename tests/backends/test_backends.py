@@ -431,6 +431,13 @@ exec {compiler} "$@"
 """
 
 
+OTHERWISE = (
+    ({"model": "aliked-n32"}, r"the model of .*model\.pt2 is aliked-t16, not aliked-n32"),
+    ({"top_k": 50}, r"the selection of .* is 100, not 50; ask for 100"),
+    ({"precision": "fp16"}, r"the precision of .* is fp32, not fp16"),
+)
+
+
 @pytest.mark.slow
 def test_a_package_is_the_model_and_takes_only_its_size(
     photographs, reference, weights_dir, tmp_path
@@ -468,6 +475,9 @@ def test_a_package_is_the_model_and_takes_only_its_size(
     compiled = tmp_path / "compiled"
     load_afresh(path, "cpu", photographs, TORCHINDUCTOR_CACHE_DIR=str(compiled))
     assert not list(compiled.rglob("*.so"))  # loading it compiled nothing
+    for fields, words in OTHERWISE:
+        with pytest.raises(InputError, match=words):
+            create_extractor("aotinductor", replace(spec, **fields))
 
 
 @pytest.mark.gpu

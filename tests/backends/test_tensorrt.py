@@ -258,6 +258,16 @@ def test_an_engine_of_something_else_is_refused(make_engine, spec, says):
         create_extractor("tensorrt", replace(spec, model_path=engine))
 
 
+def test_an_engine_with_a_threshold_runs_for_that_selection_only(make_engine):
+    selection = {"top_k": 0, "scores_th": 0.1, "n_limit": 20, "strict": True}
+    _, engine = make_engine(metadata=selection)
+    spec = Spec("aliked-t16", **selection, model_path=engine)
+    assert len(create_extractor("tensorrt", spec)(photograph())) > 0
+    for other in ({"scores_th": 0.2}, {"n_limit": 10}, {"strict": False}, {"top_k": 5}):
+        with pytest.raises(InputError, match="was not exported for --top_k"):
+            create_extractor("tensorrt", replace(spec, **other))
+
+
 def test_the_variants_of_the_backend_run_the_same_engine(make_engine, machine, monkeypatch):
     onnx_path, engine = make_engine(options={"version_compatible": True})
     for name, module in make_pycuda(machine).items():

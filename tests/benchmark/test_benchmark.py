@@ -444,6 +444,22 @@ def test_a_process_that_dies_says_how():
     assert not caught.value.expected
 
 
+def _not_found_there(name: str) -> None:
+    raise ModuleNotFoundError(f"No module named {name!r}")
+
+
+class Unreadable(Working):
+    """A task that the new process cannot make again."""
+
+    def __reduce__(self):
+        return _not_found_there, (self.name,)
+
+
+def test_a_process_that_cannot_read_its_task_says_how_it_ended():
+    with pytest.raises(process.TaskFailed, match="the process ended with status 1"):
+        process.run_task(Unreadable("row"))
+
+
 def test_progress_is_passed_on():
     seen = []
     result = process.run_task(Working("row"), lambda *stage: seen.append(stage))

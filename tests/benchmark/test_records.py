@@ -19,7 +19,6 @@ from benchmark.records import (
     load_records,
     make_record,
     read_lines,
-    read_records,
     resume,
 )
 from benchmark.report import report_text
@@ -46,7 +45,7 @@ ROWS = [replace(ROW, model=model) for model in MODELS]
 def test_a_resumed_run_tries_again_what_failed(recorded):
     done = resume(recorded, ROWS, CONFIGURATION)
     assert done == {ROWS[0], ROWS[2]}
-    assert [r.row.model for r in read_records(recorded)] == ["aliked-t16", "aliked-n32"]
+    assert [r.row.model for r in load_records([recorded])] == ["aliked-t16", "aliked-n32"]
 
 
 def test_a_line_that_an_interruption_cut_short_is_measured_again(recorded):
@@ -86,14 +85,14 @@ def test_a_line_that_is_no_record_is_named(recorded, line):
     with open(recorded, "a") as file:
         file.write(line + "\n")
     with pytest.raises(InputError, match=r"line 4 of .*records.jsonl"):
-        read_records(recorded)
+        load_records([recorded])
 
 
 def test_a_last_record_without_its_end_is_read_and_written_behind(recorded):
     recorded.write_bytes(recorded.read_bytes().rstrip())
-    assert len(read_records(recorded)) == 3
+    assert len(load_records([recorded])) == 3
     append_record(recorded, measured(ROWS[3], 5.0))
-    assert [r.row.model for r in read_records(recorded)][-2:] == ["aliked-n32", "aliked-n16rot"]
+    assert [r.row.model for r in load_records([recorded])][-2:] == ["aliked-n16rot", "aliked-n32"]
 
 
 def test_records_of_other_weights_are_refused_and_left_alone(recorded):
@@ -150,7 +149,7 @@ def test_a_backend_that_cannot_run_is_one_record_for_all_its_rows(recorded):
         False,
     )
     assert resume(recorded, ROWS, CONFIGURATION) == {ROWS[0], ROWS[2]}  # to be tried again
-    assert len(read_records(recorded)) == 2
+    assert len(load_records([recorded])) == 2
 
 
 def test_what_earlier_versions_wrote_is_read():
@@ -209,8 +208,8 @@ def test_bytes_are_read_or_named_and_their_neighbours_are_kept(tmp_path, junk):
     records, damaged = read_lines(path, AnyRecord)
     assert len(records) == 2
     if damaged:
-        with pytest.raises(InputError, match="line"):
-            read_records(path)
+        with pytest.raises(InputError, match="is not a record"):
+            load_records([path])
 
 
 @QUICKLY
@@ -229,7 +228,7 @@ def test_what_is_no_file_of_records_is_one_sentence(tmp_path):
     (tmp_path / "folder.jsonl").mkdir()
     for path in (tmp_path / "folder.jsonl", tmp_path / "none.jsonl", Path("/dev/zero")):
         with pytest.raises(InputError, match=str(path)):
-            read_records(path)
+            load_records([path])
 
 
 def test_no_row_is_lost_where_two_files_have_the_same(tmp_path):

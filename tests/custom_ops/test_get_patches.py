@@ -14,10 +14,16 @@ from aliked import patches
 from aliked.errors import InputError
 from aliked.export.onnx_export import ExportOptions, export_onnx
 from aliked.model import ALIKED, to_tensor
-from aliked.patches import get_patches, plain_form, plain_patches
+from aliked.patches import get_patches, plain_patches
 from custom_ops.get_patches import toolchain
 from tests.helpers import cuda_on_host
-from tests.helpers.compiled_patches import LAYOUTS, build, random_centres, random_maps
+from tests.helpers.compiled_patches import (
+    LAYOUTS,
+    build,
+    random_centres,
+    random_maps,
+    without_operator,
+)
 from tests.helpers.textures import texture
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -162,7 +168,7 @@ def test_the_model_gives_the_same_with_either_form(operator, in_use, monkeypatch
         found = model(images)
         assert calls  # so that it really was the other form
         calls.clear()
-        with plain_form():
+        with without_operator():
             expected = model(images)
     assert not calls
     assert all(torch.equal(*rows) for rows in zip(found, expected, strict=True))
@@ -178,7 +184,7 @@ def test_gradients_flow_through_the_model_with_either_form(operator, in_use):
         return torch.autograd.grad(head.sample_offsets(maps, keypoints).square().sum(), maps)[0]
 
     found = gradient()
-    with plain_form():
+    with without_operator():
         expected = gradient()
     assert expected.any()
     torch.testing.assert_close(found, expected)

@@ -5,8 +5,14 @@ import torch
 
 from aliked import patches
 from aliked.model import ALIKED, to_tensor
-from aliked.patches import plain_form, plain_patches
-from tests.helpers.compiled_patches import LAYOUTS, build, random_centres, random_maps
+from aliked.patches import plain_patches
+from tests.helpers.compiled_patches import (
+    LAYOUTS,
+    build,
+    random_centres,
+    random_maps,
+    without_operator,
+)
 from tests.helpers.textures import texture
 
 pytestmark = [
@@ -142,7 +148,7 @@ def test_the_model_gives_the_same_with_either_form(operator, monkeypatch, precis
     with torch.inference_mode():
         features, score_map = model.dense(images)  # once: convolutions may round differently
         found = model.describe(features, model.detect(score_map))
-        with plain_form():
+        with without_operator():
             expected = model.describe(features, model.detect(score_map))
     for rows, expected_rows in zip(found, expected, strict=True):
         torch.testing.assert_close(rows, expected_rows)  # of float32: matrix products may differ

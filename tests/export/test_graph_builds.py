@@ -29,6 +29,7 @@ from aliked.export.onnx_export import ExportOptions, export_onnx, fold_constants
 from aliked.export.rewriter import Rewriter
 from aliked.export.rtx_graph import for_rtx
 from aliked.model import ALIKED
+from tools import build_grid
 from tools.build_grid import build, shapes
 
 EXPORTED = Form(exported=True)
@@ -480,6 +481,16 @@ def test_the_real_library_builds_the_export(precision, changes, tmp_path):
     forms = {name: changes[name] for name in ("dynamic", "uint8_input") if name in changes}
     outcome = outcome_of(path, **forms)
     assert outcome["built"], outcome["reason"]
+
+
+@pytest.mark.parametrize("mode", build_grid.MODES)
+def test_the_grid_has_both_ways_to_select(mode, tmp_path):
+    """Only a file with a threshold gives the scores that it compares with it."""
+    path = tmp_path / "model.onnx"
+    row = next(build_grid.grid(["aliked-t16"], [mode]))
+    build_grid.export(row, path, 64, 96)
+    given = {output.name for output in onnx.load(path).graph.output}
+    assert ("nms_scores" in given) == (mode == "threshold")
 
 
 def test_without_tf32_other_kernels_are_built(tmp_path):

@@ -1,7 +1,9 @@
 """The compiled `get_patches` for tests, and inputs that reach every corner of it."""
 
+import contextlib
 import os
 import shutil
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -25,6 +27,14 @@ def build(folder):
         environment.setenv("TORCH_EXTENSIONS_DIR", str(folder))
         environment.setenv("ALIKED_CUSTOM_OPS", "build")
         return patches.compiled.__wrapped__()  # past the cache, which the other tests use
+
+
+@contextlib.contextmanager
+def without_operator() -> Iterator[None]:
+    """`get_patches` takes the plain form until the end of the block."""
+    with pytest.MonkeyPatch.context() as plain:
+        plain.setattr(patches, "compiled", lambda: None)
+        yield
 
 
 def random_maps(dtype, device="cpu", shape=(2, 6, 9, 11)):

@@ -394,6 +394,13 @@ def test_pictures_of_an_older_run_do_not_stay(run, folder, models, tmp_path):
     ]  # fmt: skip
 
 
+def test_images_are_not_taken_for_pictures_of_an_older_run(run, folder, models, tmp_path):
+    image = tmp_path / "keypoints_0001.png"
+    image.write_bytes((folder / "0.png").read_bytes())
+    status, _, err = run(tmp_path, "--top_k", 20, "--output", tmp_path)
+    assert status == 2 and "give another --output" in err and image.exists()
+
+
 def test_large_images_can_be_reduced(run, folder, models, tmp_path):
     status, _, err = run(
         folder, "--reference", "pytorch", "--top_k", 20, "--max_size", 32, "--device", "cpu",

@@ -190,6 +190,16 @@ def test_pictures_of_an_older_run_do_not_stay(sequence, run, tmp_path):
     assert written == ["motion.webp", "notes.txt", "pair_0001.jpg", "pair_0002.jpg"]
 
 
+def test_images_are_not_taken_for_pictures_of_an_older_run(sequence, refused, tmp_path):
+    names = ("pair_0001.jpg", "pair_0002.jpg")
+    for name in names:
+        (tmp_path / name).write_bytes((sequence / "0.png").read_bytes())
+    for images in ([tmp_path], [tmp_path / name for name in names]):
+        words = refused(*images, "--output", tmp_path)
+        assert "such as pair_000" in words and "give another --output" in words
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*names]
+
+
 def test_large_images_are_reduced(sequence, run, tmp_path):
     status, _, err = run(sequence, "--top_k", 50, "--max_size", 80, "--output", "out")
     assert status == 0, err
@@ -209,6 +219,8 @@ def test_bad_input_is_refused_in_one_sentence(sequence, refused, tmp_path):
     assert "runs a file, whose precision is its own" in own
     only = refused(sequence, "--backend", "pytorch-amp", "--precision", "fp32")
     assert "has fp16 only" in only
+    here = refused(sequence, "--backend", "onnxruntime-cpu", "--device", "cuda")
+    assert "runs on the CPU only; leave --device cuda out" in here
     assert not list(tmp_path.iterdir())  # no output folder either
 
 
