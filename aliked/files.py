@@ -201,17 +201,17 @@ def remove_files(folder: Path, *patterns: str) -> None:
 
 
 def check_kept(sources: Iterable[Path], folder: Path, *patterns: str) -> None:
-    """Raise `InputError` where `remove_files` would find files in a folder that is read from.
+    """Raise `InputError` where `remove_files` would remove what is still to be read.
 
-    `sources` are the files and folders that are read.
+    `sources` are the files that are read, and folders of them.
     """
-    found = next((path for pattern in patterns for path in folder.glob(pattern)), None)
-    read = {real_path(path if path.is_dir() else path.parent) for path in sources}
-    if found and real_path(folder) in read:
-        raise InputError(
-            f"{folder} holds the images and files named as those to be written, such as "
-            f"{found.name}, which would be removed; give another --output"
-        )
+    read, here = set(map(real_path, sources)), real_path(folder)
+    for path in (path for pattern in patterns for path in folder.glob(pattern)):
+        if not read.isdisjoint((here, real_path(path))):
+            raise InputError(
+                f"{path.name} in {folder} would be removed as an older run's, and is among what is "
+                "to be read; give another --output"
+            )
 
 
 @contextlib.contextmanager

@@ -263,7 +263,8 @@ def host_peak_mib() -> float | None:
     if status.exists():
         # Not getrusage: its maximum starts at that of the process that started this one.
         fields = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
-        return int(fields["VmHWM"].split()[0]) / 1024
+        if "VmHWM" in fields:  # not every sandbox of containers has it
+            return int(fields["VmHWM"].split()[0]) / 1024
     if sys.platform == "darwin":
         import resource
 

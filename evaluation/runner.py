@@ -29,7 +29,7 @@ from aliked.options import (
 from aliked.weights import LIGHTGLUE, find_weights
 from benchmark.environment import Describe, git_commit
 from benchmark.process import TaskFailed, run_task
-from benchmark.records import Measured, append_record, keep_lines, load_records
+from benchmark.records import Measured, append_record, keep_lines, load_records, only_writer
 from evaluation.records import SCHEMA, TASKS, Outcome, load_outcomes, read_outcomes
 from evaluation.report import remove_page, report_text, write_page, write_report
 from evaluation.systems import (
@@ -150,20 +150,21 @@ def run(args: argparse.Namespace, task: Task) -> int:
     output = output_from(args, task)
     machine, systems = survey(args, selection)
     common = common_fields(args.seed, selection, task, machine)
-    done = resume(output, systems, common) if output.exists() else set()
-    images = len(task.dataset.images)
-    print(f"{task.dataset.name}: {images} images; {len(systems)} systems, {len(done)} done")
-    features = open_features(args.features, systems, machine)
-    matchers = open_matchers(systems, machine)
-    with tqdm(total=len(systems), initial=len(done), unit="system", disable=None) as bar:
-        for system in (s for s in systems if s not in done):
-            bar.set_description_str(str(system))
-            record = make_record(system, features[system], matchers[system], task, machine)
-            record |= common
-            append_record(output, record | provenance(system, machine))
-            bar.update()
-            tqdm.write(describe(system, record))
-    return conclude(args, task, output, features, matchers, timings)
+    with only_writer(output):
+        done = resume(output, systems, common) if output.exists() else set()
+        images = len(task.dataset.images)
+        print(f"{task.dataset.name}: {images} images; {len(systems)} systems, {len(done)} done")
+        features = open_features(args.features, systems, machine)
+        matchers = open_matchers(systems, machine)
+        with tqdm(total=len(systems), initial=len(done), unit="system", disable=None) as bar:
+            for system in (s for s in systems if s not in done):
+                bar.set_description_str(str(system))
+                record = make_record(system, features[system], matchers[system], task, machine)
+                record |= common
+                append_record(output, record | provenance(system, machine))
+                bar.update()
+                tqdm.write(describe(system, record))
+        return conclude(args, task, output, features, matchers, timings)
 
 
 def output_from(args: argparse.Namespace, task: Task) -> Path:

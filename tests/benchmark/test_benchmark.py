@@ -20,7 +20,7 @@ from aliked.backends import Spec
 from aliked.matching import Matches, PairRuntime
 from aliked.parity import NO_TIES
 from aliked.ties import Expected
-from benchmark import artifacts, measure, process, runner, subjects
+from benchmark import artifacts, environment, measure, process, runner, subjects
 from benchmark.environment import Describe, ProcessMemory
 from benchmark.measure import merged
 from benchmark.records import Agreement
@@ -411,6 +411,15 @@ def test_only_workers_for_a_gpu_find_imported_what_runs_there(monkeypatch):
     monkeypatch.setattr(process.gpu, "driver", object)
     assert process.imported_once("cpu") == list(process.IMPORTED)
     assert "aliked.model" in process.imported_once("cuda:0")
+
+
+@pytest.mark.parametrize(("peak", "mib"), [("VmHWM:\t  2048 kB\n", 2.0), ("", None)])
+def test_a_system_that_does_not_tell_the_peak_of_memory_has_none(peak, mib, tmp_path, monkeypatch):
+    status = tmp_path / "status"
+    status.write_text(f"Name:\tpython\n{peak}VmRSS:\t  1024 kB\n")
+    monkeypatch.setattr(environment, "Path", lambda name: status)
+    monkeypatch.setattr(environment.sys, "platform", "linux")
+    assert environment.host_peak_mib() == mib
 
 
 @dataclasses.dataclass

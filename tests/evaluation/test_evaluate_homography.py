@@ -9,6 +9,7 @@ import pytest
 
 import evaluate
 from aliked.errors import InputError
+from benchmark.records import only_writer
 from tests.helpers.planes import write_scene
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,6 +112,14 @@ def test_records_of_another_run_are_not_mixed_in(finished, tmp_path):
     with pytest.raises(InputError, match=r"line 1 of .* another parameters"):
         run(*options, "--output", output, "--resume", "--seed", 1)
     assert output.read_text() == (folder / "records.jsonl").read_text()
+
+
+def test_two_runs_do_not_write_to_one_file(finished, tmp_path):
+    _, options, _ = finished
+    output = tmp_path / "records.jsonl"
+    with only_writer(output), pytest.raises(InputError, match="another measurement is writing"):
+        run(*options, "--output", output)
+    assert not output.exists()
 
 
 def test_records_are_not_overwritten(finished):

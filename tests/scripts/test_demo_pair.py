@@ -190,14 +190,17 @@ def test_pictures_of_an_older_run_do_not_stay(sequence, run, tmp_path):
     assert written == ["motion.webp", "notes.txt", "pair_0001.jpg", "pair_0002.jpg"]
 
 
-def test_images_are_not_taken_for_pictures_of_an_older_run(sequence, refused, tmp_path):
+def test_images_are_not_taken_for_pictures_of_an_older_run(sequence, run, refused, tmp_path):
     names = ("pair_0001.jpg", "pair_0002.jpg")
     for name in names:
         (tmp_path / name).write_bytes((sequence / "0.png").read_bytes())
     for images in ([tmp_path], [tmp_path / name for name in names]):
         words = refused(*images, "--output", tmp_path)
-        assert "such as pair_000" in words and "give another --output" in words
+        assert "would be removed as an older run's" in words and "another --output" in words
     assert sorted(path.name for path in tmp_path.iterdir()) == [*names]
+    images = [sequence / "0.png", sequence / "1.png"]
+    status, _, err = run(*images, "--top_k", 50, "--output", tmp_path)
+    assert status == 0, err  # nothing of what is removed is read
 
 
 def test_large_images_are_reduced(sequence, run, tmp_path):
