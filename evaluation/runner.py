@@ -17,7 +17,7 @@ from aliked.cli import command_line, seed, whole
 from aliked.configs import CONFIGS, Selection, get_config
 from aliked.doctor import installed_versions
 from aliked.errors import InputError
-from aliked.files import sha256, writable_folder
+from aliked.files import only_writer, sha256, writable_folder
 from aliked.matching import Matcher
 from aliked.options import (
     add_device_option,
@@ -29,7 +29,7 @@ from aliked.options import (
 from aliked.weights import LIGHTGLUE, find_weights
 from benchmark.environment import Describe, git_commit
 from benchmark.process import TaskFailed, run_task
-from benchmark.records import Measured, append_record, keep_lines, load_records, only_writer
+from benchmark.records import Measured, append_record, keep_lines, load_records
 from evaluation.records import SCHEMA, TASKS, Outcome, load_outcomes, read_outcomes
 from evaluation.report import remove_page, report_text, write_page, write_report
 from evaluation.systems import (
