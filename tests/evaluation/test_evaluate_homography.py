@@ -9,7 +9,7 @@ import pytest
 
 import evaluate
 from aliked.errors import InputError
-from benchmark.records import only_writer
+from aliked.files import only_writer
 from tests.helpers.planes import write_scene
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,7 +117,7 @@ def test_records_of_another_run_are_not_mixed_in(finished, tmp_path):
 def test_two_runs_do_not_write_to_one_file(finished, tmp_path):
     _, options, _ = finished
     output = tmp_path / "records.jsonl"
-    with only_writer(output), pytest.raises(InputError, match="another measurement is writing"):
+    with only_writer(output), pytest.raises(InputError, match="another run is writing"):
         run(*options, "--output", output)
     assert not output.exists()
 
