@@ -46,6 +46,8 @@ def frames(
         source = as_path(source)
     if not camera and not Path(source).is_file():
         raise InputError(f"there is no video {source}; give a file, or the number of a camera")
+    if str(source).encode(errors="replace").decode() != str(source):  # which OpenCV cannot bear
+        raise InputError(f"the name of the video {str(source)!r} is not UTF-8; rename it")
     with quiet_opencv():
         capture = cv2.VideoCapture(int(str(source)) if camera else str(source))
     folder = f"camera{source}" if camera else Path(source).name

@@ -1,5 +1,6 @@
 """The way from files to a store of features, without a network."""
 
+import os
 import struct
 import sys
 from pathlib import Path
@@ -366,6 +367,10 @@ def test_what_is_no_video_is_refused(tmp_path, capfd):
     with pytest.raises(InputError, match="no video that OpenCV can read"):
         next(frames(tmp_path / "clip.mp4"))
     assert not capfd.readouterr().err  # FFmpeg has a line of its own about it
+    odd = tmp_path / os.fsdecode(b"\xff.mp4")
+    odd.write_text("no video")
+    with pytest.raises(InputError, match=r"the name of the video .*xff\.mp4' is not UTF-8"):
+        next(frames(odd))
     with pytest.raises(InputError, match="there is no video"):
         next(frames(tmp_path / "nowhere.mp4"))
     with pytest.raises(InputError, match="camera 97 gives no image"):
