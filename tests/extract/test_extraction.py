@@ -369,7 +369,7 @@ def test_what_is_no_video_is_refused(tmp_path, capfd):
     assert not capfd.readouterr().err  # FFmpeg has a line of its own about it
     odd = tmp_path / os.fsdecode(b"\xff.mp4")
     odd.write_text("no video")
-    with pytest.raises(InputError, match=r"the name of the video .*xff\.mp4' is not UTF-8"):
+    with pytest.raises(InputError, match=r"the name of the video .*dcff\.mp4' is not UTF-8"):
         next(frames(odd))
     with pytest.raises(InputError, match="there is no video"):
         next(frames(tmp_path / "nowhere.mp4"))
