@@ -507,7 +507,7 @@ from pathlib import Path
 import numpy as np
 from aliked.backends import Spec, create_extractor
 path, device, height, width = sys.argv[1:]
-spec = Spec("aliked-t16", top_k=200, device=device, model_path=Path(path))
+spec = Spec("aliked-t16", top_k=100, device=device, model_path=Path(path))  # as SPEC
 features = create_extractor("aotinductor", spec)(np.zeros((int(height), int(width), 3), np.uint8))
 assert features.descriptors.shape[1] == 64
 """
@@ -547,7 +547,7 @@ def test_a_process_that_has_compiled_nothing_runs_a_package(
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     path = tmp_path / "model.pt2"
-    spec = Spec("aliked-t16", top_k=200, device=device, weights=weights_dir)
+    spec = replace(SPEC, device=device, weights=weights_dir)
     build_model_file(spec, (1, *photographs.shape[1:3]), path)
     load_afresh(path, device, photographs)
 
