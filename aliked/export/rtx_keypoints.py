@@ -60,7 +60,7 @@ def choices(rewriter: Rewriter) -> Iterator[Choice]:
                 made_of.update(node.output)
         made = [node for node in rewriter.graph.node if made_of.intersection(node.output)]
         top_k = [node for node in made if node.op_type == "TopK"]
-        more = any(node.op_type == "ScatterElements" for node in made)  # a K above MAX_TOP_K
+        more = any(node.op_type == "ScatterElements" for node in made)  # in rounds, as older files
         choice = Choice(conv, scores, begin[2], begin[3], top_k)
         if top_k and not more and _is_known(rewriter, choice, made_of):
             yield choice
